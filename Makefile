@@ -1,0 +1,29 @@
+PYTHON ?= python3
+VENV := .venv/bin/python
+DEMO := data/demo
+
+# Everything at the demo's size: the small backbone from scratch, on photos of 112 x 112.
+DEMO_OPTIONS := --eval_datasets_folder=$(DEMO) --eval_dataset_name=toy_city --backbone=dino_tiny --crossimage_encoder \
+	--resize 112 112 --train_resize 112 112 --freeze_te none --randaugment_ops 0
+
+.PHONY: demo test lint
+
+demo: $(DEMO)/toy_city
+	$(VENV) train.py $(DEMO_OPTIONS) --save_dir=demo/before --epochs_num=0
+	$(VENV) train.py $(DEMO_OPTIONS) --save_dir=demo/after --epochs_num=8 --train_batch_size=32 --lr=0.001
+
+$(DEMO)/toy_city: datasets/toy_city.py | .venv/ready
+	$(VENV) -m datasets.toy_city --output $(DEMO) --overwrite
+
+test: .venv/ready
+	$(VENV) -m pytest
+
+lint: .venv/ready
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	$(VENV) -m mypy
+
+.venv/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(VENV) -m pip install --quiet --requirement requirements-dev.txt
+	touch $@

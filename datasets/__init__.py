@@ -1,0 +1,1 @@
+"""Photos to train on (GSV-Cities) and to be judged by (database/queries trees)."""

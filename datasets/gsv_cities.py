@@ -1,0 +1,205 @@
+"""GSV-Cities (Ali-bey et al. 2022): street-view photos grouped by place, the training set.
+
+<folder>/Dataframes/<City>.csv     place_id,year,month,northdeg,city_id,lat,lon,panoid
+<folder>/Images/<City>/<City>_<place_id, 7 digits>_<year>_<month>_<northdeg>_<lat>_<lon>_<panoid>.jpg
+"""
+
+import csv
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from .transforms import Transform, open_image
+
+logger = logging.getLogger(__name__)
+
+# Their order gives a label its city: label = place_id + 100,000 * index of the city.
+CITIES = (
+    "Bangkok", "BuenosAires", "LosAngeles", "MexicoCity", "OSL", "Rome", "Barcelona", "Chicago", "Madrid", "Miami",
+    "Phoenix", "TRT", "Boston", "Lisbon", "Medellin", "Minneapolis", "PRG", "WashingtonDC", "Brussels", "London",
+    "Melbourne", "Osaka", "PRS",
+)  # fmt: skip
+LABELS_PER_CITY = 100_000
+
+
+def find_cities(folder: Path) -> list[str]:
+    """The cities in a GSV-Cities folder: the known ones in their order, then any others alphabetically.
+
+    Raises:
+        FileNotFoundError: the folder, or any csv in it, is missing.
+    """
+    present = {path.stem for path in (folder / "Dataframes").glob("*.csv")}
+    if not present:
+        raise FileNotFoundError(
+            f"no GSV-Cities in {folder}: {folder}/Dataframes/<City>.csv is missing; download GSV-Cities, or name its "
+            "place with --train_dataset_folder"
+        )
+    missing = [city for city in CITIES if city not in present]
+    if missing:
+        logger.warning("%d of the 23 GSV-Cities are not in %s: %s", len(missing), folder, " ".join(missing))
+    return [city for city in CITIES if city in present] + sorted(present.difference(CITIES))
+
+
+def image_name(row: dict[str, str]) -> str:
+    """The file name of a csv row's image, without its folder; lat and lon appear as Python prints the float."""
+    return (
+        f"{row['city_id']}_{int(row['place_id']):07d}_{int(row['year']):04d}_{int(row['month']):02d}"
+        f"_{int(row['northdeg']):03d}_{float(row['lat'])}_{float(row['lon'])}_{row['panoid']}.jpg"
+    )
+
+
+def read_city(folder: Path, city: str) -> tuple[NDArray[np.int64], NDArray[np.bytes_]]:
+    """The table of one city.
+
+    Returns:
+        The place_id and the path below `<folder>/Images` (UTF-8) of each row.
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: a row that does not follow the format.
+    """
+    path = folder / "Dataframes" / f"{city}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"no table {path}; leave {city} out of --cities or add the file")
+    places, names = [], []
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            try:
+                places.append(int(row["place_id"]))
+                names.append(f"{row['city_id']}/{image_name(row)}".encode())
+            except (KeyError, ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {error!r}; the columns "
+                    "place_id,year,month,northdeg,city_id,lat,lon,panoid are needed, the first four as whole numbers"
+                ) from error
+    if places and not 0 <= min(places) <= max(places) < LABELS_PER_CITY:
+        raise ValueError(f"{path} has a place_id outside 0 to {LABELS_PER_CITY - 1}; labels of cities would collide")
+    return np.array(places, dtype=np.int64), np.array(names, dtype=np.bytes_)
+
+
+class GSVCities(Dataset[tuple[Tensor, int]]):
+    """Places of GSV-Cities; an item is one place: K of its images and its label.
+
+    The table is kept in NumPy arrays sorted by place: finding a place's images is one slice, and worker processes share
+    the arrays instead of copying them.
+
+    Args:
+        folder: holds `Dataframes` and `Images`.
+        cities: which, in the order that gives the labels; None takes all that are there.
+        images_per_place: K; places with fewer images are left out.
+        transform: a Pillow image to 3 x H x W, drawing from torch's global generator if at all.
+        seed: of the images drawn and of their augmentation.
+
+    Raises:
+        FileNotFoundError, ValueError: a city's table is missing or broken, or no place has K images.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        cities: Sequence[str] | None = None,
+        images_per_place: int = 4,
+        transform: Transform,
+        seed: int = 0,
+    ):
+        self.images_folder = folder / "Images"
+        self.cities = list(cities) if cities else find_cities(folder)
+        self.images_per_place = images_per_place
+        self.transform = transform
+        self.seed = seed
+        tables = [read_city(folder, city) for city in self.cities]
+        labels = np.concatenate([ids + LABELS_PER_CITY * index for index, (ids, _) in enumerate(tables)])
+        names = np.concatenate([names for _, names in tables])
+        order = np.argsort(labels, kind="stable")
+        unique, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
+        enough = counts >= images_per_place
+        self.names = names[order]
+        self.labels, self.first, self.counts = unique[enough], first[enough], counts[enough]
+        if not len(self.labels):
+            raise ValueError(
+                f"no place in {folder} ({', '.join(self.cities)}) has {images_per_place} images; "
+                "lower --images_per_place or add cities"
+            )
+
+    def __str__(self) -> str:
+        return f"GSV-Cities ({len(self.labels)} places, {self.image_count} images, {len(self.cities)} cities)"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_count(self) -> int:
+        """Images of the places kept."""
+        return int(self.counts.sum())
+
+    def image_paths(self, place: int) -> list[str]:
+        """Paths of all images of a place."""
+        names = self.names[self.first[place] : self.first[place] + self.counts[place]]
+        return [str(self.images_folder / name.decode()) for name in names]
+
+    def all_image_paths(self) -> list[str]:
+        """Paths of the images of every place."""
+        return [path for place in range(len(self)) for path in self.image_paths(place)]
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        """The images (K x 3 x H x W) and the label of a place.
+
+        Args:
+            key: epoch and place; with the seed they decide every random draw, in whichever process this runs.
+        """
+        epoch, place = key
+        rng = np.random.default_rng((self.seed, epoch, place))
+        paths = self.image_paths(place)
+        chosen = rng.choice(len(paths), size=self.images_per_place, replace=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(rng.integers(2**63)))
+            images = torch.stack([self.transform(open_image(paths[index])) for index in chosen])
+        return images, int(self.labels[place])
+
+
+class PlaceBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, place) keys for `GSVCities`; set `epoch` before each pass.
+
+    Each city's rows are shuffled and its places taken in order of first appearance, city after city: so nearly every
+    batch comes from one city, and its negatives are harder. The last batch may be short.
+
+    Args:
+        dataset: whose places.
+        batch_size: places a batch.
+        place_order: "fixed" keeps the first epoch's order, as the released code does; "reshuffled" draws a new one each
+            epoch, as GSV-Cities' own code does.
+    """
+
+    def __init__(self, dataset: GSVCities, *, batch_size: int, place_order: str = "fixed"):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.place_order = place_order
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The places in the order of an epoch."""
+        rng = np.random.default_rng((self.dataset.seed, epoch if self.place_order == "reshuffled" else 0))
+        cities = self.dataset.labels // LABELS_PER_CITY
+        order = []
+        for city in np.unique(cities):
+            places = np.flatnonzero(cities == city)
+            rows = rng.permutation(np.repeat(places, self.dataset.counts[places]))
+            shuffled, first = np.unique(rows, return_index=True)
+            order.append(shuffled[np.argsort(first)])
+        return np.concatenate(order)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = self.order(self.epoch)
+        for start in range(0, len(order), self.batch_size):
+            yield [(self.epoch, int(place)) for place in order[start : start + self.batch_size]]

@@ -1,0 +1,48 @@
+"""SuperVLAD: a compact global descriptor of a photo for visual place recognition.
+
+Legend of the shapes in this package: B images, H x W pixels, h x w patches (H/14 x W/14), D channels (768 for ViT-B),
+K clusters, G ghost clusters.
+
+    images        B x 3 x H x W    dinov2.py       the backbone
+    features      B x D x h x w    supervlad.py    the aggregation
+    vectors       B x K x D        cross_image.py  the encoder, optional
+    descriptors   B x K*D          unit L2 norm
+
+The modules of this package import each other relatively and nothing else of the repository.
+"""
+
+from .cross_image import CrossImageEncoder
+from .dinov2 import BACKBONES, DINOv2
+from .network import SuperVLADNet
+from .supervlad import SuperVLAD
+
+__all__ = ["BACKBONES", "SuperVLADNet", "build_model"]
+
+
+def build_model(
+    *, backbone: str = "dino", clusters: int = 4, ghost_clusters: int = 1, crossimage_encoder: bool = False
+) -> SuperVLADNet:
+    """Builds the network with random weights; `model.weights` loads published ones.
+
+    Args:
+        backbone: a name from `BACKBONES`.
+        clusters: K >= 1.
+        ghost_clusters: G >= 0.
+        crossimage_encoder: whether the encoder across the batch is part of it.
+
+    Raises:
+        ValueError: an unknown backbone, or a number of clusters that makes no layer.
+    """
+    if backbone not in BACKBONES:
+        raise ValueError(f"unknown backbone {backbone!r}; use one of {', '.join(BACKBONES)}")
+    if clusters < 1 or ghost_clusters < 0:
+        raise ValueError(
+            f"{clusters} clusters with {ghost_clusters} ghost clusters make no VLAD layer; "
+            "use --supervlad_clusters >= 1 and --ghost_clusters >= 0"
+        )
+    features = DINOv2(BACKBONES[backbone])
+    return SuperVLADNet(
+        backbone=features,
+        aggregation=SuperVLAD(features.channels, clusters, ghost_clusters),
+        encoder=CrossImageEncoder(features.channels) if crossimage_encoder else None,
+    )

@@ -1,0 +1,234 @@
+"""The DINOv2 vision transformers (Oquab et al. 2023) with the parameter names of the official weight files.
+
+Shapes: B images, H x W pixels, h x w = H/14 x W/14 patches, T tokens (class token, registers, h*w patches),
+C channels, nh heads of hs channels.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PATCH_SIZE = 14  # in pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSize:
+    """What tells one member of the family from another; `image_size` is the side seen in pre-training, in pixels."""
+
+    channels: int
+    depth: int
+    heads: int
+    swiglu: bool = False
+    registers: int = 0
+    image_size: int = 518
+
+
+_SMALL = BackboneSize(channels=384, depth=12, heads=6)
+_BASE = BackboneSize(channels=768, depth=12, heads=12)
+_LARGE = BackboneSize(channels=1024, depth=24, heads=16)
+_GIANT = BackboneSize(channels=1536, depth=40, heads=24, swiglu=True)
+
+BACKBONES = {
+    "dino": _BASE,
+    "dino_small": _SMALL,
+    "dino_large": _LARGE,
+    "dino_giant": _GIANT,
+    "dino_reg": replace(_BASE, registers=4),
+    "dino_small_reg": replace(_SMALL, registers=4),
+    "dino_large_reg": replace(_LARGE, registers=4),
+    "dino_giant_reg": replace(_GIANT, registers=4),
+    # Ours, for the demo and the tests; as deep as ViT-B, so that --freeze_te means the same. No published weights.
+    "dino_tiny": BackboneSize(channels=144, depth=12, heads=6, image_size=112),
+}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, B x T x C to B x T x C."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, nh, T, hs)
+        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact GELU between them."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, 4 * channels)
+        self.fc2 = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGlu(nn.Module):
+    """The gated MLP of ViT-g: `w3(silu(first half of w12(x)) * second half)`."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        # Two thirds of the plain MLP's width, so that three matrices cost what two did, rounded up to a multiple of 8.
+        hidden = (8 * channels // 3 + 7) // 8 * 8
+        self.w12 = nn.Linear(channels, 2 * hidden)
+        self.w3 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, B x T x C to B x T x C."""
+
+    def __init__(self, channels: int, heads: int, swiglu: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.attn = Attention(channels, heads)
+        self.ls1 = LayerScale(channels)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.mlp = SwiGlu(channels) if swiglu else Mlp(channels)
+        self.ls2 = LayerScale(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Cuts the image into patches of 14 x 14 pixels and projects each to C channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, channels, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)  # (B, h*w, C)
+
+
+class DINOv2(nn.Module):
+    """A DINOv2 vision transformer that turns images into a map of local features.
+
+    Args:
+        size: the member of the family, a value of `BACKBONES`.
+
+    Source: https://github.com/facebookresearch/dinov2, whose `dinov2_vit*14*_pretrain.pth` files load with strict=True.
+    """
+
+    def __init__(self, size: BackboneSize):
+        super().__init__()
+        self.size = size
+        grid = size.image_size // PATCH_SIZE
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size.channels))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, size.channels))
+        if size.registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, size.registers, size.channels))
+        # Only DINOv2's own pre-training uses it; it is here because the official files hold it.
+        self.mask_token = nn.Parameter(torch.zeros(1, size.channels), requires_grad=False)
+        self.patch_embed = PatchEmbed(size.channels)
+        self.blocks = nn.ModuleList(Block(size.channels, size.heads, size.swiglu) for _ in range(size.depth))
+        self.norm = nn.LayerNorm(size.channels, eps=1e-6)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Draws the starting point that DINOv2's authors train from."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.size.registers:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a local feature, C."""
+        return self.size.channels
+
+    def freeze(self, freeze_te: int | None) -> None:
+        """Chooses what is trained; what lies below the first trained block then keeps no activations either.
+
+        Args:
+            freeze_te: train the blocks from this index on; the patch embedding, the tokens, the position embedding and
+                the final norm are frozen. None trains everything (but the mask token, which has no part in the output).
+
+        Raises:
+            ValueError: there are fewer blocks than that.
+        """
+        if freeze_te is not None and not 0 <= freeze_te <= len(self.blocks):
+            raise ValueError(
+                f"--freeze_te {freeze_te} freezes more blocks than the {len(self.blocks)} that this backbone has; "
+                f"use 0 to {len(self.blocks)}, or none to train everything"
+            )
+        self.requires_grad_(freeze_te is None)
+        if freeze_te is not None:
+            self.blocks[freeze_te:].requires_grad_(True)
+        self.mask_token.requires_grad_(False)
+
+    def position_embedding(self, h: int, w: int) -> Tensor:
+        """The position embedding resampled to h x w patches, with the class token's in front: 1 x (1+h*w) x C."""
+        grid = self.size.image_size // PATCH_SIZE
+        if (h, w) == (grid, grid):
+            return self.pos_embed
+        cls_position, positions = self.pos_embed.float().split([1, grid**2], dim=1)
+        positions = positions.view(1, grid, grid, -1).permute(0, 3, 1, 2)  # (1, C, grid, grid)
+        if self.size.registers:
+            positions = F.interpolate(positions, size=(h, w), mode="bicubic", antialias=True)
+        else:
+            # The weights were trained with this 0.1: it shifts the sampling positions, so size= gives other features.
+            scale = ((h + 0.1) / grid, (w + 0.1) / grid)
+            positions = F.interpolate(positions, scale_factor=scale, mode="bicubic")
+        return torch.cat((cls_position, positions.flatten(2).transpose(1, 2)), dim=1).to(self.pos_embed.dtype)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """The final-norm tokens of normalised images B x 3 x H x W: B x T x C, class token and registers in front.
+
+        Raises:
+            ValueError: H or W is not a multiple of 14.
+        """
+        B, _, H, W = images.shape
+        if H % PATCH_SIZE or W % PATCH_SIZE:
+            raise ValueError(
+                f"image size {H}x{W} is not a multiple of the {PATCH_SIZE}-pixel patch; use e.g. --resize 322 322"
+            )
+        x = torch.cat((self.cls_token.expand(B, -1, -1), self.patch_embed(images)), dim=1)
+        x = x + self.position_embedding(H // PATCH_SIZE, W // PATCH_SIZE)
+        if self.size.registers:
+            x = torch.cat((x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]), dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Local features of normalised images.
+
+        Args:
+            images: B x 3 x H x W, sides multiples of 14, ImageNet mean and standard deviation taken out.
+
+        Returns:
+            B x C x h x w, the final-norm patch tokens on their grid.
+        """
+        B, _, H, W = images.shape
+        patches = self.tokens(images)[:, 1 + self.size.registers :]  # (B, h*w, C)
+        return patches.transpose(1, 2).reshape(B, self.channels, H // PATCH_SIZE, W // PATCH_SIZE)

@@ -1,0 +1,87 @@
+"""The starting weights of the SuperVLAD layer: k-means over local features of the target domain."""
+
+import logging
+import math
+from collections.abc import Iterable
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .network import SuperVLADNet
+
+logger = logging.getLogger(__name__)
+
+
+def layer_weights(centroids: Tensor, descriptors: Tensor) -> tuple[float, Tensor]:
+    """The 1x1 convolution whose softmax gives the nearest centroid 100 times the weight of the second, on average.
+
+    Args:
+        centroids: (K+G) x D, any norm.
+        descriptors: N x D local features, L2-normalised.
+
+    Returns:
+        alpha, the sharpness of the assignment, and the convolution's weight, (K+G) x D x 1 x 1.
+
+    Source: NetVLAD (Arandjelovic et al. 2016), section 3.1; a single centroid has no second one, so alpha is 1 there.
+    """
+    centroids = F.normalize(centroids, dim=1)
+    alpha = 1.0
+    if len(centroids) > 1:
+        first, second = (descriptors @ centroids.T).topk(2, dim=1).values.unbind(dim=1)
+        alpha = -math.log(0.01) / (first - second).mean().item()
+    return alpha, (alpha * centroids)[:, :, None, None]
+
+
+@torch.inference_mode()
+def sample_local_features(
+    model: SuperVLADNet, batches: Iterable[Tensor], *, generator: np.random.Generator, per_image: int = 100
+) -> Tensor:
+    """Draws local features of each image without replacement.
+
+    Args:
+        model: its backbone is used.
+        batches: normalised images, each B x 3 x H x W, on the model's device.
+        generator: draws them.
+        per_image: features an image; all of them where the grid has fewer.
+
+    Returns:
+        N x D, L2-normalised, on the CPU.
+    """
+    sampled = []
+    for images in batches:
+        features = F.normalize(model.backbone(images), dim=1).flatten(2)  # (B, D, h*w)
+        patches = features.shape[2]
+        for image_features in features.cpu():
+            chosen = generator.choice(patches, size=min(per_image, patches), replace=False)
+            sampled.append(image_features[:, chosen].T)
+    return torch.cat(sampled)
+
+
+def initialize_layer(model: SuperVLADNet, batches: Iterable[Tensor], *, generator: np.random.Generator) -> None:
+    """Sets the aggregation's weights by k-means over sampled local features (FAISS, 100 iterations, its own seed).
+
+    Args:
+        model: its aggregation is changed in place.
+        batches: normalised images, each B x 3 x H x W, on the model's device.
+        generator: draws the features.
+
+    Raises:
+        ValueError: fewer features than clusters.
+    """
+    descriptors = sample_local_features(model, batches, generator=generator)
+    conv = model.aggregation.conv
+    clusters = conv.out_channels
+    if len(descriptors) < clusters:
+        raise ValueError(
+            f"k-means for {clusters} clusters (ghost clusters included) needs as many local features, "
+            f"but the images gave {len(descriptors)}; add images or lower --supervlad_clusters"
+        )
+    kmeans = faiss.Kmeans(descriptors.shape[1], clusters, niter=100)
+    kmeans.train(descriptors.numpy())
+    alpha, weight = layer_weights(torch.from_numpy(kmeans.centroids), descriptors)
+    with torch.no_grad():
+        conv.weight.copy_(weight)
+    logger.info("SuperVLAD layer initialised from %d local features, alpha %.2f", len(descriptors), alpha)

@@ -1,0 +1,163 @@
+"""Weight files, loaded without running code from them: DINOv2's, released checkpoints, ours, bare state dicts."""
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dinov2 import BACKBONES, DINOv2
+from .network import SuperVLADNet
+
+logger = logging.getLogger(__name__)
+
+FOUNDATION_FILES = {
+    "dino_small": "dinov2_vits14_pretrain.pth",
+    "dino": "dinov2_vitb14_pretrain.pth",
+    "dino_large": "dinov2_vitl14_pretrain.pth",
+    "dino_giant": "dinov2_vitg14_pretrain.pth",
+    "dino_small_reg": "dinov2_vits14_reg4_pretrain.pth",
+    "dino_reg": "dinov2_vitb14_reg4_pretrain.pth",
+    "dino_large_reg": "dinov2_vitl14_reg4_pretrain.pth",
+    "dino_giant_reg": "dinov2_vitg14_reg4_pretrain.pth",
+}
+
+
+def missing_foundation(backbone: str) -> ValueError:
+    """The error for a backbone of `FOUNDATION_FILES` whose weights were not given; it says where they are published."""
+    file = FOUNDATION_FILES[backbone]
+    family = file.removesuffix("_pretrain.pth").removesuffix("_reg4")
+    return ValueError(
+        f"--backbone={backbone} starts from DINOv2's weights, and none were given; fetch "
+        f"https://dl.fbaipublicfiles.com/dinov2/{family}/{file} and add --foundation_model_path={file}"
+    )
+
+
+def _numpy_globals() -> list[Any]:
+    """The NumPy names that the released checkpoints need beyond tensors (they hold recalls as NumPy values).
+
+    They were written under NumPy 1, whose module paths NumPy 2 renamed; taking the functions from what NumPy itself
+    pickles works under both.
+    """
+    reconstruct = np.zeros(1).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0]
+    names: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        names += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
+    return names
+
+
+def _foreign_objects(path: Path) -> list[str]:
+    """What a file holds beyond tensors and plain values, by name; nothing where it cannot be read at all."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError, EOFError):
+        return []
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Reads a `torch.save`d dict onto the CPU; nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, not a dict, or holding objects that only arbitrary code could rebuild.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file at {path}; check the path")
+    try:
+        with torch.serialization.safe_globals(_numpy_globals()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
+        if foreign := _foreign_objects(path):
+            raise ValueError(
+                f"{path} holds {', '.join(foreign)}, and rebuilding that would run code from the file: refused; "
+                "save its state dict alone, torch.save(model.state_dict(), ...), and use that"
+            ) from error
+        raise ValueError(f"{path} is damaged or not a PyTorch weight file; fetch or write it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; a checkpoint or a state dict was expected")
+    return content
+
+
+def load_foundation(backbone: DINOv2, path: Path) -> None:
+    """Loads an official DINOv2 file, every key of which must fit.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_file`, or the file is of another backbone.
+    """
+    state = read_file(path)
+    _require_backbone(backbone, state, path)
+    _load(backbone, state, path)
+
+
+def load_checkpoint(model: SuperVLADNet, path: Path) -> dict[str, Any]:
+    """Loads a checkpoint (released, ours, or a bare state dict), every key of which must fit.
+
+    Returns:
+        The file's other contents; empty for a bare state dict.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_file`, or the file fits another model; the message names the option.
+    """
+    content = read_file(path)
+    state = content.pop("model_state_dict", None)
+    if state is None:
+        state, content = content, {}
+    # DataParallel, which the released training used, puts "module." before every name.
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    _require_options(model, state, content.get("model", {}), path)
+    _load(model, state, path)
+    return content
+
+
+def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dict[str, Any], path: Path) -> None:
+    """Compares what the options decide, so that a misfit names the option to change rather than tensors."""
+    backbone = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    _require_backbone(model.backbone, backbone, path)
+    layer = model.aggregation
+    if "aggregation.conv.weight" in state:
+        total = state["aggregation.conv.weight"].shape[0]
+        # The tensor tells K+G only; how it divides is in our own files, and elsewhere the asked G is believed.
+        ghosts = written.get("ghost_clusters", layer.ghost_clusters)
+        clusters = written.get("clusters", total - ghosts)
+        if (clusters, ghosts) != (layer.clusters, layer.ghost_clusters):
+            raise ValueError(
+                f"{path} has {clusters} clusters and {ghosts} ghost clusters, but {layer.clusters} and "
+                f"{layer.ghost_clusters} were asked for; use --supervlad_clusters={clusters} --ghost_clusters={ghosts}"
+                + ("" if written else f" (or any other pair that sums to {total}, if that is how it was trained)")
+            )
+    encoder_in_file = any(name.startswith("encoder.") for name in state)
+    if encoder_in_file and model.encoder is None:
+        raise ValueError(f"{path} has a cross-image encoder, but none was asked for; add --crossimage_encoder")
+    if model.encoder is not None and not encoder_in_file:
+        raise ValueError(f"{path} has no cross-image encoder, but one was asked for; leave out --crossimage_encoder")
+
+
+def _require_backbone(backbone: DINOv2, state: dict[str, Tensor], path: Path) -> None:
+    if "pos_embed" not in state:
+        raise ValueError(f"{path} holds no DINOv2 backbone (no pos_embed among its {len(state)} entries)")
+    found = (
+        state["pos_embed"].shape[2],
+        len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+    )
+    size = backbone.size
+    if found != (size.channels, size.depth, size.registers):
+        fitting = [n for n, s in BACKBONES.items() if found == (s.channels, s.depth, s.registers)]
+        raise ValueError(
+            f"{path} has a backbone of {found[0]} channels, {found[1]} blocks and {found[2]} registers, but one of "
+            f"{size.channels}, {size.depth} and {size.registers} was asked for; "
+            + (f"use --backbone={fitting[0]}" if fitting else "no --backbone of this repository fits it")
+        )
+
+
+def _load(module: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from error
+    logger.info("weights loaded from %s", path)

@@ -1,0 +1,168 @@
+"""The options of train.py and eval.py. Their defaults are the recipe of the paper; argparse ends in this file."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+PATCH_SIZE = 14  # in pixels
+BACKBONES = tuple(
+    f"dino{size}{registers}" for size in ("", "_small", "_large", "_giant") for registers in ("", "_reg")
+) + ("dino_tiny",)
+
+
+def option(default: Any, help: str, **argparse_settings: Any) -> Any:
+    """A field with its sentence; the flag's type is that of the default unless `type` is given."""
+    factory = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**factory, metadata={"help": help, **argparse_settings})
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which a container or a scheduler can make fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def freeze_te(text: str) -> int | None:
+    """Reads the value of --freeze_te: a number of blocks, or none."""
+    return None if text == "none" else int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What training and evaluation share."""
+
+    eval_datasets_folder: Path = option(None, "folder that holds the evaluation datasets", type=Path)
+    eval_dataset_name: str = option("pitts30k", "evaluation dataset: <folder>/<name>/images/<split>/{database,queries}")
+    save_dir: Path = option(Path("default"), "results go to logs/<save_dir>/<time>; an absolute path replaces logs/...")
+
+    backbone: str = option("dino", "dino is DINOv2 ViT-B/14; dino_tiny is for demonstration", choices=BACKBONES)
+    supervlad_clusters: int = option(4, "clusters K of the SuperVLAD layer")
+    ghost_clusters: int = option(1, "clusters that take part in the soft assignment and are then dropped")
+    crossimage_encoder: bool = option(False, "encode across the images of a batch")
+
+    resize: tuple[int, int] = option((322, 322), "height and width of evaluated images, in pixels", nargs=2, type=int)
+    antialias: bool = option(False, "antialias the evaluation resize (the published protocol does not)")
+    infer_batch_size: int = option(16, "images that share a batch in the cross-image encoder: part of the protocol")
+    extraction_batch_size: int = option(16, "images at a time in the backbone: speed and memory, never recall")
+    val_positive_dist_threshold: float = option(25.0, "a database image this near is correct, in metres")
+    recall_values: tuple[int, ...] = option((1, 5, 10, 20), "the N of recall@N", nargs="+", type=int)
+
+    device: str = option("auto", "auto is cuda where there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
+    num_workers: int = option(lambda: min(8, usable_cores()), "processes that read images")
+    seed: int = option(0, "seed of every random draw")
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What `model.build_model` takes; a checkpoint carries it too."""
+        return {
+            "backbone": self.backbone,
+            "clusters": self.supervlad_clusters,
+            "ghost_clusters": self.ghost_clusters,
+            "crossimage_encoder": self.crossimage_encoder,
+        }
+
+    def __post_init__(self) -> None:
+        if self.eval_datasets_folder is None:
+            raise ValueError("--eval_datasets_folder is missing; name the folder that holds the evaluation datasets")
+        _require_patches("--resize", self.resize)
+        _require_positive(self, "infer_batch_size", "extraction_batch_size", "supervlad_clusters")
+        _require_positive(self, "val_positive_dist_threshold")
+        if self.ghost_clusters < 0 or self.num_workers < 0:
+            raise ValueError("--ghost_clusters and --num_workers cannot be negative; use 0 for none")
+        if min(self.recall_values) < 1:
+            raise ValueError(f"--recall_values {min(self.recall_values)} means no retrieved image; use 1 and above")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(Options):
+    """Options of eval.py."""
+
+    resume: Path = option(None, "checkpoint to evaluate: released, ours, or a bare state dict", type=Path)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume is None:
+            raise ValueError("--resume is missing; name the checkpoint to evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Options):
+    """Options of train.py."""
+
+    train_dataset_folder: Path | None = option(
+        None, "GSV-Cities; by default <eval_datasets_folder>/gsv_cities", type=Path
+    )
+    resume: Path | None = option(None, "start from this checkpoint's weights: released, ours or bare", type=Path)
+    foundation_model_path: Path | None = option(None, "official DINOv2 weights of the backbone", type=Path)
+    cities: tuple[str, ...] = option((), "GSV-Cities to train on; by default all that are there", nargs="+", type=str)
+    images_per_place: int = option(4, "images of a place in a batch; places with fewer are left out")
+    train_resize: tuple[int, int] = option((224, 224), "height and width of training images", nargs=2, type=int)
+    randaugment_ops: int = option(3, "RandAugment operations an image; 0 for none")
+    place_order: str = option("fixed", "keep the first epoch's order, or not", choices=("fixed", "reshuffled"))
+
+    freeze_te: int | None = option(
+        8, "train the backbone's blocks from this one on; none trains all of it", type=freeze_te, metavar="{N,none}"
+    )
+    train_batch_size: int = option(120, "places a batch")
+    epochs_num: int = option(20, "epochs at most; 0 writes and evaluates the initialised model")
+    patience: int = option(3, "stop after this many epochs without a better validation R@1 + R@5")
+    lr: float = option(5e-5, "learning rate; it halves every third epoch")
+    lr_encoder: float = option(1e-4, "learning rate of the cross-image encoder")
+    encoder_training: str = option(
+        "released",
+        "train the encoder for its first step only, as the released script does, or every step, as the paper says",
+        choices=("released", "every_step"),
+    )
+    optim: str = option("adam", "optimiser", choices=("adam", "adamw", "sgd"))
+    mixed_precision: bool = option(False, "fp16 autocast with gradient scaling")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_patches("--train_resize", self.train_resize)
+        _require_positive(self, "images_per_place", "train_batch_size", "patience", "lr", "lr_encoder")
+        if self.epochs_num < 0 or self.randaugment_ops < 0:
+            raise ValueError("--epochs_num and --randaugment_ops cannot be negative; use 0 for none")
+        if self.freeze_te is not None and self.freeze_te < 0:
+            raise ValueError(f"--freeze_te {self.freeze_te} is not a number of blocks; use 0 and above, or none")
+
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def _require_patches(flag: str, size: Sequence[int]) -> None:
+    for side in size:
+        if side < PATCH_SIZE or side % PATCH_SIZE:
+            near = max(PATCH_SIZE, round(side / PATCH_SIZE) * PATCH_SIZE)
+            raise ValueError(
+                f"{flag} {' '.join(map(str, size))}: {side} is not a multiple of the {PATCH_SIZE}-pixel patch; "
+                f"use e.g. {near}"
+            )
+
+
+def _require_positive(options: Options, *names: str) -> None:
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name} {getattr(options, name)} is not above 0; give a positive number")
+
+
+def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) -> AnyOptions:
+    """Reads the command line (`sys.argv` when None); bad options print one message and exit with status 2."""
+    parser = argparse.ArgumentParser(description=options_class.__doc__, allow_abbrev=False)
+    for entry in fields(options_class):
+        settings = dict(entry.metadata)
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if isinstance(default, bool):
+            settings["action"] = "store_true"
+        else:
+            settings.setdefault("type", type(default))
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            settings["help"] += f" (default: {shown})" if shown not in (None, "") else ""
+        parser.add_argument(f"--{entry.name}", default=default, **settings)
+    values: dict[str, Any] = vars(parser.parse_args(argv))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    try:
+        return options_class(**values)
+    except ValueError as error:
+        parser.error(str(error))

@@ -1,0 +1,60 @@
+"""Weights and inputs that a formula gives, as the golden archives were made with (tests/golden)."""
+
+import zlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model import SuperVLADNet, build_model
+from model.dinov2 import BackboneSize, DINOv2
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(archive: str) -> dict[str, np.ndarray]:
+    """Outputs of the released code."""
+    return dict(np.load(GOLDEN / f"{archive}.npz"))
+
+
+def normal(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, float32."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+
+
+@cache
+def _weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    r = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
+    *_, owner, leaf = ("", *name.split("."))
+    if leaf == "gamma" or (leaf == "weight" and "norm" in owner):
+        r = 1 + np.float32(0.1) * r
+    elif name == "aggregation.conv.weight":
+        r = 3 * r
+    elif name == "backbone.pos_embed":
+        r = np.float32(0.1) * r
+    else:
+        r = np.float32(0.02 if r.ndim < 2 else 0.04) * r
+    return torch.from_numpy(r)
+
+
+def formula_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The state dict of a module with the weights that its parameters' names, after `prefix`, give."""
+    return {name: _weight(prefix + name, tuple(value.shape)).clone() for name, value in module.state_dict().items()}
+
+
+def formula_model(**options) -> SuperVLADNet:
+    """`build_model` with the formula's weights."""
+    with torch.device("meta"):  # drawing random weights only to replace them takes seconds for ViT-B
+        model = build_model(**options)
+    model.load_state_dict(formula_state(model), assign=True)
+    return model
+
+
+def formula_backbone(size: BackboneSize) -> DINOv2:
+    """A backbone by itself, with the weights that it has inside the whole model."""
+    with torch.device("meta"):
+        backbone = DINOv2(size)
+    backbone.load_state_dict(formula_state(backbone, "backbone."), assign=True)
+    return backbone

@@ -1,0 +1,214 @@
+"""GSV-Cities, database/queries trees and transforms."""
+
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datasets import gsv_cities
+from datasets.database_queries import DatabaseQueries, list_images, utm_positions
+from datasets.gsv_cities import GSVCities, PlaceBatches, image_name
+from datasets.transforms import TrainingTransform, evaluation_transform, open_image, to_unit_tensor
+
+HEADER = "place_id,year,month,northdeg,city_id,lat,lon,panoid\n"
+
+
+def write_table(folder, city, places):
+    """A city's csv with the given number of rows for each place id; no images."""
+    (folder / "Dataframes").mkdir(exist_ok=True)
+    rows = [f"{place},2012,{i % 12 + 1},{i},{city},51.5,-0.12,pano{place}_{i}" for place, n in places for i in range(n)]
+    (folder / "Dataframes" / f"{city}.csv").write_text(HEADER + "\n".join(rows) + "\n")
+
+
+def places_of(folder, transform=to_unit_tensor, **options):
+    return GSVCities(folder, transform=transform, **options)
+
+
+def test_image_name_of_the_documentation():
+    row = dict(zip(HEADER.strip().split(","), ["13", "2012", "6", "45", "London", "51.5", "-0.12", "abc"], strict=True))
+    assert image_name(row) == "London_0000013_2012_06_045_51.5_-0.12_abc.jpg"
+
+
+def test_places_labels_and_paths(tmp_path):
+    write_table(tmp_path, "London", [(7, 5), (3, 4), (9, 3)])
+    write_table(tmp_path, "Boston", [(3, 4)])
+    write_table(tmp_path, "Atlantis", [(1, 6)])
+    places = places_of(tmp_path)
+    assert places.cities == ["Boston", "London", "Atlantis"]
+    assert places.labels.tolist() == [3, 100_003, 100_007, 200_001]
+    assert (len(places), places.image_count) == (4, 19)
+    assert places.image_paths(1)[2] == str(tmp_path / "Images/London/London_0000003_2012_03_002_51.5_-0.12_pano3_2.jpg")
+    assert len(set(places.all_image_paths())) == 19
+    assert places_of(tmp_path, cities=["London"]).labels.tolist() == [3, 7]
+    assert places_of(tmp_path, images_per_place=3).image_count == 22
+
+
+def test_missing_cities_are_named(tmp_path, caplog):
+    write_table(tmp_path, "London", [(7, 5)])
+    places_of(tmp_path)
+    assert (
+        "22 of the 23" in caplog.text and "Bangkok" in caplog.text and "London" not in caplog.messages[0].split(":")[1]
+    )
+
+
+def test_gsv_cities_refusals(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no GSV-Cities in"):
+        places_of(tmp_path)
+    write_table(tmp_path, "London", [(7, 3)])
+    with pytest.raises(ValueError, match="no place in .* has 4 images; lower --images_per_place"):
+        places_of(tmp_path)
+    with pytest.raises(FileNotFoundError, match="Boston"):
+        places_of(tmp_path, cities=["Boston"])
+    write_table(tmp_path, "London", [(100_000, 4)])
+    with pytest.raises(ValueError, match="place_id outside"):
+        places_of(tmp_path)
+    table = tmp_path / "Dataframes" / "London.csv"
+    table.write_text(HEADER + "7,2012,6,45,London,51.5,-0.12,a\n8,x,6,45,London,51.5,-0.12,a\n")
+    with pytest.raises(ValueError, match="London.csv, line 3"):
+        places_of(tmp_path)
+    table.write_text("place_id,year\n7,2012\n")
+    with pytest.raises(ValueError, match="London.csv, line 2.*month"):
+        places_of(tmp_path)
+
+
+def test_order_goes_city_by_city_and_is_kept_or_redrawn(tmp_path):
+    write_table(tmp_path, "London", [(p, 4) for p in range(30)])
+    write_table(tmp_path, "Boston", [(p, 4) for p in range(20)])
+    places = places_of(tmp_path)
+    fixed = PlaceBatches(places, batch_size=12)
+    batches = list(fixed)
+    assert [len(batch) for batch in batches] == [12, 12, 12, 12, 2] and len(fixed) == 5
+    order = [place for batch in batches for _, place in batch]
+    assert sorted(order) == list(range(50)) and order != sorted(order)
+    assert {places.labels[p] // 100_000 for p in order[:20]} == {0}
+    fixed.epoch = 4
+    assert [place for batch in fixed for _, place in batch] == order
+    assert {epoch for batch in fixed for epoch, _ in batch} == {4}
+    reshuffled = PlaceBatches(places, batch_size=12, place_order="reshuffled")
+    assert reshuffled.order(0).tolist() == order
+    assert sorted(reshuffled.order(1)) == sorted(order) and reshuffled.order(1).tolist() != order
+    other_seed = places_of(tmp_path, seed=1)
+    assert PlaceBatches(other_seed, batch_size=12).order(0).tolist() != order
+
+
+def test_a_place_of_many_images_tends_to_come_early(tmp_path):
+    """Rows are shuffled and a place stands where its first row does."""
+    write_table(tmp_path, "London", [(0, 200), *((p, 4) for p in range(1, 40))])
+    ranks = [PlaceBatches(places_of(tmp_path, seed=s), batch_size=9).order(0).tolist().index(0) for s in range(20)]
+    assert np.mean(ranks) < 3
+
+
+def test_items_depend_on_seed_epoch_and_place_alone(city):
+    def items(num_workers, epoch=0, seed=0):
+        places = places_of(city / "gsv_cities", TrainingTransform((56, 56), 3), seed=seed)
+        batches = PlaceBatches(places, batch_size=4)
+        batches.epoch = epoch
+        return list(DataLoader(places, batch_sampler=batches, num_workers=num_workers))
+
+    def same(a, b):
+        return all(torch.equal(x, y) and torch.equal(m, n) for (x, m), (y, n) in zip(a, b, strict=True))
+
+    plain = items(0)
+    assert plain[0][0].shape == (4, 4, 3, 56, 56) and plain[0][0].dtype == torch.float32
+    torch.manual_seed(99)
+    assert same(plain, items(0)) and same(plain, items(2))
+    assert not same(plain, items(0, epoch=1)) and not same(plain, items(0, seed=1))
+
+
+def test_drawing_an_item_leaves_the_global_generators_alone(city):
+    places = places_of(city / "gsv_cities", TrainingTransform((56, 56), 3))
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    places[0, 0]
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+
+
+def test_images_of_a_place_are_drawn_anew_without_replacement(city):
+    seen = Counter()
+    places = places_of(city / "gsv_cities", lambda image: to_unit_tensor(image.resize((8, 8))))
+    for epoch in range(20):
+        images, label = places[epoch, 3]
+        assert label == places.labels[3]
+        keys = {image.numpy().tobytes() for image in images}
+        assert len(keys) == 4
+        seen.update(keys)
+    assert len(seen) == 5 and min(seen.values()) >= 10
+
+
+def test_known_cities():
+    assert len(set(gsv_cities.CITIES)) == 23
+    assert gsv_cities.CITIES[12] == "Boston" and gsv_cities.CITIES[-1] == "PRS"
+
+
+def test_tree_is_listed_by_name_in_every_spelling(tmp_path):
+    folder = tmp_path / "p@th" / "database"
+    (folder / "b").mkdir(parents=True)
+    names = ["@3@4@.JPG", "@1@2.5@x@.png", "b/@-5.5@6e3@.jpeg", "@9@9@.PNG"]
+    for name in (*names, "notes.txt"):
+        (folder / name).touch()
+    paths = list_images(folder)
+    assert paths == sorted(str(folder / name) for name in names)
+    assert utm_positions(paths).tolist() == [[1, 2.5], [3, 4], [9, 9], [-5.5, 6000]]
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "@1@.jpg", "@1@x@.jpg", "@@@.jpg"])
+def test_names_without_coordinates(name):
+    with pytest.raises(ValueError, match=f"no UTM coordinates in the file name {name}; name it @<UTM east>"):
+        utm_positions([name])
+
+
+def test_missing_and_empty_splits(city, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        DatabaseQueries.from_folder(city, "nowhere", "test")
+    shutil.copytree(city / "toy_city", tmp_path / "toy_city")
+    for path in (tmp_path / "toy_city/images/test/queries").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="no image .* in .*queries"):
+        DatabaseQueries.from_folder(tmp_path, "toy_city", "test")
+
+
+def test_positives_are_a_closed_ball():
+    database = np.array([[0.0, 0], [25, 0], [25.001, 0], [15, 20], [500, 0]])
+    dataset = DatabaseQueries(
+        name="x", database_paths=[""] * 5, queries_paths=[""] * 2, database_positions=database,
+        queries_positions=np.array([[0.0, 0], [900, 900]]),
+    )  # fmt: skip
+    first, second = dataset.positives(25)
+    assert sorted(first) == [0, 1, 3] and len(second) == 0
+    assert str(dataset) == "x (5 database, 2 queries)"
+
+
+def test_evaluation_resize_does_not_antialias_unless_asked():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (280, 280, 3), dtype=np.uint8))
+    plain = evaluation_transform((28, 28))(photo)
+    smooth = evaluation_transform((28, 28), antialias=True)(photo)
+    assert plain.shape == smooth.shape == (3, 28, 28)
+    assert plain.std() > 2 * smooth.std()
+
+
+def test_resizing_before_normalising_changes_nothing():
+    """The released code normalises the full-size image first."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    full = (to_unit_tensor(photo) - mean[:, None, None]) / std[:, None, None]
+    expected = torch.nn.functional.interpolate(full[None], (42, 56), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(evaluation_transform((42, 56))(photo), expected, rtol=0, atol=2e-6)
+
+
+def test_unreadable_image_is_named(tmp_path):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(b"not a photo")
+    with pytest.raises(ValueError, match="cannot read the image .*broken.jpg"):
+        open_image(path)
+    Image.new("RGB", (50, 50)).save(path)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match="cannot read the image .*broken.jpg"):
+        open_image(path)
+
+
+def test_grey_and_palette_images_become_rgb(tmp_path):
+    Image.new("L", (8, 8), 7).save(tmp_path / "grey.png")
+    assert open_image(tmp_path / "grey.png").getpixel((0, 0)) == (7, 7, 7)

@@ -1,0 +1,70 @@
+"""Loss, gradients and three training steps equal the released code's, the encoder's odd one step included."""
+
+import numpy as np
+import pytest
+import torch
+from formula import formula_model, golden, normal
+from torch.nn import functional as F
+
+from train import multi_similarity
+from utils.optimization import Optimization
+
+REFERENCE = golden("reference")
+TRAINING = golden("training")
+
+
+def test_loss_and_its_gradient():
+    x = normal(31, (24, 64)) + 0.5 * normal(32, (6, 64)).repeat_interleave(4, dim=0)
+    x = F.normalize(x, dim=1).requires_grad_()
+    loss = multi_similarity()(x, torch.arange(6).repeat_interleave(4))
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), REFERENCE["loss/value"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(x.grad.numpy(), REFERENCE["loss/grad"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "crossimage"])
+def test_three_steps(name):
+    model = formula_model(crossimage_encoder=name == "crossimage").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, torch.nn.MultiheadAttention):
+            module.dropout = 0.0
+    model.backbone.freeze(8)
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    optimization = Optimization(model, lr=5e-5, lr_encoder=1e-4, encoder_training="released", steps_per_epoch=1000)
+    loss_of = multi_similarity()
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    losses, encoder_moved = [], []
+    for step in range(3):
+        scene = normal(500 + step, (3, 3, 224, 224)).repeat_interleave(2, dim=0)
+        loss = loss_of(model(scene + 0.7 * normal(600 + step, (6, 3, 224, 224))), labels)
+        optimization.backward(loss)
+        if step == 0:
+            norms = {key: p.grad.norm().item() for key, p in model.named_parameters() if p.grad is not None}
+            expected = recorded(f"train/{name}/grad_norm/")
+            assert norms.keys() == expected.keys()
+            for key in norms:
+                assert norms[key] == pytest.approx(expected[key], rel=1e-3), key
+        optimization.step()
+        losses.append(loss.item())
+        encoder_moved.append(
+            max((d.abs().max().item() for key, d in moved(model, start) if "encoder" in key), default=0)
+        )
+    np.testing.assert_allclose(losses, TRAINING[f"train/{name}/loss"], rtol=0, atol=1e-5)
+    expected = recorded(f"train/{name}/delta_norm/")
+    deltas = {key: delta.norm().item() for key, delta in moved(model, start)}
+    assert {key for key, delta in deltas.items() if delta} == expected.keys()
+    for key in expected:
+        assert deltas[key] == pytest.approx(expected[key], rel=1e-3), key
+    if name == "crossimage":
+        expected_moved = TRAINING["train/crossimage/encoder_max_delta_from_start"]
+        np.testing.assert_allclose(encoder_moved, expected_moved, rtol=0, atol=1e-6)
+
+
+def recorded(prefix):
+    return {key.removeprefix(prefix): float(value) for key, value in TRAINING.items() if key.startswith(prefix)}
+
+
+def moved(model, start):
+    return [(key, value.detach() - start[key]) for key, value in model.named_parameters()]

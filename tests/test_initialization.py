@@ -1,0 +1,60 @@
+"""k-means initialisation of the layer."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import build_model
+from model.initialization import initialize_layer, layer_weights, sample_local_features
+
+
+def tiny(**options):
+    return build_model(backbone="dino_tiny", **options).eval()
+
+
+def test_sampling_is_without_replacement_and_takes_what_there_is():
+    model = tiny()
+    images = torch.randn(3, 3, 42, 56)  # 12 patches
+    with torch.inference_mode():
+        features = F.normalize(model.backbone(images), dim=1).flatten(2)
+    few = sample_local_features(model, [images], generator=np.random.default_rng(0), per_image=5)
+    assert few.shape == (15, 144)
+    for index, row in enumerate(few):
+        matches = (row == features[index // 5].T).all(dim=1)
+        assert matches.sum() == 1
+    assert len(torch.unique(few, dim=0)) == 15
+    assert sample_local_features(model, [images], generator=np.random.default_rng(0)).shape == (36, 144)
+
+
+def test_alpha_makes_the_nearest_centroid_a_hundred_times_heavier():
+    centroids = F.normalize(torch.randn(5, 16), dim=1)
+    descriptors = F.normalize(torch.randn(300, 16), dim=1)
+    alpha, weight = layer_weights(7 * centroids, descriptors)
+    gaps = [sorted((descriptor @ centroids.T).tolist(), reverse=True) for descriptor in descriptors]
+    mean_gap = sum(first - second for first, second, *_ in gaps) / len(gaps)
+    assert alpha == pytest.approx(math.log(100) / mean_gap, rel=1e-4)
+    torch.testing.assert_close(weight[:, :, 0, 0], alpha * centroids)
+
+
+def test_one_cluster_has_alpha_one():
+    alpha, weight = layer_weights(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]))
+    assert alpha == 1 and weight.flatten().tolist() == pytest.approx([0.6, 0.8])
+
+
+@pytest.mark.parametrize(("clusters", "ghost_clusters"), [(4, 1), (1, 0)])
+def test_initialisation_is_repeatable(clusters, ghost_clusters):
+    model = tiny(clusters=clusters, ghost_clusters=ghost_clusters)
+    images = torch.randn(8, 3, 112, 112)
+    weights = []
+    for _ in range(2):
+        initialize_layer(model, [images[:5], images[5:]], generator=np.random.default_rng(1))
+        weights.append(model.aggregation.conv.weight.detach().clone())
+    assert torch.equal(*weights) and weights[0].norm() > 0
+
+
+def test_too_few_features():
+    with pytest.raises(ValueError, match="k-means for 65 clusters .* the images gave 4"):
+        initialize_layer(tiny(clusters=64), [torch.randn(1, 3, 28, 28)], generator=np.random.default_rng(0))

@@ -1,0 +1,147 @@
+"""The model's parts against loops and rules, on small sizes."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import BACKBONES, build_model
+from model.cross_image import CrossImageEncoder
+from model.dinov2 import DINOv2
+from model.supervlad import SuperVLAD
+
+
+@pytest.mark.parametrize(("K", "G"), [(4, 1), (1, 2), (3, 0), (1, 0)])
+def test_layer_against_plain_loops(K, G):
+    layer = SuperVLAD(6, K, G)
+    features = torch.randn(2, 6, 2, 3)
+    out = layer(features)
+    for b in range(2):
+        sums = torch.zeros(K, 6)
+        for y in range(2):
+            for x in range(3):
+                local = features[b, :, y, x] / features[b, :, y, x].norm()
+                weights = torch.exp(layer.conv.weight[:, :, 0, 0] @ local)
+                for k in range(K):
+                    sums[k] += weights[k] / weights.sum() * local
+        expected = torch.cat([v / v.norm() for v in sums])
+        torch.testing.assert_close(out[b].flatten(), expected / expected.norm())
+
+
+def test_encoder_follows_a_permutation_of_the_batch():
+    encoder = CrossImageEncoder(32).eval()
+    vectors, order = torch.randn(5, 3, 32), torch.tensor([3, 0, 4, 1, 2])
+    torch.testing.assert_close(encoder(vectors[order]), encoder(vectors)[order])
+
+
+def test_encoder_mixes_images_of_a_batch_but_not_clusters():
+    encoder = CrossImageEncoder(32).eval()
+    vectors = torch.randn(5, 3, 32)
+    changed = vectors.clone()
+    changed[2, 1] += 1
+    difference = (encoder(changed) - encoder(vectors)).abs().amax(dim=2)
+    assert (difference[:, 1] > 1e-4).all() and (difference[:, [0, 2]] == 0).all()
+
+
+def test_encoder_of_one_row_treats_images_alone():
+    encoder = CrossImageEncoder(32).eval()
+    vectors = torch.randn(5, 3, 32)
+    alone = torch.cat([encoder(image[None]) for image in vectors])
+    torch.testing.assert_close(encoder(vectors.view(1, 15, 32)).view(5, 3, 32), alone)
+
+
+def test_layer_difference_tells_an_untrained_encoder():
+    encoder = CrossImageEncoder(32)
+    assert encoder.layer_difference() == 0
+    with torch.no_grad():
+        encoder.layers[1].linear1.weight[3, 4] += 0.5
+    assert encoder.layer_difference() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("encoder", [True, False])
+def test_descriptors_of_a_non_square_image(encoder):
+    model = build_model(backbone="dino_tiny", clusters=3, ghost_clusters=2, crossimage_encoder=encoder).eval()
+    descriptors = model(torch.randn(2, 3, 56, 84))
+    assert descriptors.shape == (2, model.descriptor_dim) == (2, 3 * 144)
+    torch.testing.assert_close(descriptors.norm(dim=1), torch.ones(2))
+
+
+def test_features_lie_where_their_patches_do():
+    backbone = DINOv2(BACKBONES["dino_tiny"]).eval()
+    images = torch.zeros(2, 3, 56, 84)
+    images[1, :, 14:28, 70:84] = 3.0  # row 1, column 5
+    features = backbone(images)
+    difference = (features[1] - features[0]).norm(dim=0)
+    assert features.shape == (2, 144, 4, 6)
+    assert divmod(difference.argmax().item(), 6) == (1, 5)
+
+
+def test_position_embedding_at_the_size_of_pretraining_is_as_it_is():
+    backbone = DINOv2(BACKBONES["dino_tiny"])
+    assert backbone.position_embedding(8, 8) is backbone.pos_embed
+
+
+def test_image_size_off_the_patch_grid():
+    with pytest.raises(ValueError, match="image size 56x57 is not a multiple of the 14-pixel patch"):
+        DINOv2(BACKBONES["dino_tiny"])(torch.zeros(1, 3, 56, 57))
+
+
+@pytest.mark.parametrize("freeze_te", [0, 8, 12])
+def test_freezing(freeze_te):
+    backbone = DINOv2(BACKBONES["dino_tiny"])
+    backbone.freeze(freeze_te)
+    trained = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    expected = {
+        n for n, _ in backbone.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) >= freeze_te
+    }
+    assert trained == expected
+
+
+def test_freezing_nothing_leaves_only_the_unused_mask_token():
+    backbone = DINOv2(BACKBONES["dino_tiny"])
+    backbone.freeze(0)
+    backbone.freeze(None)
+    assert [name for name, p in backbone.named_parameters() if not p.requires_grad] == ["mask_token"]
+
+
+def test_freezing_more_than_there_is():
+    with pytest.raises(ValueError, match="--freeze_te 13 freezes more blocks than the 12"):
+        DINOv2(BACKBONES["dino_tiny"]).freeze(13)
+
+
+@pytest.mark.parametrize("freeze_te", [0, 6, 12, None])
+def test_frozen_blocks_keep_no_activations(freeze_te):
+    backbone = DINOv2(BACKBONES["dino_tiny"])
+    backbone.freeze(freeze_te)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    before = [0] * 13
+    for index, block in enumerate(backbone.blocks):
+        block.register_forward_hook(lambda *_, i=index: before.__setitem__(i + 1, len(kept)))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        backbone(torch.randn(1, 3, 56, 56))
+    for index in range(12):
+        grew = before[index + 1] > before[index]
+        assert grew == (freeze_te is None or index >= freeze_te), index
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "resnet"}, "unknown backbone"),
+        ({"clusters": 0}, "0 clusters"),
+        ({"ghost_clusters": -1}, "-1 ghost"),
+    ],
+)
+def test_impossible_models(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(**{"backbone": "dino_tiny", **options})
+
+
+def test_layer_output_is_normalised_over_all_clusters():
+    vectors = SuperVLAD(8, 4, 1)(torch.randn(3, 8, 4, 4))
+    torch.testing.assert_close(vectors, F.normalize(vectors.flatten(1), dim=1).view_as(vectors))
+    torch.testing.assert_close(vectors.norm(dim=2), torch.full((3, 4), 0.5))

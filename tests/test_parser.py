@@ -1,0 +1,89 @@
+"""The options: the recipe by default, the released README's flags, clear refusals."""
+
+from pathlib import Path
+
+import pytest
+
+import parser
+from model import BACKBONES
+from parser import EvalOptions, TrainOptions, parse
+
+TRAIN = """--eval_datasets_folder=D --eval_dataset_name=pitts30k --foundation_model_path=dinov2_vitb14_pretrain.pth
+--backbone=dino --supervlad_clusters=4 --crossimage_encoder --patience=3 --lr=0.00005 --epochs_num=20
+--train_batch_size=120 --freeze_te 8"""
+EVAL = "--eval_datasets_folder=D --eval_dataset_name=pitts30k --resume=SuperVLAD.pth --backbone=dino "
+
+
+def test_defaults_are_the_recipe():
+    recipe = parse(TrainOptions, TRAIN.split())
+    flags = ["--crossimage_encoder", "--foundation_model_path=dinov2_vitb14_pretrain.pth"]
+    assert parse(TrainOptions, ["--eval_datasets_folder=D", *flags]) == recipe
+    assert (recipe.freeze_te, recipe.train_batch_size, recipe.images_per_place) == (8, 120, 4)
+    assert (recipe.lr, recipe.lr_encoder, recipe.optim, recipe.encoder_training) == (5e-5, 1e-4, "adam", "released")
+    assert (recipe.resize, recipe.train_resize, recipe.infer_batch_size) == ((322, 322), (224, 224), 16)
+    assert (recipe.recall_values, recipe.val_positive_dist_threshold) == ((1, 5, 10, 20), 25)
+    assert (recipe.randaugment_ops, recipe.place_order, recipe.antialias) == (3, "fixed", False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "model"),
+    [
+        ("--supervlad_clusters=4 --crossimage_encoder", ("dino", 4, 1, True)),
+        ("--supervlad_clusters=4", ("dino", 4, 1, False)),
+        ("--supervlad_clusters=1 --ghost_clusters=2", ("dino", 1, 2, False)),
+    ],
+)
+def test_released_evaluation_commands(flags, model):
+    options = parse(EvalOptions, (EVAL + flags).split())
+    assert options.resume == Path("SuperVLAD.pth")
+    assert tuple(options.model.values()) == model
+
+
+def test_backbones_are_those_of_the_model():
+    assert set(parser.BACKBONES) == set(BACKBONES)
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("12", 12), ("none", None)])
+def test_freeze_te(text, value):
+    assert parse(TrainOptions, ["--eval_datasets_folder=D", "--freeze_te", text]).freeze_te == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "--eval_datasets_folder is missing"),
+        ("--eval_datasets_folder=D", "--resume is missing"),
+        (
+            "--eval_datasets_folder=D --resume=x --resize 320 322",
+            "320 is not a multiple of the 14-pixel patch; use e.g. 322",
+        ),
+        ("--eval_datasets_folder=D --resume=x --recall_values 0 5", "--recall_values 0"),
+        ("--eval_datasets_folder=D --resume=x --infer_batch_size 0", "--infer_batch_size 0 is not above 0"),
+        ("--eval_datasets_folder=D --resume=x --ghost_clusters -1", "--ghost_clusters"),
+        ("--eval_datasets_folder=D --resume=x --backbone resnet", "resnet"),
+        ("--eval_datasets_folder=D --resume=x --no_such_flag", "no_such_flag"),
+    ],
+)
+def test_refusals(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(EvalOptions, flags.split())
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", ["--train_resize 224 225", "--freeze_te=-1", "--patience 0", "--lr 0", "--epochs_num -1"]
+)
+def test_training_refusals(flags, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(TrainOptions, ["--eval_datasets_folder=D", *flags.split()])
+    assert exit_.value.code == 2
+    assert flags.split()[0].split("=")[0] in capsys.readouterr().err
+
+
+def test_help_shows_every_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit_:
+        parse(TrainOptions, ["--help"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and "(default: 322 322)" in out and "(default: 5e-05)" in out

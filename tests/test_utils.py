@@ -1,0 +1,219 @@
+"""Search, recall, optimisation, checkpoints and logs."""
+
+import copy
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from model import build_model
+from utils import checkpoint, run_log
+from utils.device import estimated_hours, pick_device
+from utils.optimization import Optimization
+from utils.search import merge_crops, nearest, recall_at
+from utils.seed import seed_everything
+
+
+def test_search_is_exact():
+    rng = np.random.default_rng(0)
+    queries, database = rng.standard_normal((7, 12)).astype("f"), rng.standard_normal((50, 12)).astype("f")
+    distances, predictions = nearest(queries, database, 10)
+    expected = ((queries[:, None] - database[None]) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(predictions, np.argsort(expected, axis=1)[:, :10])
+    np.testing.assert_allclose(distances, np.sort(expected, axis=1)[:, :10], rtol=1e-5)
+
+
+def test_search_in_a_database_smaller_than_the_answer():
+    distances, predictions = nearest(np.eye(3, dtype="f"), np.eye(3, dtype="f")[:2], 20)
+    assert predictions.shape == distances.shape == (3, 2)
+
+
+def test_recall_counts_every_query():
+    predictions = np.array([[4, 0, 2], [1, 2, 3], [3, 4, 0], [0, 1, 2]])
+    positives = [np.array([2, 3]), np.array([], dtype=int), np.array([3]), np.array([4])]
+    recalls = recall_at(predictions, positives, [1, 2, 3, 50])
+    assert recalls == {1: 25.0, 2: 25.0, 3: 50.0, 50: 50.0}
+
+
+def test_recall_against_plain_loops():
+    rng = np.random.default_rng(3)
+    predictions = np.array([rng.permutation(40)[:20] for _ in range(30)])
+    positives = [rng.choice(40, size=rng.integers(0, 4), replace=False) for _ in range(30)]
+    for n, recall in recall_at(predictions, positives, [1, 5, 10, 20]).items():
+        hits = sum(
+            any(p in set(good) for p in row[:n]) for row, good in zip(predictions.tolist(), positives, strict=True)
+        )
+        assert recall == pytest.approx(100 * hits / 30)
+
+
+def test_merging_keeps_the_nearest_occurrence():
+    predictions = np.array([[1, 2], [3, 1]])
+    distances = np.array([[0.5, 0.6], [0.1, 0.2]], dtype="f")
+    assert merge_crops(distances, predictions, crops=2).tolist() == [[3, 1]]
+
+
+def test_agreeing_crops_move_an_image_up():
+    predictions = np.array([[1, 2], [3, 1], [4, 2], [5, 6], [7, 8]])
+    distances = np.array([[0.500, 0.9], [0.495, 0.501], [0.9, 0.9], [0.9, 0.9], [0.9, 0.9]], dtype="f")
+    assert merge_crops(distances, predictions)[0].tolist() == [3, 1]
+    # Image 1 stands twice among the first 5 columns: 0.500 - 0.01 * 2/5 - 0.01 * 2/10 = 0.494.
+    assert merge_crops(distances, predictions, majority_weight=0.01)[0].tolist() == [1, 3]
+
+
+class Small(nn.Module):
+    def __init__(self, encoder=True):
+        super().__init__()
+        self.body = nn.Linear(3, 3)
+        self.encoder = nn.Linear(3, 3) if encoder else None
+
+    def forward(self, x):
+        x = self.body(x)
+        return x if self.encoder is None else self.encoder(x)
+
+
+def steps(model, optimization, count):
+    moved = []
+    for _ in range(count):
+        before = [p.detach().clone() for p in model.parameters()]
+        optimization.backward((model(torch.ones(2, 3)) ** 2).sum())
+        optimization.step()
+        moved.append([(p - b).abs().max().item() for p, b in zip(model.parameters(), before, strict=True)])
+    return moved
+
+
+def test_released_encoder_training_is_one_step():
+    model = Small()
+    optimization = Optimization(model, lr=5e-5, lr_encoder=1e-4, steps_per_epoch=10)
+    first, second, _ = steps(model, optimization, 3)
+    assert first == pytest.approx([5e-5, 5e-5, 1.5e-4, 1.5e-4], rel=1e-2)
+    assert second[0] > 0 and second[2:] == [0, 0]
+    assert optimization.encoder_retired
+
+
+def test_encoder_is_not_stepped_again_after_a_resume():
+    model = Small()
+    first = Optimization(model, lr=5e-5, lr_encoder=1e-4, steps_per_epoch=10)
+    steps(model, first, 1)
+    again = Small()
+    again.load_state_dict(model.state_dict())
+    second = Optimization(again, lr=5e-5, lr_encoder=1e-4, steps_per_epoch=10)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert steps(again, second, 2)[1][2:] == [0, 0]
+    steps(model, first, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_every_step_has_its_own_rate_and_one_owner_a_parameter():
+    model = Small()
+    optimization = Optimization(model, lr=5e-5, lr_encoder=1e-4, encoder_training="every_step", steps_per_epoch=10)
+    for moved in steps(model, optimization, 3):
+        assert moved[0] > 0 and moved[2] > 0
+    owned = [id(p) for group in optimization.optimizer.param_groups for p in group["params"]]
+    assert len(owned) == len(set(owned)) == 4
+    assert [group["lr"] for group in optimization.optimizer.param_groups] == [5e-5, 1e-4]
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_released_encoder_training_is_for_adam(optim):
+    rates = {"lr": 1e-3, "lr_encoder": 1e-3, "steps_per_epoch": 1}
+    with pytest.raises(ValueError, match=f"not for --optim {optim}; use --encoder_training every_step"):
+        Optimization(Small(), optim=optim, **rates)
+    steps(model := Small(False), Optimization(model, optim=optim, **rates), 1)
+    steps(model := Small(), Optimization(model, optim=optim, encoder_training="every_step", **rates), 1)
+
+
+def test_learning_rates_halve_every_third_epoch():
+    model = Small()
+    optimization = Optimization(model, lr=8e-5, lr_encoder=4e-4, encoder_training="every_step", steps_per_epoch=2)
+    rates = []
+    for _ in range(13):
+        rates.append(tuple(group["lr"] for group in optimization.optimizer.param_groups))
+        steps(model, optimization, 1)
+    np.testing.assert_allclose(rates, [(8e-5, 4e-4)] * 6 + [(4e-5, 2e-4)] * 6 + [(2e-5, 1e-4)])
+
+
+def test_optimiser_settings():
+    sgd = Optimization(Small(False), optim="sgd", lr=1e-3, lr_encoder=1e-3, steps_per_epoch=1).optimizer.param_groups[0]
+    assert (sgd["momentum"], sgd["weight_decay"]) == (0.9, 1e-3)
+    adamw = Optimization(Small(False), optim="adamw", lr=1e-3, lr_encoder=1e-3, steps_per_epoch=1).optimizer
+    assert adamw.param_groups[0]["weight_decay"] == 9.5e-9
+
+
+def test_a_step_that_overflowed_does_not_retire_the_encoder():
+    model = Small()
+    optimization = Optimization(model, lr=5e-5, lr_encoder=1e-4, steps_per_epoch=10, scale_gradients=True)
+    optimization.backward(model(torch.ones(2, 3)).sum() * float("inf"))
+    optimization.step()
+    assert not optimization.encoder_retired
+    steps(model, optimization, 1)
+    assert optimization.encoder_retired
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "last_model.pth"
+    checkpoint.save(path, {"epoch_num": 1})
+
+    def dies(content, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path, {"epoch_num": 2})
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=True) == {"epoch_num": 1}
+
+
+def test_run_folder_logs_and_turns_bad_input_into_status_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_, run_log.run_folder(tmp_path / "x") as folder:
+        logging.getLogger("anything").info("started")
+        raise ValueError("the value, the rule, the remedy")
+    assert exit_.value.code == 2
+    shown = capsys.readouterr().err
+    assert "ERROR the value, the rule, the remedy" in shown and "Traceback" not in shown
+    assert "started" in (folder / "info.log").read_text()
+    assert "Traceback" in (folder / "debug.log").read_text()
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
+    folders = set()
+    for _ in range(3):
+        with run_log.run_folder(tmp_path) as folder:
+            folders.add(folder)
+    assert len(folders) == 3
+
+
+def test_a_relative_save_dir_lies_below_logs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with run_log.run_folder(run_log.Path("mine")) as folder:
+        assert folder.parent.parts == ("logs", "mine")
+
+
+def test_results_hold_what_they_depend_on(tmp_path):
+    run_log.write_results(tmp_path, {"recalls": {1: 27.0}}, {"seed": 0, "path": tmp_path}, torch.device("cpu"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["recalls"] == {"1": 27.0} and results["options"] == {"seed": 0, "path": str(tmp_path)}
+    assert {"torch", "faiss", "device", "git"} <= results["environment"].keys()
+
+
+def test_seeding_covers_every_generator():
+    draws = []
+    for _ in range(2):
+        seed_everything(5)
+        draws.append((np.random.rand(), torch.rand(1).item(), __import__("random").random()))
+    assert draws[0] == draws[1]
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto").type == pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="--device cuda was asked for"):
+        pick_device("cuda")
+
+
+def test_estimated_hours_grow_with_the_images():
+    backbone = build_model(backbone="dino_tiny").backbone
+    assert estimated_hours(backbone, size=(56, 56), images=3_600_000) > 0.1

@@ -1,0 +1,165 @@
+"""Weight files of every kind; a misfit names the option to change, and no file runs code."""
+
+import os
+import pickle
+import re
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from model import build_model
+from model.weights import FOUNDATION_FILES, load_checkpoint, load_foundation, missing_foundation, read_file
+
+
+def tiny(**options):
+    return build_model(backbone="dino_tiny", **options)
+
+
+def released_content(model):
+    """What the released training script puts into a file."""
+    return {
+        "epoch_num": 3,
+        "model_state_dict": {f"module.{name}": value for name, value in model.state_dict().items()},
+        "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 5e-5}]},
+        "recalls": np.array([91.5, 96.25, 97.0]),
+        "best_r5": np.float64(187.75),
+        "not_improved_num": 0,
+    }
+
+
+def under_numpy_1(path):
+    """Renames NumPy's modules in a file to what they were called when the released files were written."""
+    renamed = path.with_suffix(".numpy1.pth")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(renamed, "w") as new:
+        for item in old.infolist():
+            data = old.read(item)
+            if item.filename.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in data
+                data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            new.writestr(item, data)
+    return renamed
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("numpy", [1, 2])
+def test_released_format(tmp_path, numpy):
+    saved, model = tiny(crossimage_encoder=True), tiny(crossimage_encoder=True)
+    path = tmp_path / "released.pth"
+    torch.save(released_content(saved), path)
+    if numpy == 1:
+        path = under_numpy_1(path)
+    content = load_checkpoint(model, path)
+    assert same_weights(model, saved)
+    assert content["recalls"].tolist() == [91.5, 96.25, 97.0] and content["best_r5"] == 187.75
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_bare_state_dict(tmp_path, prefix):
+    saved, model = tiny(), tiny()
+    torch.save({prefix + name: value for name, value in saved.state_dict().items()}, tmp_path / "bare.pth")
+    assert load_checkpoint(model, tmp_path / "bare.pth") == {}
+    assert same_weights(model, saved)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch " + os.environ["PROOF"],)
+
+
+def test_a_file_that_needs_code_is_refused_unrun(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROOF", str(tmp_path / "ran"))
+    torch.save({"model_state_dict": RunsCode()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="would run code from the file: refused"):
+        read_file(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weight file at .*none.pth"):
+        read_file(tmp_path / "none.pth")
+    path = tmp_path / "whole.pth"
+    torch.save(tiny().state_dict(), path)
+    data = path.read_bytes()
+    for damaged in (b"", b"<html>quota exceeded</html>", data[: len(data) // 2], data[:100]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged or not a PyTorch weight file"):
+            read_file(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="holds a list"):
+        read_file(path)
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ValueError, match="is damaged or not a PyTorch weight file"):
+        read_file(path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"clusters": 1},
+            "has 4 clusters and 1 ghost clusters, but 1 and 1 were asked for; use --supervlad_clusters=4",
+        ),
+        ({"ghost_clusters": 0}, "use --supervlad_clusters=5 --ghost_clusters=0 (or any other pair that sums to 5"),
+        ({"crossimage_encoder": True}, "has no cross-image encoder, but one was asked for; leave out"),
+    ],
+)
+def test_a_misfit_names_the_option(tmp_path, asked, message):
+    torch.save(released_content(tiny()), tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_checkpoint(tiny(**asked), tmp_path / "file.pth")
+
+
+def test_an_encoder_that_was_not_asked_for(tmp_path):
+    torch.save(released_content(tiny(crossimage_encoder=True)), tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="add --crossimage_encoder"):
+        load_checkpoint(tiny(), tmp_path / "file.pth")
+
+
+def test_our_files_tell_ghost_clusters_from_clusters(tmp_path):
+    """The tensor holds only their sum, so another split of the same sum would load and be wrong."""
+    written = {"clusters": 4, "ghost_clusters": 1}
+    torch.save({"model_state_dict": tiny().state_dict(), "model": written}, tmp_path / "ours.pth")
+    with pytest.raises(ValueError, match="use --supervlad_clusters=4 --ghost_clusters=1$"):
+        load_checkpoint(tiny(clusters=3, ghost_clusters=2), tmp_path / "ours.pth")
+
+
+def test_another_backbone(tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "tiny.pth")
+    with torch.device("meta"):
+        small = build_model(backbone="dino_small")
+    with pytest.raises(ValueError, match="use --backbone=dino_tiny"):
+        load_checkpoint(small, tmp_path / "tiny.pth")
+
+
+def test_missing_or_surplus_tensors(tmp_path):
+    state = tiny().state_dict()
+    state["surplus"] = torch.zeros(1)
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="surplus"):
+        load_checkpoint(tiny(), tmp_path / "file.pth")
+    torch.save({"something": torch.zeros(1)}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="holds no DINOv2 backbone"):
+        load_checkpoint(tiny(), tmp_path / "file.pth")
+
+
+def test_foundation_file(tmp_path):
+    saved, model = tiny(), tiny()
+    torch.save(saved.backbone.state_dict(), tmp_path / "dinov2.pth")
+    load_foundation(model.backbone, tmp_path / "dinov2.pth")
+    assert same_weights(model.backbone, saved.backbone)
+    with torch.device("meta"):
+        base = build_model(backbone="dino")
+    with pytest.raises(ValueError, match="use --backbone=dino_tiny"):
+        load_foundation(base.backbone, tmp_path / "dinov2.pth")
+
+
+def test_where_foundation_weights_are_published():
+    base = "https://dl.fbaipublicfiles.com/dinov2/"
+    assert base + "dinov2_vitb14/dinov2_vitb14_pretrain.pth" in str(missing_foundation("dino"))
+    assert base + "dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth" in str(missing_foundation("dino_giant_reg"))
+    assert len(FOUNDATION_FILES) == 8

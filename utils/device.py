@@ -1,0 +1,37 @@
+"""The device to compute on, and what to expect of it."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `auto` (a CUDA GPU where there is one, else the CPU), `cuda`, `cpu` or `mps`.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but PyTorch sees no CUDA GPU; use --device cpu or auto")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps was asked for, but PyTorch sees none; use --device cpu or auto")
+    return torch.device(name)
+
+
+def estimated_hours(backbone: nn.Module, *, size: Sequence[int], images: int) -> float:
+    """Hours of training a backbone on `images` images of `size` (height, width), from one timed forward pass.
+
+    The backward pass is counted as twice the forward pass of the parameters that are trained.
+    """
+    parameters = [(p.numel(), p.requires_grad) for p in backbone.parameters()]
+    trained = sum(n for n, trainable in parameters if trainable) / sum(n for n, _ in parameters)
+    image = torch.zeros(1, 3, *size, device=next(backbone.parameters()).device)
+    with torch.inference_mode():
+        backbone(image)  # the first call also sets up memory
+        started = time.perf_counter()
+        backbone(image)
+    return (time.perf_counter() - started) * (1 + 2 * trained) * images / 3600

@@ -1,0 +1,115 @@
+"""How the weights move: optimiser, schedule, gradient scaling and the cross-image encoder's own rule."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZERS = {
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {"weight_decay": 9.5e-9}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 1e-3}),
+}
+
+
+class Optimization:
+    """The optimiser of a model with its schedule: the learning rate halves every third epoch.
+
+    The cross-image encoder (`model.encoder`, perhaps None) follows `encoder_training`:
+
+    - "every_step": it is trained at `lr_encoder`, on the same schedule, as the paper describes.
+    - "released": exactly what the released training script does. There the main optimiser and an Adam of the encoder's
+      own at `lr_encoder` both step it once, and it is frozen ever after. The first step of Adam is proportional to the
+      learning rate, so one step at the sum of the two rates is the same, and no parameter needs two optimisers.
+
+    Args:
+        model: its trainable parameters are optimised.
+        optim: a name from `OPTIMIZERS`.
+        lr: of everything but the encoder.
+        lr_encoder: the encoder's own.
+        encoder_training: "released" (Adam only) or "every_step".
+        steps_per_epoch: optimiser steps in an epoch, the last short batch counted.
+        scale_gradients: multiplies the loss so that fp16 gradients do not underflow.
+
+    Raises:
+        ValueError: "released" with an optimiser other than Adam.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optim: str = "adam",
+        lr: float,
+        lr_encoder: float,
+        encoder_training: str = "released",
+        steps_per_epoch: int,
+        scale_gradients: bool = False,
+    ):
+        self.encoder: nn.Module | None = model.encoder  # type: ignore[assignment]
+        self.encoder_training = encoder_training
+        self.encoder_retired = False
+        if self.encoder is not None and encoder_training == "released" and optim != "adam":
+            raise ValueError(
+                f"--encoder_training released is what the released script does, and that exists for Adam only, not for "
+                f"--optim {optim}; use --encoder_training every_step"
+            )
+        in_encoder = set() if self.encoder is None else set(self.encoder.parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in model.parameters() if p.requires_grad and p not in in_encoder], "lr": lr}
+        ]
+        if self.encoder is not None:
+            rate = lr + lr_encoder if encoder_training == "released" else lr_encoder
+            groups.append({"params": list(self.encoder.parameters()), "lr": rate})
+        optimizer, settings = OPTIMIZERS[optim]
+        self.optimizer = optimizer(groups, **settings)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=3 * steps_per_epoch, gamma=0.5)
+        device = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=scale_gradients)
+
+    @property
+    def lr(self) -> float:
+        """The present learning rate of everything but the encoder."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def backward(self, loss: Tensor) -> None:
+        """Computes the gradients of a scalar loss."""
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> None:
+        """Moves the weights once and drops the gradients."""
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        taken = self.scaler.get_scale() >= scale  # the scaler skips a step whose gradients overflowed, and backs off
+        if self.encoder is not None and self.encoder_training == "released" and not self.encoder_retired and taken:
+            self._retire_encoder()
+
+    def _retire_encoder(self) -> None:
+        assert self.encoder is not None
+        self.encoder.requires_grad_(False)
+        self.encoder_retired = True
+        logger.info("cross-image encoder frozen after its one step (--encoder_training released)")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, as tensors and plain values."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "encoder_training": self.encoder_training,
+            "encoder_retired": self.encoder_retired,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        if state["encoder_retired"]:
+            self._retire_encoder()
