@@ -2,15 +2,21 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 DEMO := data/demo
 
+SEED := 0
+
 # Everything at the demo's size: the small backbone from scratch, on photos of 112 x 112.
 DEMO_OPTIONS := --eval_datasets_folder=$(DEMO) --eval_dataset_name=toy_city --backbone=dino_tiny --crossimage_encoder \
-	--resize 112 112 --train_resize 112 112 --freeze_te none --randaugment_ops 0
+	--resize 112 112 --train_resize 112 112 --freeze_te none --randaugment_ops 0 --seed=$(SEED)
 
 .PHONY: demo test lint
 
 demo: $(DEMO)/toy_city
 	$(VENV) train.py $(DEMO_OPTIONS) --save_dir=demo/before --epochs_num=0
 	$(VENV) train.py $(DEMO_OPTIONS) --save_dir=demo/after --epochs_num=8 --train_batch_size=32 --lr=0.001
+	@echo; for run in before after; do \
+		folder=$$(ls -d logs/demo/$$run/* | tail -n 1); \
+		echo "$$run training: $$(sed -n 's/.*INFO Recalls/Recalls/p' $$folder/info.log), in $$folder"; \
+	done
 
 $(DEMO)/toy_city: datasets/toy_city.py | .venv/ready
 	$(VENV) -m datasets.toy_city --output $(DEMO) --overwrite

@@ -39,7 +39,7 @@ def run(options: EvalOptions) -> dict[int, float]:
         run_log.log_parameters(model)
         if model.encoder is not None:
             logger.info(
-                "largest difference between the two encoder layers: %.1e (below about 3e-4: trained for one step only)",
+                "largest difference between the two encoder layers: %.1e (3e-4 at most: trained for one step only)",
                 model.encoder.layer_difference(),
             )
 

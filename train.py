@@ -10,10 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
-from pytorch_metric_learning.losses import MultiSimilarityLoss
-from pytorch_metric_learning.miners import MultiSimilarityMiner
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -27,6 +23,7 @@ from parser import TrainOptions, parse
 from test import evaluate, format_recalls, image_batches
 from utils import checkpoint, run_log
 from utils.device import estimated_hours, pick_device
+from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 from utils.seed import seed_everything
 
@@ -117,8 +114,8 @@ def run(options: TrainOptions) -> dict[int, float]:
         progress: dict[str, Any] = {"epoch_num": 0, "recalls": {}, "best_score": -math.inf, "not_improved_num": 0}
 
         def save(name: str, **more: Any) -> None:
-            content = {"model_state_dict": model.state_dict(), "model": options.model, **progress, **more}
-            checkpoint.save(folder / name, content)
+            made = {"model": options.model, "encoder_training": options.encoder_training}
+            checkpoint.save(folder / name, {"model_state_dict": model.state_dict(), **made, **progress, **more})
 
         save("best_model.pth")
         save("last_model.pth", optimization=optimization.state_dict())
@@ -162,19 +159,10 @@ def run(options: TrainOptions) -> dict[int, float]:
 def initialization_images(read_split: Callable[[str], DatabaseQueries], places: GSVCities) -> list[str]:
     """The images whose local features are clustered: the evaluation dataset's train split, else GSV-Cities."""
     try:
-        train = read_split("train")
+        return read_split("train").covered_images(10.0)
     except FileNotFoundError:
         logger.info("no train split beside the evaluation dataset: the layer is initialised from GSV-Cities images")
         return places.all_image_paths()
-    matched = [path for path, near in zip(train.queries_paths, train.positives(10.0), strict=True) if len(near)]
-    return train.database_paths + matched
-
-
-def multi_similarity() -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of descriptors B x D and labels B on the pairs that its miner finds hard (Wang et al. 2019)."""
-    criterion = MultiSimilarityLoss(alpha=1.0, beta=50.0, base=0.0, distance=DotProductSimilarity())
-    miner = MultiSimilarityMiner(epsilon=0.1, distance=CosineSimilarity())
-    return lambda descriptors, labels: criterion(descriptors, labels, miner(descriptors, labels))
 
 
 def train_one_epoch(
@@ -188,7 +176,7 @@ def train_one_epoch(
     Raises:
         ValueError: a loss that is not finite; the weights are then of no use.
     """
-    loss_of = multi_similarity()
+    criterion = MinedMultiSimilarity()
     model.train()
     losses = []
     bar = tqdm(loader, desc="training", unit="step")
@@ -196,7 +184,7 @@ def train_one_epoch(
         labels = labels.repeat_interleave(images.shape[1]).to(device, non_blocking=True)  # (P,) -> (P*K,)
         images = images.flatten(0, 1).to(device, non_blocking=True)  # (P, K, 3, H, W) -> (P*K, 3, H, W)
         with torch.autocast(device.type, dtype=torch.float16, enabled=mixed_precision):
-            loss = loss_of(model(images), labels)
+            loss = criterion(model(images), labels)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise ValueError(f"the loss became {losses[-1]} at a learning rate of {optimization.lr}; lower --lr")

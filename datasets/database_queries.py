@@ -108,6 +108,11 @@ class DatabaseQueries:
         """Name and number of images, for the record."""
         return {"name": self.name, "database": len(self.database_paths), "queries": len(self.queries_paths)}
 
+    def covered_images(self, distance: float) -> list[str]:
+        """Paths of the database images, and of the queries that have one of them within `distance` metres."""
+        near = self.positives(distance)
+        return self.database_paths + [path for path, found in zip(self.queries_paths, near, strict=True) if len(found)]
+
     def positives(self, distance: float) -> list[NDArray[np.int64]]:
         """For each query, the indices of the database images within `distance` metres of it (closed ball)."""
         index = NearestNeighbors().fit(self.database_positions)

@@ -66,18 +66,20 @@ SPLIT_NORTHING = {"train": 1000.0, "val": 2000.0, "test": 3000.0}
 class Difficulty:
     """How much two visits of a place differ.
 
-    Lengths are in metres and angles in degrees; a jitter is the half width of a uniform distribution. `photometric`
-    scales exposure, white balance, contrast, saturation, cast shadows, fog and noise together. `occluders` is the mean
-    number of people and of half as many cars in front of the camera. `times` are the probabilities of day, golden
-    hour, dusk and night, `weathers` those of clear, overcast, fog and rain.
+    Lengths are in metres and angles in degrees; a jitter is the half width of a uniform distribution. `lighting`
+    scales what happens in the street (sunlight against sky, cast shadows, fog, lit windows), `exposure` what happens
+    in the camera (exposure, white balance, contrast, saturation, noise, blur). `occluders` is the mean number of
+    people and of half as many cars in front of the camera. `times` are the probabilities of day, golden hour, dusk and
+    night, `weathers` those of clear, overcast, fog and rain.
     """
 
-    position_jitter: float = 1.0
-    distance_jitter: float = 0.8
-    heading_jitter: float = 5.0
+    position_jitter: float = 2.5
+    distance_jitter: float = 1.2
+    heading_jitter: float = 7.0
     tilt_jitter: float = 1.0
     fov_jitter: float = 3.0
-    photometric: float = 1.0
+    lighting: float = 0.6
+    exposure: float = 0.2
     occluders: float = 1.0
     times: tuple[float, float, float, float] = (0.70, 0.15, 0.13, 0.02)
     weathers: tuple[float, float, float, float] = (0.50, 0.30, 0.08, 0.12)
@@ -449,11 +451,11 @@ def draw_look(rng: Generator, difficulty: Difficulty) -> Look:
         grey = (0.85, 0.25)[int(time >= 2)] * rng.uniform(0.75, 1.1)
         zenith, horizon = np.full(3, grey * 0.92), np.full(3, grey)
         light = light * np.array([0.82, 0.85, 0.9])
-    fog = rng.uniform(0.2, 0.45) * difficulty.photometric if weather == 2 else 0.0
+    fog = rng.uniform(0.2, 0.45) * difficulty.lighting if weather == 2 else 0.0
     lit = (0.1, 0.2, 0.5, 0.5)[time]
     # Facades against the light are darker than the sky, sunlit ones under clouds brighter: only the outline stays.
-    light = light * 2 ** (difficulty.photometric * rng.uniform(-0.8, 0.6))
-    veil = 2 ** (difficulty.photometric * rng.uniform(-1.2, 0.2))
+    light = light * 2 ** (difficulty.lighting * rng.uniform(-0.8, 0.6))
+    veil = 2 ** (difficulty.lighting * rng.uniform(-1.2, 0.2))
     zenith, horizon = zenith * veil, horizon * veil
     light, zenith, horizon = np.stack([light, zenith, horizon]).astype(np.float32)[..., None, None]
     return Look(light, zenith, horizon, bool(weather == 0 and time < 2), min(fog, 0.8), bool(weather == 3), lit)
@@ -506,7 +508,7 @@ def render_view(
     Returns:
         RGB image of `size`.
     """
-    look, strength = draw_look(rng, difficulty), difficulty.photometric
+    look, strength = draw_look(rng, difficulty), difficulty.lighting
     width, height = size
     pixels = np.ones((3, height, width), dtype=np.float32)
     pixels[0], pixels[1] = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
@@ -535,7 +537,9 @@ def render_view(
             rgb = rgb + (figures[:3] * look.light - rgb) * figures[3]
 
     rgb = rgb + (look.horizon - rgb) * look.fog
-    return photograph(rgb, look, rng, strength)
+    # One side of the street lies brighter than the other.
+    rgb = rgb * (1 + strength * rng.uniform(-0.5, 0.5) * np.linspace(-1, 1, width, dtype=np.float32))
+    return photograph(rgb, look, rng, difficulty.exposure)
 
 
 def photograph(rgb: np.ndarray, look: Look, rng: Generator, strength: float) -> Image.Image:
@@ -544,14 +548,13 @@ def photograph(rgb: np.ndarray, look: Look, rng: Generator, strength: float) -> 
     if look.rain:
         streaks = (rng.random((height // 6 + 1, width)) < 0.03).repeat(6, axis=0)[:height]
         rgb = rgb + np.float32(0.2) * streaks
-    ramp = 1 + strength * rng.uniform(-0.5, 0.5) * np.linspace(-1, 1, width, dtype=np.float32)
     # A camera's automatic exposure keeps most pictures readable but never quite evens them out.
     metered = (0.42 / max(float(rgb.mean()), 0.02)) ** 0.75
     white_balance = rng.normal(0, 0.14, (3, 1, 1)).astype(np.float32)
     gain = metered * 2 ** (strength * (rng.uniform(-0.6, 0.6) + white_balance))
     grey = rgb.mean(axis=0)
     rgb = grey + (rgb - grey) * (1 + strength * rng.uniform(-0.6, 0.25))
-    rgb = np.clip(rgb * ramp * gain, 0, 1) ** (2 ** (strength * rng.uniform(-0.45, 0.45)))
+    rgb = np.clip(rgb * gain, 0, 1) ** (2 ** (strength * rng.uniform(-0.45, 0.45)))
     rgb = (rgb - 0.5) * (1 + strength * rng.uniform(-0.25, 0.2)) + 0.5
     noise = rng.standard_normal(rgb.shape, dtype=np.float32)
     rgb = rgb + noise * strength * rng.uniform(0.005, 0.035)
@@ -668,9 +671,9 @@ def write_toy_city(
     *,
     seed: int = 0,
     cities: Sequence[str] = ("London", "Boston"),
-    train_streets: int = 40,
+    train_streets: int = 72,
     places: int = 8,
-    visits: int = 6,
+    visits: int = 5,
     test_streets: int = 22,
     val_streets: int = 10,
     cluster_streets: int = 12,
@@ -759,12 +762,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("data"), help="folder for gsv_cities and toy_city")
     parser.add_argument("--seed", type=int, default=0, help="source of every random number")
     parser.add_argument("--cities", nargs="+", default=["London", "Boston"], choices=sorted(CITIES))
-    parser.add_argument("--train-streets", type=int, default=40, help="streets of each training city")
+    parser.add_argument("--train_streets", type=int, default=72, help="streets of each training city")
     parser.add_argument("--places", type=int, default=8, help="places along a training street")
-    parser.add_argument("--visits", type=int, default=6, help="images of each training place")
-    parser.add_argument("--test-streets", type=int, default=22, help="streets of the test split")
-    parser.add_argument("--val-streets", type=int, default=10, help="streets of the val split")
-    parser.add_argument("--cluster-streets", type=int, default=12, help="streets of the train split (for k-means)")
+    parser.add_argument("--visits", type=int, default=5, help="images of each training place")
+    parser.add_argument("--test_streets", type=int, default=22, help="streets of the test split")
+    parser.add_argument("--val_streets", type=int, default=10, help="streets of the val split")
+    parser.add_argument("--cluster_streets", type=int, default=12, help="streets of the train split (for k-means)")
     parser.add_argument("--spots", type=int, default=10, help="database images, and queries, of an evaluation street")
     parser.add_argument("--size", type=int, nargs=2, default=(160, 120), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--workers", type=int, help="processes to render with (default: one for each core)")

@@ -40,7 +40,7 @@ BACKBONES = {
     "dino_large_reg": replace(_LARGE, registers=4),
     "dino_giant_reg": replace(_GIANT, registers=4),
     # Ours, for the demo and the tests; as deep as ViT-B, so that --freeze_te means the same. No published weights.
-    "dino_tiny": BackboneSize(channels=144, depth=12, heads=6, image_size=112),
+    "dino_tiny": BackboneSize(channels=96, depth=12, heads=6, image_size=112),
 }
 
 
@@ -148,18 +148,9 @@ class DINOv2(nn.Module):
         self.patch_embed = PatchEmbed(size.channels)
         self.blocks = nn.ModuleList(Block(size.channels, size.heads, size.swiglu) for _ in range(size.depth))
         self.norm = nn.LayerNorm(size.channels, eps=1e-6)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Draws the starting point that DINOv2's authors train from."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        if self.size.registers:
-            nn.init.normal_(self.register_tokens, std=1e-6)
+        # Published weights replace all of this. From scratch (dino_tiny) positions as strong as these were measured to
+        # learn faster than DINOv2's own 0.02.
+        nn.init.trunc_normal_(self.pos_embed, std=0.2)
 
     @property
     def channels(self) -> int:

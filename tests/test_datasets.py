@@ -173,12 +173,13 @@ def test_missing_and_empty_splits(city, tmp_path):
 def test_positives_are_a_closed_ball():
     database = np.array([[0.0, 0], [25, 0], [25.001, 0], [15, 20], [500, 0]])
     dataset = DatabaseQueries(
-        name="x", database_paths=[""] * 5, queries_paths=[""] * 2, database_positions=database,
+        name="x", database_paths=[""] * 5, queries_paths=["near", "far"], database_positions=database,
         queries_positions=np.array([[0.0, 0], [900, 900]]),
     )  # fmt: skip
     first, second = dataset.positives(25)
     assert sorted(first) == [0, 1, 3] and len(second) == 0
     assert str(dataset) == "x (5 database, 2 queries)"
+    assert dataset.covered_images(25) == [*dataset.database_paths, "near"]
 
 
 def test_evaluation_resize_does_not_antialias_unless_asked():

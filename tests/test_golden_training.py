@@ -6,7 +6,7 @@ import torch
 from formula import formula_model, golden, normal
 from torch.nn import functional as F
 
-from train import multi_similarity
+from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 
 REFERENCE = golden("reference")
@@ -16,7 +16,7 @@ TRAINING = golden("training")
 def test_loss_and_its_gradient():
     x = normal(31, (24, 64)) + 0.5 * normal(32, (6, 64)).repeat_interleave(4, dim=0)
     x = F.normalize(x, dim=1).requires_grad_()
-    loss = multi_similarity()(x, torch.arange(6).repeat_interleave(4))
+    loss = MinedMultiSimilarity()(x, torch.arange(6).repeat_interleave(4))
     loss.backward()
     np.testing.assert_allclose(loss.item(), REFERENCE["loss/value"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(x.grad.numpy(), REFERENCE["loss/grad"], rtol=0, atol=1e-5)
@@ -33,7 +33,7 @@ def test_three_steps(name):
     model.backbone.freeze(8)
     start = {key: value.clone() for key, value in model.state_dict().items()}
     optimization = Optimization(model, lr=5e-5, lr_encoder=1e-4, encoder_training="released", steps_per_epoch=1000)
-    loss_of = multi_similarity()
+    loss_of = MinedMultiSimilarity()
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     losses, encoder_moved = [], []
     for step in range(3):

@@ -21,12 +21,12 @@ def test_sampling_is_without_replacement_and_takes_what_there_is():
     with torch.inference_mode():
         features = F.normalize(model.backbone(images), dim=1).flatten(2)
     few = sample_local_features(model, [images], generator=np.random.default_rng(0), per_image=5)
-    assert few.shape == (15, 144)
+    assert few.shape == (15, 96)
     for index, row in enumerate(few):
         matches = (row == features[index // 5].T).all(dim=1)
         assert matches.sum() == 1
     assert len(torch.unique(few, dim=0)) == 15
-    assert sample_local_features(model, [images], generator=np.random.default_rng(0)).shape == (36, 144)
+    assert sample_local_features(model, [images], generator=np.random.default_rng(0)).shape == (36, 96)
 
 
 def test_alpha_makes_the_nearest_centroid_a_hundred_times_heavier():

@@ -10,7 +10,7 @@ from PIL import Image
 from datasets.toy_city import Camera, Strip, main, warp, write_toy_city
 
 TINY_OPTIONS = [
-    "--train-streets=1", "--places=1", "--visits=1", "--test-streets=1", "--val-streets=1", "--cluster-streets=1",
+    "--train_streets=1", "--places=1", "--visits=1", "--test_streets=1", "--val_streets=1", "--cluster_streets=1",
     "--spots=1",
 ]  # fmt: skip
 

@@ -47,7 +47,10 @@ def run_folder(save_dir: Path) -> Iterator[Path]:
         yield folder
     except (ValueError, OSError) as error:
         logger.debug("traceback of the error below", exc_info=True)
-        logger.error("%s", error)
+        message = str(error)
+        if message.startswith("Caught "):  # from a DataLoader's worker, which wraps the message in its traceback
+            message = message.splitlines()[-1].split(": ", 1)[1]
+        logger.error("%s", message)
         raise SystemExit(2) from None
     finally:
         for handler in handlers:

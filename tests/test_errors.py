@@ -1,0 +1,109 @@
+"""Bad input gives one clear message, exit status 2 and no traceback."""
+
+import shutil
+
+import pytest
+import torch
+
+import eval as eval_script
+import train as train_script
+from model import build_model
+
+SMALL = "--eval_dataset_name=toy_city --backbone=dino_tiny --device cpu --num_workers 0 --resize 56 56".split()
+
+
+@pytest.fixture
+def fails(tmp_path, capsys):
+    """Runs a script and returns what it says when it refuses."""
+
+    def run(script, *flags):
+        with pytest.raises(SystemExit) as exit_:
+            script.main([*SMALL, f"--save_dir={tmp_path}/run", *map(str, flags)])
+        assert exit_.value.code == 2
+        shown = capsys.readouterr().err
+        assert "Traceback" not in shown
+        (message,) = [line for line in shown.splitlines() if "ERROR" in line or "error:" in line]
+        return message
+
+    return run
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.save(build_model(backbone="dino_tiny").state_dict(), tmp_path / "model.pth")
+    return f"--resume={tmp_path}/model.pth"
+
+
+@pytest.fixture
+def copied_city(city, tmp_path):
+    shutil.copytree(city, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_missing_folder(fails, checkpoint, city):
+    message = fails(eval_script, "--eval_datasets_folder=/nowhere", checkpoint)
+    assert "no folder /nowhere/toy_city/images/test/database; check --eval_datasets_folder" in message
+    message = fails(train_script, f"--eval_datasets_folder={city}", "--train_dataset_folder=/nowhere")
+    assert "/nowhere/Dataframes/<City>.csv is missing" in message
+
+
+def test_empty_split(fails, checkpoint, copied_city):
+    for path in (copied_city / "toy_city/images/test/queries").iterdir():
+        path.unlink()
+    assert "no image" in fails(eval_script, f"--eval_datasets_folder={copied_city}", checkpoint)
+
+
+def test_name_without_utm(fails, checkpoint, copied_city):
+    shutil.copy(
+        next((copied_city / "toy_city/images/test/queries").iterdir()),
+        copied_city / "toy_city/images/test/queries/me.jpg",
+    )
+    message = fails(eval_script, f"--eval_datasets_folder={copied_city}", checkpoint)
+    assert "no UTM coordinates in the file name" in message and "me.jpg; name it @<UTM east>" in message
+
+
+def test_checkpoint_of_other_options(fails, checkpoint, city):
+    message = fails(eval_script, f"--eval_datasets_folder={city}", checkpoint, "--supervlad_clusters=1")
+    assert "has 4 clusters" in message and "use --supervlad_clusters=4" in message
+    message = fails(eval_script, f"--eval_datasets_folder={city}", checkpoint, "--backbone=dino_small")
+    assert "use --backbone=dino_tiny" in message
+
+
+def test_resize_off_the_patch_grid(fails, checkpoint, city):
+    message = fails(eval_script, f"--eval_datasets_folder={city}", checkpoint, "--resize", "320", "320")
+    assert "320 is not a multiple of the 14-pixel patch; use e.g. 322" in message
+
+
+def test_freezing_above_the_depth(fails, city):
+    message = fails(train_script, f"--eval_datasets_folder={city}", "--freeze_te=13")
+    assert "--freeze_te 13 freezes more blocks than the 12 that this backbone has; use 0 to 12, or none" in message
+
+
+def test_evaluation_without_a_checkpoint(fails, city):
+    assert "--resume is missing" in fails(eval_script, f"--eval_datasets_folder={city}")
+
+
+def test_no_foundation_weights(fails, city):
+    message = fails(train_script, f"--eval_datasets_folder={city}", "--backbone=dino")
+    assert (
+        "none were given; fetch https://" in message and "--foundation_model_path=dinov2_vitb14_pretrain.pth" in message
+    )
+
+
+def test_unreadable_training_image(fails, copied_city):
+    for path in (copied_city / "gsv_cities/Images/London").iterdir():
+        path.write_bytes(b"")
+    flags = ["--train_resize", "56", "56", "--epochs_num=1", "--train_batch_size=8"]
+    for workers in (0, 2):
+        message = fails(train_script, f"--eval_datasets_folder={copied_city}", *flags, f"--num_workers={workers}")
+        assert "cannot read the image" in message and "London_" in message
+
+
+def test_a_loss_that_is_not_finite(fails, city):
+    flags = ["--train_resize", "56", "56", "--epochs_num=3", "--train_batch_size=8", "--freeze_te=none", "--lr=1e30"]
+    assert "the loss became nan" in fails(train_script, f"--eval_datasets_folder={city}", *flags)
+
+
+def test_released_encoder_training_without_adam(fails, city):
+    message = fails(train_script, f"--eval_datasets_folder={city}", "--optim=sgd", "--crossimage_encoder")
+    assert "use --encoder_training every_step" in message

@@ -1,0 +1,38 @@
+"""The released code's recalls on real photos, ViT-B included, through eval.py's command line."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from formula import formula_model
+
+import eval as eval_script
+
+FOLDER = Path(os.environ.get("SUPERVLAD_REAL_PHOTOS", ""))
+RECALLS = {  # at 1, 5, 10, 20; of the released code, run on the same photos and weights
+    "--supervlad_clusters=4 --crossimage_encoder": (27.0, 42.3, 55.9, 88.3),
+    "--supervlad_clusters=4": (25.2, 48.6, 69.4, 84.7),
+    "--supervlad_clusters=1 --ghost_clusters=2": (25.2, 49.5, 70.3, 82.9),
+}
+ONE_QUERY = 100 / 111
+
+
+@pytest.mark.skipif(
+    not (FOLDER / "corridor").is_dir() or not FOLDER.name,
+    reason="SUPERVLAD_REAL_PHOTOS does not name a folder that holds the corridor photos",
+)
+@pytest.mark.parametrize("flags", RECALLS)
+def test_recalls_of_the_released_code(flags, tmp_path):
+    options = {"clusters": 4 if "s=4" in flags else 1, "ghost_clusters": 1 if "s=4" in flags else 2}
+    model = formula_model(**options, crossimage_encoder="encoder" in flags)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"epoch_num": 0, "model_state_dict": state}, tmp_path / "released.pth")
+    eval_script.main(
+        f"--eval_datasets_folder={FOLDER} --eval_dataset_name=corridor --resume={tmp_path}/released.pth "
+        f"--backbone=dino {flags} --resize 112 112 --recall_values 1 5 10 20 --save_dir={tmp_path}/run".split()
+    )
+    (folder,) = (tmp_path / "run").iterdir()
+    recalls = json.loads((folder / "results.json").read_text())["recalls"]
+    assert list(recalls.values()) == pytest.approx(RECALLS[flags], abs=ONE_QUERY + 0.05)
