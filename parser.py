@@ -69,8 +69,8 @@ class Options:
         _require_patches("--resize", self.resize)
         _require_positive(self, "infer_batch_size", "extraction_batch_size", "supervlad_clusters")
         _require_positive(self, "val_positive_dist_threshold")
-        if self.ghost_clusters < 0 or self.num_workers < 0:
-            raise ValueError("--ghost_clusters and --num_workers cannot be negative; use 0 for none")
+        if min(self.ghost_clusters, self.num_workers, self.seed) < 0:
+            raise ValueError("--ghost_clusters, --num_workers and --seed cannot be negative; use 0 or above")
         if min(self.recall_values) < 1:
             raise ValueError(f"--recall_values {min(self.recall_values)} means no retrieved image; use 1 and above")
 

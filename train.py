@@ -111,7 +111,7 @@ def run(options: TrainOptions) -> dict[int, float]:
             infer_batch_size=options.infer_batch_size,
             device=device,
         )
-        progress: dict[str, Any] = {"epoch_num": 0, "recalls": {}, "best_score": -math.inf, "not_improved_num": 0}
+        progress: dict[str, Any] = {"epoch_num": 0, "recalls": {}, "best_score": -1.0, "not_improved_num": 0}
 
         def save(name: str, **more: Any) -> None:
             made = {"model": options.model, "encoder_training": options.encoder_training}
@@ -120,7 +120,7 @@ def run(options: TrainOptions) -> dict[int, float]:
         save("best_model.pth")
         save("last_model.pth", optimization=optimization.state_dict())
         for epoch in range(1, options.epochs_num + 1):
-            started = time.perf_counter()
+            started, lr = time.perf_counter(), optimization.lr
             batches.epoch = epoch - 1
             loss = train_one_epoch(model, loader, optimization, device=device, mixed_precision=options.mixed_precision)
             trained = time.perf_counter()
@@ -138,7 +138,7 @@ def run(options: TrainOptions) -> dict[int, float]:
                 "epoch=%02d loss=%.4f lr=%.3g %s train=%.0fs val=%.0fs%s",
                 epoch,
                 loss,
-                optimization.lr,
+                lr,
                 " ".join(f"R@{n}={recall:.1f}" for n, recall in recalls.items()),
                 trained - started,
                 time.perf_counter() - trained,

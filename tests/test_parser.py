@@ -60,6 +60,7 @@ def test_freeze_te(text, value):
         ("--eval_datasets_folder=D --resume=x --recall_values 0 5", "--recall_values 0"),
         ("--eval_datasets_folder=D --resume=x --infer_batch_size 0", "--infer_batch_size 0 is not above 0"),
         ("--eval_datasets_folder=D --resume=x --ghost_clusters -1", "--ghost_clusters"),
+        ("--eval_datasets_folder=D --resume=x --seed -1", "--seed cannot be negative"),
         ("--eval_datasets_folder=D --resume=x --backbone resnet", "resnet"),
         ("--eval_datasets_folder=D --resume=x --no_such_flag", "no_such_flag"),
     ],
