@@ -51,7 +51,11 @@ def image_batches(
         B x 3 x H x W on the device.
     """
     loader = DataLoader(
-        ImageList(paths, transform), batch_size=batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"
+        ImageList(paths, transform),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # of its own, so that evaluating moves nobody's random numbers
     )
     with tqdm(total=len(paths), desc=progress, unit="image") as bar:
         for images in loader:

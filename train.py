@@ -59,6 +59,7 @@ def run(options: TrainOptions) -> dict[int, float]:
             num_workers=options.num_workers,
             pin_memory=device.type == "cuda",
             persistent_workers=options.num_workers > 0,
+            generator=torch.Generator(),  # of its own: how often it draws depends on the number of workers
         )
         read_split = partial(DatabaseQueries.from_folder, options.eval_datasets_folder, options.eval_dataset_name)
         val, test = read_split("val"), read_split("test")

@@ -103,7 +103,7 @@ def test_the_same_seed_trains_the_same_model(city, tmp_path):
     """Whatever the number of workers."""
     weights = []
     for name, flags in (("a", ["--num_workers=0"]), ("b", ["--num_workers=2"]), ("c", ["--seed=1"])):
-        train(city, tmp_path / name, "--epochs_num=1", "--train_batch_size=8", "--crossimage_encoder", *flags)
+        train(city, tmp_path / name, "--epochs_num=2", "--train_batch_size=8", "--crossimage_encoder", *flags)
         weights.append(read(run_folder(tmp_path / name))["model_state_dict"])
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert not all(torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
