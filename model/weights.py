@@ -2,6 +2,8 @@
 
 import logging
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,13 @@ FOUNDATION_FILES = {
     "dino_large_reg": "dinov2_vitl14_reg4_pretrain.pth",
     "dino_giant_reg": "dinov2_vitg14_reg4_pretrain.pth",
 }
+
+
+# What torch.load raises for files that it did not write.
+_UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, ValueError, AttributeError, struct.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def missing_foundation(backbone: str) -> ValueError:
@@ -54,7 +63,7 @@ def _foreign_objects(path: Path) -> list[str]:
     """What a file holds beyond tensors and plain values, by name; nothing where it cannot be read at all."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError, EOFError):
+    except _UNREADABLE:
         return []
 
 
@@ -68,16 +77,19 @@ def read_file(path: Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}; check the path")
-    try:
-        with torch.serialization.safe_globals(_numpy_globals()):
+    with torch.serialization.safe_globals(_numpy_globals()):
+        try:
+            # torch.load does not compare checksums: a flipped bit would pass for a weight.
+            if zipfile.is_zipfile(path) and (name := zipfile.ZipFile(path).testzip()):
+                raise RuntimeError(f"{name} does not have its checksum")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
-        if foreign := _foreign_objects(path):
-            raise ValueError(
-                f"{path} holds {', '.join(foreign)}, and rebuilding that would run code from the file: refused; "
-                "save its state dict alone, torch.save(model.state_dict(), ...), and use that"
-            ) from error
-        raise ValueError(f"{path} is damaged or not a PyTorch weight file; fetch or write it again") from error
+        except _UNREADABLE as error:
+            if foreign := _foreign_objects(path):
+                raise ValueError(
+                    f"{path} holds {', '.join(foreign)}, and rebuilding that would run code from the file: refused; "
+                    "save its state dict alone, torch.save(model.state_dict(), ...), and use that"
+                ) from error
+            raise ValueError(f"{path} is damaged or not a PyTorch weight file; fetch or write it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; a checkpoint or a state dict was expected")
     return content
@@ -120,15 +132,17 @@ def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dic
     _require_backbone(model.backbone, backbone, path)
     layer = model.aggregation
     if "aggregation.conv.weight" in state:
-        total = state["aggregation.conv.weight"].shape[0]
-        # The tensor tells K+G only; how it divides is in our own files, and elsewhere the asked G is believed.
-        ghosts = written.get("ghost_clusters", layer.ghost_clusters)
-        clusters = written.get("clusters", total - ghosts)
-        if (clusters, ghosts) != (layer.clusters, layer.ghost_clusters):
+        total, asked = state["aggregation.conv.weight"].shape[0], (layer.clusters, layer.ghost_clusters)
+        if "clusters" in written:
+            fitting = [(written["clusters"], written["ghost_clusters"])]
+        else:  # the tensor tells only the sum
+            K, G = asked
+            fitting = [pair for pair in ((total - G, G), (K, total - K)) if pair[0] >= 1 and pair[1] >= 0]
+        if asked not in fitting:
+            flags = " or ".join(f"--supervlad_clusters={K} --ghost_clusters={G}" for K, G in fitting)
             raise ValueError(
-                f"{path} has {clusters} clusters and {ghosts} ghost clusters, but {layer.clusters} and "
-                f"{layer.ghost_clusters} were asked for; use --supervlad_clusters={clusters} --ghost_clusters={ghosts}"
-                + ("" if written else f" (or any other pair that sums to {total}, if that is how it was trained)")
+                f"{path} has {total} clusters, ghost clusters included, but {asked[0]} + {asked[1]} were asked for; "
+                f"use {flags}" + (", whichever it was trained with" if len(fitting) > 1 else "")
             )
     encoder_in_file = any(name.startswith("encoder.") for name in state)
     if encoder_in_file and model.encoder is None:
@@ -139,7 +153,10 @@ def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dic
 
 def _require_backbone(backbone: DINOv2, state: dict[str, Tensor], path: Path) -> None:
     if "pos_embed" not in state:
-        raise ValueError(f"{path} holds no DINOv2 backbone (no pos_embed among its {len(state)} entries)")
+        raise ValueError(
+            f"{path} holds no DINOv2 backbone where one is expected: a checkpoint for --resume has its names under "
+            "backbone., perhaps in model_state_dict; the official files go to train.py's --foundation_model_path"
+        )
     found = (
         state["pos_embed"].shape[2],
         len({name.split(".")[1] for name in state if name.startswith("blocks.")}),

@@ -85,7 +85,15 @@ def test_missing_and_damaged_files(tmp_path):
     path = tmp_path / "whole.pth"
     torch.save(tiny().state_dict(), path)
     data = path.read_bytes()
-    for damaged in (b"", b"<html>quota exceeded</html>", data[: len(data) // 2], data[:100]):
+    for damaged in (
+        b"",
+        b"G",
+        b"Just text",
+        b"(see",
+        b"<html>quota exceeded</html>",
+        data[: len(data) // 2],
+        data[:100],
+    ):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged or not a PyTorch weight file"):
             read_file(path)
@@ -102,9 +110,17 @@ def test_missing_and_damaged_files(tmp_path):
     [
         (
             {"clusters": 1},
-            "has 4 clusters and 1 ghost clusters, but 1 and 1 were asked for; use --supervlad_clusters=4",
+            "has 5 clusters, ghost clusters included, but 1 + 1 were asked for; use --supervlad_clusters=4 "
+            "--ghost_clusters=1 or --supervlad_clusters=1 --ghost_clusters=4, whichever it was trained with",
         ),
-        ({"ghost_clusters": 0}, "use --supervlad_clusters=5 --ghost_clusters=0 (or any other pair that sums to 5"),
+        (
+            {"clusters": 1, "ghost_clusters": 7},
+            "but 1 + 7 were asked for; use --supervlad_clusters=1 --ghost_clusters=4",
+        ),
+        (
+            {"ghost_clusters": 0},
+            "use --supervlad_clusters=5 --ghost_clusters=0 or --supervlad_clusters=4 --ghost_clusters=1",
+        ),
         ({"crossimage_encoder": True}, "has no cross-image encoder, but one was asked for; leave out"),
     ],
 )

@@ -19,7 +19,12 @@ def nearest(
 
     Returns:
         Squared distances and database indices, each Q x min(k, N), nearest first.
+
+    Raises:
+        ValueError: a descriptor is not finite; FAISS would answer with nonsense.
     """
+    if not (np.isfinite(queries).all() and np.isfinite(database).all()):
+        raise ValueError("descriptors are not finite, so the model's weights are of no use; use another checkpoint")
     return faiss.knn(queries, database, min(k, len(database)))
 
 
