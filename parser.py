@@ -94,7 +94,12 @@ class TrainOptions(Options):
     train_dataset_folder: Path | None = option(
         None, "GSV-Cities; by default <eval_datasets_folder>/gsv_cities", type=Path
     )
-    resume: Path | None = option(None, "start from this checkpoint's weights: released, ours or bare", type=Path)
+    resume: str | None = option(
+        None,
+        "go on from a run's last_model.pth; auto finds the newest of --save_dir; another file gives its weights",
+        type=str,
+    )
+    checkpoint_every: int = option(0, "steps between checkpoints within an epoch; 0 writes one an epoch")
     foundation_model_path: Path | None = option(None, "official DINOv2 weights of the backbone", type=Path)
     cities: tuple[str, ...] = option((), "GSV-Cities to train on; by default all that are there", nargs="+", type=str)
     images_per_place: int = option(4, "images of a place in a batch; places with fewer are left out")
@@ -116,14 +121,33 @@ class TrainOptions(Options):
         choices=("released", "every_step"),
     )
     optim: str = option("adam", "optimiser", choices=("adam", "adamw", "sgd"))
-    mixed_precision: bool = option(False, "fp16 autocast with gradient scaling")
+    precision: str = option("fp32", "arithmetic of the training step", choices=("fp32", "tf32", "bf16", "fp16"))
+    mixed_precision: bool = option(False, "the released name of --precision fp16")
+    clip_grad_norm: float = option(0.0, "largest L2 norm of all gradients together; 0 does not clip")
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide what a training run computes; the others may change when it goes on."""
+        free = {"resume", "save_dir", "epochs_num", "patience", "device", "num_workers", "checkpoint_every"}
+        free |= {"extraction_batch_size", "recall_values", "mixed_precision"}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}
+        return {name: value for name, value in values.items() if not isinstance(value, Path)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_patches("--train_resize", self.train_resize)
         _require_positive(self, "images_per_place", "train_batch_size", "patience", "lr", "lr_encoder")
-        if self.epochs_num < 0 or self.randaugment_ops < 0:
-            raise ValueError("--epochs_num and --randaugment_ops cannot be negative; use 0 for none")
+        for name in ("epochs_num", "randaugment_ops", "checkpoint_every", "clip_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} is negative; use 0 for none")
+        if self.images_per_place < 2:
+            raise ValueError(f"--images_per_place {self.images_per_place} leaves no pair of a place; use 2 or more")
+        if len(set(self.cities)) < len(self.cities):
+            raise ValueError(f"--cities {' '.join(self.cities)} names a city twice; name each once")
+        if self.mixed_precision:
+            if self.precision not in ("fp32", "fp16"):
+                raise ValueError(f"--mixed_precision means --precision fp16, not {self.precision}; give one of the two")
+            object.__setattr__(self, "precision", "fp16")
         if self.freeze_te is not None and self.freeze_te < 0:
             raise ValueError(f"--freeze_te {self.freeze_te} is not a number of blocks; use 0 and above, or none")
 

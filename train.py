@@ -1,15 +1,15 @@
 """Fine-tunes SuperVLAD on GSV-Cities, keeping the model that recalls most on the validation split."""
 
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -18,13 +18,15 @@ from datasets.gsv_cities import GSVCities, PlaceBatches
 from datasets.transforms import TrainingTransform, evaluation_transform
 from model import SuperVLADNet, build_model
 from model.initialization import initialize_layer
-from model.weights import FOUNDATION_FILES, load_checkpoint, load_foundation, missing_foundation
+from model.weights import FOUNDATION_FILES, load_checkpoint, load_foundation, missing_foundation, read_file
 from parser import TrainOptions, parse
 from test import evaluate, format_recalls, image_batches
 from utils import checkpoint, run_log
-from utils.device import estimated_hours, pick_device
+from utils.device import allow_tf32, autocast, estimated_hours, peak_memory, pick_device
 from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
+from utils.preemption import Preemption
+from utils.progress import Progress
 from utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -37,12 +39,13 @@ def run(options: TrainOptions) -> dict[int, float]:
         Recall@N of the best model on the test split in percent, `{N: percent}`.
 
     Raises:
-        SystemExit: bad input; the message is in the log and on the terminal.
+        SystemExit: bad input (status 2), or a signal that asked to stop (128 + signal, after a checkpoint).
     """
-    with run_log.run_folder(options.save_dir) as folder:
+    with run_log.RunLog() as log, Preemption() as preemption:
         device = pick_device(options.device)
         run_log.log_header(asdict(options), device)
         seed_everything(options.seed)
+        allow_tf32(options.precision == "tf32")
 
         # The data: places to train on, and the splits that judge.
         places = GSVCities(
@@ -59,49 +62,74 @@ def run(options: TrainOptions) -> dict[int, float]:
             num_workers=options.num_workers,
             pin_memory=device.type == "cuda",
             persistent_workers=options.num_workers > 0,
-            generator=torch.Generator(),  # of its own: how often it draws depends on the number of workers
+            generator=torch.Generator(),  # of its own: how often it draws depends on workers and resumes
         )
-        read_split = partial(DatabaseQueries.from_folder, options.eval_datasets_folder, options.eval_dataset_name)
-        val, test = read_split("val"), read_split("test")
+        val, test = (
+            DatabaseQueries.from_folder(options.eval_datasets_folder, options.eval_dataset_name, split)
+            for split in ("val", "test")
+        )
         logger.info("training on %s; validation on %s", places, val)
+
+        def read_images(paths: Sequence[str], progress: str) -> Iterator[Tensor]:
+            for images in image_batches(
+                paths,
+                transform=evaluation_transform(options.resize, options.antialias),
+                batch_size=options.extraction_batch_size,
+                num_workers=options.num_workers,
+                device=device,
+                progress=progress,
+            ):
+                preemption.stop()  # all that was trained is in last_model.pth
+                yield images
 
         # The model: DINOv2's weights with the last blocks free, the layer's clusters found by k-means.
         model = build_model(**options.model)
-        if options.resume is not None:
-            load_checkpoint(model, options.resume)
-        elif options.foundation_model_path is not None:
+        path = Path(options.resume) if options.resume else None
+        if options.resume == "auto":
+            path = checkpoint.newest(run_log.runs_of(options.save_dir), read=read_file)
+        content = {} if path is None else load_checkpoint(model, path)
+        goes_on = "optimization" in content  # a run of ours; any other file gives its weights to a new run
+        if path is None and options.foundation_model_path is not None:
             load_foundation(model.backbone, options.foundation_model_path)
-        elif options.backbone in FOUNDATION_FILES:
+        elif path is None and options.backbone in FOUNDATION_FILES:
             raise missing_foundation(options.backbone)
         model.backbone.freeze(options.freeze_te)
         model.to(device)
-        read_images = partial(
-            image_batches,
-            transform=evaluation_transform(options.resize, options.antialias),
-            batch_size=options.extraction_batch_size,
-            num_workers=options.num_workers,
-            device=device,
-        )
-        if options.resume is None:
-            rng = np.random.default_rng(options.seed)
-            paths = initialization_images(read_split, places)
-            paths = [paths[index] for index in rng.choice(len(paths), size=min(5000, len(paths)), replace=False)]
-            initialize_layer(model, read_images(paths, progress="initialisation"), generator=rng)
-        run_log.log_parameters(model)
-
         optimization = Optimization(
             model,
             optim=options.optim,
             lr=options.lr,
             lr_encoder=options.lr_encoder,
             encoder_training=options.encoder_training,
+            encoder_retired=content.get("encoder_retired", False),
             steps_per_epoch=len(batches),
-            scale_gradients=options.mixed_precision,
+            scale_gradients=options.precision == "fp16",
+            clip_grad_norm=options.clip_grad_norm,
         )
+        folder = log.open(options.save_dir, path.parent if path and goes_on else None)
+        run_log.log_parameters(model)
         if device.type == "cpu" and options.backbone in FOUNDATION_FILES and options.epochs_num:
             images = options.epochs_num * len(places) * options.images_per_place
             hours = estimated_hours(model.backbone, size=options.train_resize, images=images)
             logger.warning("training %s on a CPU takes about %.0f hours; use a CUDA GPU", options.backbone, hours)
+        progress = Progress(
+            folder,
+            model,
+            optimization,
+            facts={"model": options.model, "encoder_training": options.encoder_training},
+            decisive={**options.decisive, "places": len(places)},
+        )
+        if goes_on:
+            progress.restore(content)
+            logger.info("going on from %s: epoch %d, step %d", path, progress.epoch + 1, len(progress.losses) + 1)
+        else:
+            if path is None:
+                rng = np.random.default_rng(options.seed)
+                paths = initialization_images(options, places)
+                paths = [paths[index] for index in rng.choice(len(paths), size=min(5000, len(paths)), replace=False)]
+                initialize_layer(model, read_images(paths, "initialisation"), generator=rng)
+            progress.save_best()
+            progress.save_last()
 
         # The epochs: train, validate, keep the best, stop when it stays the best for too long.
         recall = partial(
@@ -112,87 +140,93 @@ def run(options: TrainOptions) -> dict[int, float]:
             infer_batch_size=options.infer_batch_size,
             device=device,
         )
-        progress: dict[str, Any] = {"epoch_num": 0, "recalls": {}, "best_score": -1.0, "not_improved_num": 0}
-
-        def save(name: str, **more: Any) -> None:
-            made = {"model": options.model, "encoder_training": options.encoder_training}
-            checkpoint.save(folder / name, {"model_state_dict": model.state_dict(), **made, **progress, **more})
-
-        save("best_model.pth")
-        save("last_model.pth", optimization=optimization.state_dict())
-        for epoch in range(1, options.epochs_num + 1):
-            started, lr = time.perf_counter(), optimization.lr
-            batches.epoch = epoch - 1
-            loss = train_one_epoch(model, loader, optimization, device=device, mixed_precision=options.mixed_precision)
-            trained = time.perf_counter()
-            recalls = recall(val, recall_values=sorted({1, 5, *options.recall_values}))
-            score = recalls[1] + recalls[5]
-            better = score > progress["best_score"]
-            progress.update(epoch_num=epoch, recalls=recalls)
-            if better:
-                progress.update(best_score=score, not_improved_num=0)
-                save("best_model.pth")
-            else:
-                progress["not_improved_num"] += 1
-            save("last_model.pth", optimization=optimization.state_dict())
+        while progress.epoch < options.epochs_num and progress.not_improved < options.patience:
+            batches.epoch, batches.start = progress.epoch, len(progress.losses)
+            speed = train_one_epoch(
+                model,
+                loader,
+                optimization,
+                progress,
+                device=device,
+                precision=options.precision,
+                checkpoint_every=options.checkpoint_every,
+                preemption=preemption,
+            )
+            progress.save_last()  # so that nothing is trained again if validation is cut short
+            loss, recalls = progress.mean_loss, recall(val, recall_values=sorted({1, 5, *options.recall_values}))
+            better = progress.record_epoch(recalls, score=recalls[1] + recalls[5])
             logger.info(
-                "epoch=%02d loss=%.4f lr=%.3g %s train=%.0fs val=%.0fs%s",
-                epoch,
+                "epoch=%02d loss=%.4f lr=%.3g %s %s%s",
+                progress.epoch,
                 loss,
-                lr,
+                progress.lr,
                 " ".join(f"R@{n}={recall:.1f}" for n, recall in recalls.items()),
-                trained - started,
-                time.perf_counter() - trained,
+                speed,
                 " best" if better else "",
             )
-            if progress["not_improved_num"] >= options.patience:
-                logger.info("stopping: no better validation recall for %d epochs", options.patience)
-                break
+        if progress.not_improved >= options.patience:
+            logger.info("stopped: no better validation recall for %d epochs", options.patience)
 
-        load_checkpoint(model, folder / "best_model.pth")
+        best = load_checkpoint(model, folder / checkpoint.BEST)
         recalls = recall(test, recall_values=options.recall_values)
-        results = {"recalls": recalls, "dataset": test.sizes, "validation": progress, "places": len(places)}
+        validation = {"epochs": progress.epoch, "best_epoch": best["epoch_num"], "best_recalls": best["recalls"]}
+        results = {"recalls": recalls, "dataset": test.sizes, "validation": validation, "places": len(places)}
         run_log.write_results(folder, results, asdict(options), device)
         logger.info("Recalls on %s: %s", test, format_recalls(recalls))
     return recalls
 
 
-def initialization_images(read_split: Callable[[str], DatabaseQueries], places: GSVCities) -> list[str]:
+def initialization_images(options: TrainOptions, places: GSVCities) -> list[str]:
     """The images whose local features are clustered: the evaluation dataset's train split, else GSV-Cities."""
-    try:
-        return read_split("train").covered_images(10.0)
-    except FileNotFoundError:
-        logger.info("no train split beside the evaluation dataset: the layer is initialised from GSV-Cities images")
-        return places.all_image_paths()
+    if (options.eval_datasets_folder / options.eval_dataset_name / "images" / "train").is_dir():
+        train = DatabaseQueries.from_folder(options.eval_datasets_folder, options.eval_dataset_name, "train")
+        return train.covered_images(10.0)
+    logger.info("no train split beside the evaluation dataset: the layer is initialised from GSV-Cities images")
+    return places.all_image_paths()
 
 
 def train_one_epoch(
-    model: SuperVLADNet, loader: DataLoader, optimization: Optimization, *, device: torch.device, mixed_precision: bool
-) -> float:
-    """Goes over the places once with the multi-similarity loss on mined pairs.
+    model: SuperVLADNet,
+    loader: DataLoader,
+    optimization: Optimization,
+    progress: Progress,
+    *,
+    device: torch.device,
+    precision: str,
+    checkpoint_every: int,
+    preemption: Preemption,
+) -> str:
+    """Goes over the places once, or over what is left of them, with the multi-similarity loss on mined pairs.
 
     Returns:
-        The mean loss of the steps.
+        Images a second, share of the time spent waiting for data, and peak memory, for the log.
 
     Raises:
-        ValueError: a loss that is not finite; the weights are then of no use.
+        ValueError: a loss that is not finite.
+        SystemExit: a signal asked to stop; the step in hand is done and a checkpoint written.
     """
     criterion = MinedMultiSimilarity()
     model.train()
-    losses = []
-    bar = tqdm(loader, desc="training", unit="step")
+    started = waiting = time.perf_counter()
+    waited, seen = 0.0, 0
+    bar = tqdm(loader, desc=f"epoch {progress.epoch + 1}", unit="step", initial=len(progress.losses))
     for images, labels in bar:
+        waited += time.perf_counter() - waiting
         labels = labels.repeat_interleave(images.shape[1]).to(device, non_blocking=True)  # (P,) -> (P*K,)
         images = images.flatten(0, 1).to(device, non_blocking=True)  # (P, K, 3, H, W) -> (P*K, 3, H, W)
-        with torch.autocast(device.type, dtype=torch.float16, enabled=mixed_precision):
+        with autocast(device, precision):
             loss = criterion(model(images), labels)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise ValueError(f"the loss became {losses[-1]} at a learning rate of {optimization.lr}; lower --lr")
+        progress.record_step(loss.item())
         optimization.backward(loss)
         optimization.step()
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return float(np.mean(losses))
+        if preemption.requested or (checkpoint_every and len(progress.losses) % checkpoint_every == 0):
+            progress.save_last()
+            preemption.stop()
+        bar.set_postfix(loss=f"{progress.losses[-1]:.3f}")
+        seen += len(images)
+        waiting = time.perf_counter()
+    seconds = max(time.perf_counter() - started, 1e-9)
+    return f"images/s={seen / seconds:.1f} data_wait={waited / seconds:.1%} peak_mem={peak_memory(device):.2f}GB"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -72,6 +72,8 @@ def read_city(folder: Path, city: str) -> tuple[NDArray[np.int64], NDArray[np.by
         reader = csv.DictReader(file)
         for row in reader:
             try:
+                if None in row.values():
+                    raise ValueError("a column is missing")
                 places.append(int(row["place_id"]))
                 names.append(f"{row['city_id']}/{image_name(row)}".encode())
             except (KeyError, ValueError, TypeError) as error:
@@ -166,7 +168,7 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
 
 
 class PlaceBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, place) keys for `GSVCities`; set `epoch` before each pass.
+    """Batches of (epoch, place) keys for `GSVCities`; set `epoch`, and `start` to leave batches out, before each pass.
 
     Each city's rows are shuffled and its places taken in order of first appearance, city after city: so nearly every
     batch comes from one city, and its negatives are harder. The last batch may be short.
@@ -183,8 +185,10 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
         self.batch_size = batch_size
         self.place_order = place_order
         self.epoch = 0
+        self.start = 0  # the first batch of the epoch that is still to come
 
     def __len__(self) -> int:
+        """Batches of a whole epoch."""
         return -(-len(self.dataset) // self.batch_size)
 
     def order(self, epoch: int) -> NDArray[np.int64]:
@@ -201,5 +205,5 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = self.order(self.epoch)
-        for start in range(0, len(order), self.batch_size):
+        for start in range(self.start * self.batch_size, len(order), self.batch_size):
             yield [(self.epoch, int(place)) for place in order[start : start + self.batch_size]]

@@ -64,9 +64,21 @@ def test_name_without_utm(fails, checkpoint, copied_city):
 
 def test_checkpoint_of_other_options(fails, checkpoint, city):
     message = fails(eval_script, f"--eval_datasets_folder={city}", checkpoint, "--supervlad_clusters=1")
-    assert "has 4 clusters" in message and "use --supervlad_clusters=4" in message
+    assert "has 5 clusters" in message and "use --supervlad_clusters=4" in message
     message = fails(eval_script, f"--eval_datasets_folder={city}", checkpoint, "--backbone=dino_small")
     assert "use --backbone=dino_tiny" in message
+
+
+def test_a_file_that_is_no_checkpoint(fails, city, tmp_path):
+    (tmp_path / "note.pth").write_text("Just a note")
+    message = fails(eval_script, f"--eval_datasets_folder={city}", f"--resume={tmp_path}/note.pth")
+    assert "note.pth is damaged or not a PyTorch weight file" in message
+
+
+def test_a_backbone_file_where_a_checkpoint_is_expected(fails, city, tmp_path):
+    torch.save(build_model(backbone="dino_tiny").backbone.state_dict(), tmp_path / "dinov2.pth")
+    message = fails(eval_script, f"--eval_datasets_folder={city}", f"--resume={tmp_path}/dinov2.pth")
+    assert "the official files go to train.py's --foundation_model_path" in message
 
 
 def test_resize_off_the_patch_grid(fails, checkpoint, city):

@@ -73,7 +73,17 @@ def test_refusals(flags, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--train_resize 224 225", "--freeze_te=-1", "--patience 0", "--lr 0", "--epochs_num -1"]
+    "flags",
+    [
+        "--train_resize 224 225",
+        "--freeze_te=-1",
+        "--patience 0",
+        "--images_per_place 1",
+        "--cities Rome Rome",
+        "--clip_grad_norm -1",
+        "--lr 0",
+        "--epochs_num -1",
+    ],
 )
 def test_training_refusals(flags, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import random
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ import torch
 from torch import nn
 
 from model import build_model
-from utils import checkpoint, run_log
+from model.weights import read_file
+from utils import checkpoint, metrics, run_log
 from utils.device import estimated_hours, pick_device
 from utils.optimization import Optimization
 from utils.search import merge_crops, nearest, recall_at
-from utils.seed import seed_everything
+from utils.seed import generator_states, restore_generators, seed_everything
 
 
 def test_search_is_exact():
@@ -158,38 +160,138 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     def dies(content, file):
         file.write(b"half")
-        raise OSError("disk full")
+        raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", dies)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="cannot write .*last_model.pth .no space left.; the checkpoints before it are"):
         checkpoint.save(path, {"epoch_num": 2})
     monkeypatch.undo()
     assert torch.load(path, weights_only=True) == {"epoch_num": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last_model.pth"]
 
 
-def test_run_folder_logs_and_turns_bad_input_into_status_2(tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit_, run_log.run_folder(tmp_path / "x") as folder:
-        logging.getLogger("anything").info("started")
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
+    """For real: /dev/full refuses every write."""
+    path = tmp_path / "last_model.pth"
+    checkpoint.save(path, {"epoch_num": 1})
+    (tmp_path / "last_model.pth.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="cannot write"):
+        checkpoint.save(path, {"weights": torch.zeros(100_000)})
+    assert torch.load(path, weights_only=True) == {"epoch_num": 1}
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path):
+    def flip(path, place):
+        data = bytearray(path.read_bytes())
+        data[int(place * len(data))] ^= 1
+        path.write_bytes(bytes(data))
+
+    old, new = tmp_path / "a", tmp_path / "b"
+    assert checkpoint.newest([old, new], read=read_file) is None
+    for number, folder in enumerate((old, new, new)):
+        folder.mkdir(exist_ok=True)
+        checkpoint.save(folder / "last_model.pth", {"number": number, "weights": torch.randn(5000)})
+    found = []
+    for damaged in (None, new / "last_model.pth", new / "previous_model.pth", old / "last_model.pth"):
+        if damaged:
+            flip(damaged, 0.5)
+        path = checkpoint.newest([old, new], read=read_file)
+        found.append(path and read_file(path)["number"])
+    assert found == [2, 1, 0, None]
+
+
+def test_run_log_turns_bad_input_into_status_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_, run_log.RunLog() as log:
+        logging.getLogger("anything").info("before the folder")
+        folder = log.open(tmp_path / "x")
+        logging.getLogger("anything").info("in the folder")
         raise ValueError("the value, the rule, the remedy")
     assert exit_.value.code == 2
     shown = capsys.readouterr().err
-    assert "ERROR the value, the rule, the remedy" in shown and "Traceback" not in shown
-    assert "started" in (folder / "info.log").read_text()
+    assert "ERROR: the value, the rule, the remedy" in shown and "Traceback" not in shown
+    info = (folder / "info.log").read_text()
+    assert info.index("before the folder") < info.index("in the folder") and "Traceback" not in info
     assert "Traceback" in (folder / "debug.log").read_text()
+
+
+def test_other_errors_pass_and_are_in_the_log(tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"), run_log.RunLog() as log:
+        folder = log.open(tmp_path)
+        raise RuntimeError("out of memory")
+    assert "out of memory" in (folder / "debug.log").read_text()
+
+
+def test_bad_input_before_the_folder_makes_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit), run_log.RunLog():
+        raise ValueError("no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_dir_that_cannot_be(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_, run_log.RunLog() as log:
+        log.open(tmp_path / "file")
+    assert exit_.value.code == 2 and "name another --save_dir" in capsys.readouterr().err
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
     folders = set()
     for _ in range(3):
-        with run_log.run_folder(tmp_path) as folder:
-            folders.add(folder)
-    assert len(folders) == 3
+        with run_log.RunLog() as log:
+            folders.add(log.open(tmp_path))
+    assert len(folders) == 3 == len(run_log.runs_of(tmp_path))
 
 
 def test_a_relative_save_dir_lies_below_logs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with run_log.run_folder(run_log.Path("mine")) as folder:
-        assert folder.parent.parts == ("logs", "mine")
+    with run_log.RunLog() as log:
+        assert log.open(run_log.Path("mine")).parent.parts == ("logs", "mine")
+
+
+def test_without_git_the_revision_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert run_log.git_revision() == "unknown"
+
+
+def test_rows_past_a_checkpoint_are_cut(tmp_path):
+    for epoch in (1, 2, 3):
+        metrics.append_row(tmp_path, {"epoch": epoch, "loss": epoch / 10})
+    metrics.cut_rows(tmp_path, 1)
+    metrics.append_row(tmp_path, {"epoch": 2, "loss": 0.5})
+    assert (tmp_path / "metrics.csv").read_text().split() == ["epoch,loss", "1,0.1", "2,0.5"]
+    (tmp_path / "metrics.csv").write_text("epo")
+    metrics.cut_rows(tmp_path, 0)
+    metrics.append_row(tmp_path, {"epoch": 1, "loss": 0.5})
+    assert (tmp_path / "metrics.csv").read_text().split() == ["epoch,loss", "1,0.5"]
+
+
+def test_generators_go_on_where_they_stood():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    seed_everything(3)
+    draw()
+    states = generator_states()
+    expected = draw()
+    seed_everything(4)
+    restore_generators(states)
+    assert draw() == expected
+
+
+def test_gradients_are_clipped_to_their_norm():
+    model = Small(False)
+    optimization = Optimization(model, optim="sgd", lr=1.0, lr_encoder=1.0, steps_per_epoch=9, clip_grad_norm=0.01)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimization.backward((model(torch.ones(2, 3)) ** 2).sum())
+    optimization.step()
+    moved = sum(((p - b) ** 2).sum().item() for p, b in zip(model.parameters(), before, strict=True)) ** 0.5
+    assert moved == pytest.approx(0.01, rel=0.1)  # weight decay moves a little too
+
+
+def test_descriptors_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="descriptors are not finite"):
+        nearest(np.full((2, 3), np.nan, dtype="f"), np.eye(3, dtype="f"), 1)
 
 
 def test_results_hold_what_they_depend_on(tmp_path):
@@ -203,7 +305,7 @@ def test_seeding_covers_every_generator():
     draws = []
     for _ in range(2):
         seed_everything(5)
-        draws.append((np.random.rand(), torch.rand(1).item(), __import__("random").random()))
+        draws.append((np.random.rand(), torch.rand(1).item(), random.random()))
     assert draws[0] == draws[1]
 
 

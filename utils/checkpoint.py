@@ -1,20 +1,72 @@
-"""Checkpoints: written whole or not at all."""
+"""Checkpoints: written whole or not at all, and found again."""
 
+import logging
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+logger = logging.getLogger(__name__)
+
+LAST, PREVIOUS, BEST = "last_model.pth", "previous_model.pth", "best_model.pth"
+
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Writes tensors and plain values to a temporary file beside `path`, then moves it into place.
 
-    A run that dies while writing so leaves the file that was there before.
+    A run that dies while writing, or a full disk, so leaves the file that was there before.
+
+    Raises:
+        OSError: it could not be written; the message names the file.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch reports some failed writes as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {path} ({error}); the checkpoints before it are untouched, free space and use --resume auto"
+        ) from error
+    if path.name == LAST and path.exists():
+        os.replace(path, path.with_name(PREVIOUS))
     os.replace(temporary, path)
+
+
+def newest(folders: Iterable[Path], *, read: Callable[[Path], object]) -> Path | None:
+    """The newest checkpoint in the folders that is whole; None where there is none.
+
+    Args:
+        folders: of runs.
+        read: reads a file, raising ValueError if it is damaged.
+    """
+    paths = [path for folder in folders for name in (LAST, PREVIOUS) if (path := folder / name).is_file()]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            read(path)
+            return path
+        except ValueError as error:
+            logger.warning("%s: trying the one before", error)
+    return None
+
+
+def require_same(asked: dict[str, Any], written: dict[str, Any]) -> None:
+    """Compares the options of a run with those that its checkpoint was written with.
+
+    Raises:
+        ValueError: some differ; the message names each, with both values.
+    """
+    differing = [
+        f"--{name} was {written[name]} and is {value} now"
+        for name, value in asked.items()
+        if name in written and written[name] != value
+    ]
+    if differing:
+        raise ValueError(
+            f"the checkpoint was written with other options: {'; '.join(differing)}; "
+            "give the same ones to go on, or start a new run without --resume"
+        )

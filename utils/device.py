@@ -1,10 +1,13 @@
 """The device to compute on, and what to expect of it."""
 
+import resource
 import time
 from collections.abc import Sequence
 
 import torch
 from torch import nn
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -35,3 +38,24 @@ def estimated_hours(backbone: nn.Module, *, size: Sequence[int], images: int) ->
         started = time.perf_counter()
         backbone(image)
     return (time.perf_counter() - started) * (1 + 2 * trained) * images / 3600
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a step's forward pass in `fp32`, `tf32`, `bf16` or `fp16`."""
+    return torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether CUDA may round the factors of fp32 matrix products and convolutions to 10 bits, which is much faster.
+
+    PyTorch allows it for convolutions unless told otherwise, and the patch embedding is one.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in use so far, in GB: of the CUDA device, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB

@@ -21,7 +21,7 @@ class Optimization:
     The cross-image encoder (`model.encoder`, perhaps None) follows `encoder_training`:
 
     - "every_step": it is trained at `lr_encoder`, on the same schedule, as the paper describes.
-    - "released": exactly what the released training script does. There the main optimiser and an Adam of the encoder's
+    - "released": what the released training script does in fp32. There the main optimiser and an Adam of the encoder's
       own at `lr_encoder` both step it once, and it is frozen ever after. The first step of Adam is proportional to the
       learning rate, so one step at the sum of the two rates is the same, and no parameter needs two optimisers.
 
@@ -31,8 +31,10 @@ class Optimization:
         lr: of everything but the encoder.
         lr_encoder: the encoder's own.
         encoder_training: "released" (Adam only) or "every_step".
+        encoder_retired: whether a run that this one goes on from took the one step of "released" already.
         steps_per_epoch: optimiser steps in an epoch, the last short batch counted.
         scale_gradients: multiplies the loss so that fp16 gradients do not underflow.
+        clip_grad_norm: the largest L2 norm of all gradients together; 0 does not clip.
 
     Raises:
         ValueError: "released" with an optimiser other than Adam.
@@ -46,12 +48,15 @@ class Optimization:
         lr: float,
         lr_encoder: float,
         encoder_training: str = "released",
+        encoder_retired: bool = False,
         steps_per_epoch: int,
         scale_gradients: bool = False,
+        clip_grad_norm: float = 0.0,
     ):
         self.encoder: nn.Module | None = model.encoder  # type: ignore[assignment]
         self.encoder_training = encoder_training
         self.encoder_retired = False
+        self.clip_grad_norm = clip_grad_norm
         if self.encoder is not None and encoder_training == "released" and optim != "adam":
             raise ValueError(
                 f"--encoder_training released is what the released script does, and that exists for Adam only, not for "
@@ -69,6 +74,8 @@ class Optimization:
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=3 * steps_per_epoch, gamma=0.5)
         device = next(model.parameters()).device.type
         self.scaler = torch.amp.GradScaler(device, enabled=scale_gradients)
+        if encoder_retired and encoder_training == "released":
+            self._retire_encoder()
 
     @property
     def lr(self) -> float:
@@ -82,6 +89,10 @@ class Optimization:
     def step(self) -> None:
         """Moves the weights once and drops the gradients."""
         scale = self.scaler.get_scale()
+        if self.clip_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
@@ -91,10 +102,10 @@ class Optimization:
             self._retire_encoder()
 
     def _retire_encoder(self) -> None:
-        assert self.encoder is not None
-        self.encoder.requires_grad_(False)
         self.encoder_retired = True
-        logger.info("cross-image encoder frozen after its one step (--encoder_training released)")
+        if self.encoder is not None:
+            self.encoder.requires_grad_(False)
+            logger.info("cross-image encoder frozen after its one step (--encoder_training released)")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, as tensors and plain values."""
@@ -102,7 +113,6 @@ class Optimization:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "encoder_training": self.encoder_training,
             "encoder_retired": self.encoder_retired,
         }
 

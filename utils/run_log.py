@@ -1,13 +1,15 @@
 """The run's folder, its log and its results: what happened, with what, on what."""
 
+import itertools
 import json
 import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
+from logging.handlers import MemoryHandler
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import faiss
@@ -19,62 +21,94 @@ import torchvision
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def run_folder(save_dir: Path) -> Iterator[Path]:
-    """Makes `logs/<save_dir>/<time>/` (an absolute `save_dir` replaces `logs/<save_dir>`) and logs into it meanwhile.
+def runs_of(save_dir: Path) -> list[Path]:
+    """The folders of earlier runs with this `save_dir`."""
+    parent = Path("logs") / save_dir
+    return [folder for folder in parent.iterdir() if folder.is_dir()] if parent.is_dir() else []
 
-    `info.log` has what the terminal shows; `debug.log` has all, tracebacks included. Bad input, which this project
-    raises as ValueError or OSError, ends the program there: one line, no traceback on the terminal, exit status 2.
 
-    Yields:
-        The folder.
+class TerminalFormatter(logging.Formatter):
+    """The message alone, with its level in front where that is not INFO."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return message if record.levelno == logging.INFO else f"{record.levelname}: {message}"
+
+
+class RunLog:
+    """The log of a run, within a `with` block.
+
+    The terminal shows it from the start; `open` adds the run's folder, where `info.log` has what the terminal shows and
+    `debug.log` has all, tracebacks included, from the start too. Bad input, which this project raises as ValueError or
+    OSError, ends the program there: one line, no traceback on the terminal, exit status 2, and no folder if none was
+    opened yet.
     """
-    folder = _make_folder(Path("logs") / save_dir)
-    root = logging.getLogger()
-    handlers: list[logging.Handler] = [
-        logging.StreamHandler(sys.stderr),
-        logging.FileHandler(folder / "info.log"),
-        logging.FileHandler(folder / "debug.log"),
-    ]
-    previous_level = root.level
-    root.setLevel(logging.DEBUG)
-    for handler, level in zip(handlers, (logging.INFO, logging.INFO, logging.DEBUG), strict=True):
+
+    def __enter__(self) -> "RunLog":
+        self._root = logging.getLogger()
+        self._previous_level = self._root.level
+        self._handlers: list[logging.Handler] = []
+        self._buffer = MemoryHandler(capacity=1_000_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+        self._root.setLevel(logging.DEBUG)
+        logging.getLogger("PIL").setLevel(logging.INFO)  # it describes every image it opens
+        self._add(self._buffer, logging.DEBUG, logging.Formatter())
+        self._add(logging.StreamHandler(sys.stderr), logging.INFO, TerminalFormatter())
+        return self
+
+    def _add(self, handler: logging.Handler, level: int, formatter: logging.Formatter) -> None:
         handler.setLevel(level)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        root.addHandler(handler)
-    logging.getLogger("PIL").setLevel(logging.INFO)  # it describes every image it opens
-    try:
-        yield folder
-    except (ValueError, OSError) as error:
-        logger.debug("traceback of the error below", exc_info=True)
-        message = str(error)
-        if message.startswith("Caught "):  # from a DataLoader's worker, which wraps the message in its traceback
-            message = message.splitlines()[-1].split(": ", 1)[1]
-        logger.error("%s", message)
-        raise SystemExit(2) from None
-    finally:
-        for handler in handlers:
-            root.removeHandler(handler)
+        handler.setFormatter(formatter)
+        self._handlers.append(handler)
+        self._root.addHandler(handler)
+
+    def open(self, save_dir: Path, folder: Path | None = None) -> Path:
+        """Makes `logs/<save_dir>/<time>` (an absolute `save_dir` replaces `logs/<save_dir>`), or goes on in `folder`.
+
+        Returns:
+            The run's folder.
+        """
+        folder = folder or _make_folder(Path("logs") / save_dir)
+        for name, level in (("info.log", logging.INFO), ("debug.log", logging.DEBUG)):
+            file = logging.FileHandler(folder / name)
+            self._add(file, level, logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+            for record in self._buffer.buffer:
+                if record.levelno >= level:
+                    file.handle(record)
+        self._root.removeHandler(self._buffer)
+        return folder
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, Exception):
+            logger.debug("the run ended here", exc_info=error)
+        if isinstance(error, (ValueError, OSError)):
+            message = str(error)
+            if message.startswith("Caught "):  # from a DataLoader's worker, which wraps the message in its traceback
+                message = message.splitlines()[-1].split(": ", 1)[-1]
+            logger.error("%s", message)
+        for handler in self._handlers:
+            self._root.removeHandler(handler)
             handler.close()
-        root.setLevel(previous_level)
+        self._root.setLevel(self._previous_level)
+        if isinstance(error, (ValueError, OSError)):
+            raise SystemExit(2) from None
 
 
 def _make_folder(parent: Path) -> Path:
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for name in (stamp, *(f"{stamp}_{i}" for i in range(2, 100))):  # runs started in the same second
-        try:
-            (parent / name).mkdir(parents=True)
-            return parent / name
-        except FileExistsError:
-            continue
-    raise SystemExit(f"cannot make a run folder in {parent}: 99 runs started in this second")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = parent / (stamp if number == 1 else f"{stamp}_{number}")  # runs started in the same second
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise OSError(f"cannot make a run folder in {parent} ({error}); name another --save_dir") from error
+    raise AssertionError("itertools.count ended")
 
 
 def environment(device: torch.device) -> dict[str, str]:
     """What a figure depends on besides the options: versions, device, git revision."""
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -83,8 +117,18 @@ def environment(device: torch.device) -> dict[str, str]:
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "git": revision or "unknown",
+        "git": git_revision(),
     }
+
+
+def git_revision() -> str:
+    """The commit that is checked out, with "-dirty" behind it if files differ; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        found = ""
+    return found or "unknown"
 
 
 def log_header(settings: dict[str, Any], device: torch.device) -> None:

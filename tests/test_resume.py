@@ -1,0 +1,148 @@
+"""A run that was stopped, however roughly, ends as if it had not been."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as train_script
+from utils.optimization import Optimization
+
+# 16 places make 4 steps an epoch, with a checkpoint after every second.
+FLAGS = (
+    "--eval_dataset_name=toy_city --backbone=dino_tiny --crossimage_encoder --device=cpu --num_workers=0 "
+    "--resize 56 56 --train_resize 56 56 --train_batch_size=4 --epochs_num=3 --checkpoint_every=2 --lr=0.001 "
+    "--encoder_training=every_step"
+).split()
+
+
+def outcome(save_dir):
+    """What a finished run has come to: weights, best score, table."""
+    (folder,) = [path.parent for path in save_dir.glob("*/results.json")]
+    last, best = (torch.load(folder / f"{name}_model.pth", weights_only=True) for name in ("last", "best"))
+    return (
+        last["model_state_dict"],
+        best["model_state_dict"],
+        (last["best_score"], best["epoch_num"], last["optimization"]["scheduler"]),
+        (folder / "metrics.csv").read_text(),
+    )
+
+
+def assert_same(a, b):
+    for one, other in zip(a[:2], b[:2], strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert a[2:] == b[2:]
+
+
+@pytest.fixture(scope="module")
+def flags(city):
+    return [*FLAGS, f"--eval_datasets_folder={city}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags, tmp_path_factory):
+    save_dir = tmp_path_factory.mktemp("uninterrupted")
+    train_script.main([*flags, f"--save_dir={save_dir}"])
+    return outcome(save_dir)
+
+
+def test_killed_at_ten_points(flags, uninterrupted, tmp_path):
+    """Each process goes on from what the one before it left, and is killed in turn."""
+    points = [
+        ("write", 2),  # the first last_model.pth: nothing to go on from
+        ("step", 1),  # before any checkpoint of a step
+        ("step", 3),  # between two checkpoints
+        ("move", 1),  # last_model.pth is to become previous_model.pth
+        ("move", 2),  # it has, and the new one has not taken its place
+        ("validation", 1),
+        ("validation", 2),
+        ("write", 2),  # best_model.pth or last_model.pth, after validation
+        ("step", 3),
+        ("write", 1),
+    ]
+    command = [sys.executable, str(Path(__file__).with_name("killed.py"))]
+    flags = [*flags, f"--save_dir={tmp_path}", "--resume=auto"]
+    for point, count in points:
+        run = subprocess.run([*command, point, str(count), *flags], capture_output=True, text=True)
+        assert run.returncode == -signal.SIGKILL, run.stderr
+    train_script.main(flags)
+    assert_same(outcome(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [1, 8])
+def test_a_preempted_run_finishes_its_step_and_says_so(flags, uninterrupted, tmp_path, monkeypatch, signum, step):
+    real, taken = Optimization.step, []
+
+    def preempted(self):
+        taken.append(1)
+        if len(taken) == step:
+            os.kill(os.getpid(), signum)
+        real(self)
+
+    monkeypatch.setattr(Optimization, "step", preempted)
+    flags = [*flags, f"--save_dir={tmp_path}", "--resume=auto"]
+    with pytest.raises(SystemExit) as exit_:
+        train_script.main(flags)
+    assert exit_.value.code == 128 + signum and len(taken) == step
+    assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+    train_script.main(flags)
+    assert len(taken) == 12, "no step is taken twice"
+    assert_same(outcome(tmp_path), uninterrupted)
+
+
+def test_a_named_checkpoint_goes_on_in_its_folder(flags, uninterrupted, tmp_path):
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1"])
+    (folder,) = tmp_path.iterdir()
+    train_script.main([*flags, f"--save_dir={tmp_path}/unused", f"--resume={folder}/last_model.pth"])
+    assert_same(outcome(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_damaged_checkpoint_is_passed_over(flags, uninterrupted, tmp_path, caplog, damage):
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=2"])
+    (folder,) = tmp_path.iterdir()
+    data = bytearray((folder / "last_model.pth").read_bytes())
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2] ^= 1
+    (folder / "last_model.pth").write_bytes(bytes(data))
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--resume=auto"])
+    assert "last_model.pth is damaged" in caplog.text and "trying the one before" in caplog.text
+    assert_same(outcome(tmp_path), uninterrupted)
+
+
+def test_contradicting_options_are_named(flags, tmp_path, capsys):
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1"])
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*.pth")}
+    other = ["--lr=0.002", "--seed=5", "--epochs_num=9", "--patience=7", "--num_workers=1"]
+    with pytest.raises(SystemExit) as exit_:
+        train_script.main([*flags, f"--save_dir={tmp_path}", "--resume=auto", *other])
+    message = next(line for line in capsys.readouterr().err.splitlines() if "ERROR" in line)
+    assert exit_.value.code == 2
+    assert "--seed was 0 and is 5 now; --lr was 0.001 and is 0.002 now;" in message
+    assert "epochs_num" not in message and "patience" not in message and "num_workers" not in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.pth")} == kept
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train_script.main([*flags, f"--save_dir={tmp_path}", "--lr=1e30", "--checkpoint_every=1"])
+    message = next(line for line in capsys.readouterr().err.splitlines() if "ERROR" in line)
+    assert exit_.value.code == 2 and "epoch 1 at a learning rate of 1e+30; lower --lr" in message
+    (folder,) = tmp_path.iterdir()
+    assert f"the newest good checkpoint is {folder}/last_model.pth" in message
+    state = torch.load(folder / "last_model.pth", weights_only=True)["model_state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_a_finished_run_is_only_evaluated_again(flags, tmp_path, caplog):
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1"])
+    before = outcome(tmp_path)
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1", "--resume=auto"])
+    assert_same(outcome(tmp_path), before)

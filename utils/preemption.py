@@ -1,0 +1,39 @@
+"""Stopping in good order when a scheduler, or Ctrl-C, asks for it."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class Preemption:
+    """Notes SIGTERM and SIGINT instead of dying of them, within a `with` block.
+
+    Whoever is in it asks `requested` where it can stop, puts things in order, and calls `stop`.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._previous: list[Any] = []
+
+    def __enter__(self) -> "Preemption":
+        self._previous = [signal.signal(signum, self._note) for signum in self.SIGNALS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in zip(self.SIGNALS, self._previous, strict=True):
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _: FrameType | None) -> None:
+        self.signum = signum
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.signum is not None
+
+    def stop(self) -> None:
+        """Ends the program if a signal has come, with the exit status that a shell gives for it: 128 + signal."""
+        if self.signum is not None:
+            raise SystemExit(128 + self.signum)

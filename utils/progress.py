@@ -1,0 +1,133 @@
+"""Where a training run stands, kept so that it can go on as if it had never stopped."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import checkpoint, metrics
+from .optimization import Optimization
+from .seed import generator_states, restore_generators
+
+
+class Progress:
+    """A run's position, best score and files.
+
+    Attributes:
+        epoch: epochs finished, validation included.
+        losses: of the steps taken in the epoch under way.
+        lr: learning rate of the newest of them.
+        best_score: the highest validation score so far.
+        not_improved: epochs since then.
+
+    Args:
+        folder: the run's.
+        model: what is trained.
+        optimization: how.
+        facts: plain values that every checkpoint carries.
+        decisive: options that decide the result, by name; a run goes on under the same ones only.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimization: Optimization,
+        *,
+        facts: dict[str, Any],
+        decisive: dict[str, Any],
+    ):
+        self.folder = folder
+        self.model = model
+        self.optimization = optimization
+        self.facts = facts
+        self.decisive = decisive
+        self.epoch = 0
+        self.losses: list[float] = []
+        self.lr = 0.0
+        self.recalls: dict[int, float] = {}
+        self.best_score = -1.0
+        self.not_improved = 0
+
+    def record_step(self, loss: float) -> None:
+        """Counts a step before its gradient is used.
+
+        Raises:
+            ValueError: a loss that is not finite.
+        """
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss became {loss} in {self._place()}")
+        self.losses.append(loss)
+        self.lr = self.optimization.lr
+
+    def record_epoch(self, recalls: dict[int, float], score: float) -> bool:
+        """Closes the epoch: the row in metrics.csv, best_model.pth if the score is strictly better, last_model.pth.
+
+        Returns:
+            Whether it is.
+        """
+        self.epoch, self.recalls = self.epoch + 1, recalls
+        row = {"epoch": self.epoch, "steps": len(self.losses), "loss": self.mean_loss, "lr": self.lr}
+        metrics.append_row(self.folder, {**row, **{f"R@{n}": recall for n, recall in recalls.items()}})
+        better = score > self.best_score
+        self.best_score, self.not_improved = (score, 0) if better else (self.best_score, self.not_improved + 1)
+        self.losses = []
+        if better:
+            self.save_best()
+        self.save_last()
+        return better
+
+    @property
+    def mean_loss(self) -> float:
+        """Of the steps of the epoch under way."""
+        return math.fsum(self.losses) / len(self.losses)
+
+    def _place(self) -> str:
+        return (
+            f"step {len(self.losses) + 1} of epoch {self.epoch + 1} at a learning rate of {self.optimization.lr:.3g}; "
+            f"lower --lr; the newest good checkpoint is {self.folder / checkpoint.LAST}"
+        )
+
+    def _content(self) -> dict[str, Any]:
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise ValueError(f"a weight became infinite before {self._place()}")
+        return {
+            "model_state_dict": self.model.state_dict(),
+            **self.facts,
+            "encoder_retired": self.optimization.encoder_retired,
+            "epoch_num": self.epoch,
+            "losses": self.losses,
+            "lr": self.lr,
+            "recalls": self.recalls,
+            "best_score": self.best_score,
+            "not_improved_num": self.not_improved,
+        }
+
+    def save_best(self) -> None:
+        """Writes best_model.pth: the weights, and how they came about."""
+        checkpoint.save(self.folder / checkpoint.BEST, self._content())
+
+    def save_last(self) -> None:
+        """Writes last_model.pth: all that it takes to go on; the one before becomes previous_model.pth."""
+        state = {
+            "optimization": self.optimization.state_dict(),
+            "generators": generator_states(),
+            "decisive": self.decisive,
+        }
+        checkpoint.save(self.folder / checkpoint.LAST, {**self._content(), **state})
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Goes on from a `last_model.pth`, whose weights the model already has.
+
+        Raises:
+            ValueError: it was written under other decisive options.
+        """
+        checkpoint.require_same(self.decisive, content["decisive"])
+        self.epoch, self.losses = content["epoch_num"], content["losses"]
+        self.lr = content["lr"]
+        self.recalls, self.best_score = content["recalls"], content["best_score"]
+        self.not_improved = content["not_improved_num"]
+        self.optimization.load_state_dict(content["optimization"])
+        metrics.cut_rows(self.folder, self.epoch)
+        restore_generators(content["generators"])
