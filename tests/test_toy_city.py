@@ -160,5 +160,5 @@ def test_thumbnails_do_not_recognise_the_places(default_test_split: Path, mode: 
     database, queries = (thumbnails(folder, mode) for folder in folders)
     nearest = (queries @ database.T).argmax(axis=1)
     error = np.linalg.norm(positions(folders[1]) - positions(folders[0])[nearest], axis=1)
-    # Less than half of what the model of `make demo` reaches: R@1 49.1 and 46.4 with seeds 0 and 1.
+    # Less than half of what the model of `make demo` reaches: R@1 49.1, 46.4 and 43.2 with seeds 0, 1 and 2.
     assert 0.01 < (error <= 25).mean() < 0.2
