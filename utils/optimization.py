@@ -121,5 +121,5 @@ class Optimization:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        if state["encoder_retired"]:
+        if state["encoder_retired"] and not self.encoder_retired:
             self._retire_encoder()
