@@ -11,7 +11,7 @@ from model import build_model
 from model.weights import load_checkpoint
 from parser import EvalOptions, parse
 from test import evaluate, format_recalls, image_batches
-from utils import run_log
+from utils import distributed, run_log
 from utils.device import allow_tf32, pick_device
 from utils.seed import seed_everything
 
@@ -27,7 +27,7 @@ def run(options: EvalOptions) -> dict[int, float]:
     Raises:
         SystemExit: bad input; the message is in the log and on the terminal.
     """
-    with run_log.RunLog() as log:
+    with distributed.processes(), run_log.RunLog() as log:
         device = pick_device(options.device)
         run_log.log_header(asdict(options), device)
         seed_everything(options.seed)

@@ -20,8 +20,9 @@ def option(default: Any, help: str, **argparse_settings: Any) -> Any:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which a container or a scheduler can make fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores for this process: of those that it may run on, its share among the processes that torchrun started here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def freeze_te(text: str) -> int | None:
@@ -110,7 +111,7 @@ class TrainOptions(Options):
     freeze_te: int | None = option(
         8, "train the backbone's blocks from this one on; none trains all of it", type=freeze_te, metavar="{N,none}"
     )
-    train_batch_size: int = option(120, "places a batch")
+    train_batch_size: int = option(120, "places a batch, of all GPUs together")
     epochs_num: int = option(20, "epochs at most; 0 writes and evaluates the initialised model")
     patience: int = option(3, "stop after this many epochs without a better validation R@1 + R@5")
     lr: float = option(5e-5, "learning rate; it halves every third epoch")
@@ -124,20 +125,23 @@ class TrainOptions(Options):
     precision: str = option("fp32", "arithmetic of the training step", choices=("fp32", "tf32", "bf16", "fp16"))
     mixed_precision: bool = option(False, "the released name of --precision fp16")
     clip_grad_norm: float = option(0.0, "largest L2 norm of all gradients together; 0 does not clip")
+    activation_checkpointing: bool = option(False, "compute trained blocks twice rather than keep their activations")
+    grad_cache_chunk: int = option(0, "images in memory at a time in the backbone's backward pass; 0 for all of them")
 
     @property
     def decisive(self) -> dict[str, Any]:
         """The options that decide what a training run computes; the others may change when it goes on."""
         free = {"resume", "save_dir", "epochs_num", "patience", "device", "num_workers", "checkpoint_every"}
         free |= {"extraction_batch_size", "recall_values", "mixed_precision"}
+        free |= {"activation_checkpointing", "grad_cache_chunk"}  # they only round differently
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}
-        return {name: value for name, value in values.items() if not isinstance(value, Path)}
+        return {f"--{name}": value for name, value in values.items() if not isinstance(value, Path)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_patches("--train_resize", self.train_resize)
         _require_positive(self, "images_per_place", "train_batch_size", "patience", "lr", "lr_encoder")
-        for name in ("epochs_num", "randaugment_ops", "checkpoint_every", "clip_grad_norm"):
+        for name in ("epochs_num", "randaugment_ops", "checkpoint_every", "clip_grad_norm", "grad_cache_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} is negative; use 0 for none")
         if self.images_per_place < 2:

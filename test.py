@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from datasets.database_queries import DatabaseQueries, ImageList
 from datasets.transforms import Transform
-from utils import search
+from utils import distributed, search
 
 
 class PlaceDescriber(Protocol):
@@ -57,7 +57,7 @@ def image_batches(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # of its own, so that evaluating moves nobody's random numbers
     )
-    with tqdm(total=len(paths), desc=progress, unit="image") as bar:
+    with tqdm(total=len(paths), desc=progress, unit="image", disable=not distributed.is_main()) as bar:
         for images in loader:
             yield images.to(device, non_blocking=True)
             bar.update(len(images))
@@ -88,7 +88,7 @@ def describe_in_batches(
     With the cross-image encoder these batches are part of the protocol: a descriptor depends on who shares its batch.
     The descriptors take the place of the vectors in memory.
     """
-    descriptors = vectors.reshape(len(vectors), -1)
+    descriptors = vectors.reshape(len(vectors), vectors.shape[1] * vectors.shape[2])
     for start in range(0, len(vectors), batch_size):
         rows = slice(start, start + batch_size)
         descriptors[rows] = model.describe(torch.from_numpy(vectors[rows]).to(device)).float().cpu().numpy()
@@ -107,7 +107,8 @@ def evaluate(
 ) -> dict[int, float]:
     """Recall@N of a model on a dataset: `{N: percent of the queries}`.
 
-    Database and queries are described in two passes, so that no batch mixes them.
+    Database and queries are described in two passes, so that no batch mixes them. Of several processes each describes
+    its share, in the same batches as a single one would, and the main one searches; all get the result.
 
     Args:
         model: what is evaluated.
@@ -118,18 +119,17 @@ def evaluate(
         infer_batch_size: images that share a batch in `describe`.
         device: where the model is.
     """
-    positives = dataset.positives(positive_distance)
-    database, queries = (
-        describe_in_batches(
-            model,
-            extract_vectors(model, read_images(paths, progress=progress), len(paths)),
-            batch_size=infer_batch_size,
-            device=device,
-        )
-        for progress, paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths))
-    )
-    _, predictions = search.nearest(queries, database, max(recall_values))
-    return search.recall_at(predictions, positives, recall_values)
+    descriptors = {}
+    for name, all_paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths)):
+        paths = all_paths[distributed.shares(len(all_paths), infer_batch_size)[distributed.rank()]]
+        vectors = extract_vectors(model, read_images(paths, progress=name), len(paths))
+        described = describe_in_batches(model, vectors, batch_size=infer_batch_size, device=device)
+        descriptors[name] = distributed.gather_rows(described)
+    recalls: dict[int, float] = {}
+    if distributed.is_main():
+        _, predictions = search.nearest(descriptors["queries"], descriptors["database"], max(recall_values))
+        recalls = search.recall_at(predictions, dataset.positives(positive_distance), recall_values)
+    return distributed.broadcast(recalls)
 
 
 def format_recalls(recalls: dict[int, float]) -> str:

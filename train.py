@@ -17,11 +17,11 @@ from datasets.database_queries import DatabaseQueries
 from datasets.gsv_cities import GSVCities, PlaceBatches
 from datasets.transforms import TrainingTransform, evaluation_transform
 from model import SuperVLADNet, build_model
-from model.initialization import initialize_layer
+from model.initialization import initialize_layer, sample_local_features
 from model.weights import FOUNDATION_FILES, load_checkpoint, load_foundation, missing_foundation, read_file
 from parser import TrainOptions, parse
 from test import evaluate, format_recalls, image_batches
-from utils import checkpoint, run_log
+from utils import checkpoint, distributed, report, run_log
 from utils.device import allow_tf32, autocast, estimated_hours, peak_memory, pick_device
 from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
@@ -41,7 +41,7 @@ def run(options: TrainOptions) -> dict[int, float]:
     Raises:
         SystemExit: bad input (status 2), or a signal that asked to stop (128 + signal, after a checkpoint).
     """
-    with run_log.RunLog() as log, Preemption() as preemption:
+    with distributed.processes(), run_log.RunLog() as log, Preemption() as preemption:
         device = pick_device(options.device)
         run_log.log_header(asdict(options), device)
         seed_everything(options.seed)
@@ -55,6 +55,11 @@ def run(options: TrainOptions) -> dict[int, float]:
             transform=TrainingTransform(options.train_resize, options.randaugment_ops),
             seed=options.seed,
         )
+        if options.train_batch_size < distributed.world_size():
+            raise ValueError(
+                f"--train_batch_size {options.train_batch_size} gives no place to some of {distributed.world_size()} "
+                "processes; use as many places or more"
+            )
         batches = PlaceBatches(places, batch_size=options.train_batch_size, place_order=options.place_order)
         loader = DataLoader(
             places,
@@ -86,7 +91,8 @@ def run(options: TrainOptions) -> dict[int, float]:
         model = build_model(**options.model)
         path = Path(options.resume) if options.resume else None
         if options.resume == "auto":
-            path = checkpoint.newest(run_log.runs_of(options.save_dir), read=read_file)
+            runs = run_log.runs_of(options.save_dir)
+            path = distributed.broadcast(checkpoint.newest(runs, read=read_file) if distributed.is_main() else None)
         content = {} if path is None else load_checkpoint(model, path)
         goes_on = "optimization" in content  # a run of ours; any other file gives its weights to a new run
         if path is None and options.foundation_model_path is not None:
@@ -94,6 +100,8 @@ def run(options: TrainOptions) -> dict[int, float]:
         elif path is None and options.backbone in FOUNDATION_FILES:
             raise missing_foundation(options.backbone)
         model.backbone.freeze(options.freeze_te)
+        model.backbone.activation_checkpointing = options.activation_checkpointing
+        model.grad_cache_chunk = options.grad_cache_chunk
         model.to(device)
         optimization = Optimization(
             model,
@@ -109,16 +117,18 @@ def run(options: TrainOptions) -> dict[int, float]:
         folder = log.open(options.save_dir, path.parent if path and goes_on else None)
         run_log.log_parameters(model)
         if device.type == "cpu" and options.backbone in FOUNDATION_FILES and options.epochs_num:
-            images = options.epochs_num * len(places) * options.images_per_place
-            hours = estimated_hours(model.backbone, size=options.train_resize, images=images)
+            seen = options.epochs_num * len(places) * options.images_per_place
+            hours = estimated_hours(model.backbone, size=options.train_resize, images=seen)
             logger.warning("training %s on a CPU takes about %.0f hours; use a CUDA GPU", options.backbone, hours)
         progress = Progress(
             folder,
             model,
             optimization,
             facts={"model": options.model, "encoder_training": options.encoder_training},
-            decisive={**options.decisive, "places": len(places)},
+            decisive={**options.decisive, "the number of places": len(places)},
         )
+        if distributed.rank():
+            seed_everything(options.seed + distributed.rank())  # a dropout of its own
         if goes_on:
             progress.restore(content)
             logger.info("going on from %s: epoch %d, step %d", path, progress.epoch + 1, len(progress.losses) + 1)
@@ -127,7 +137,13 @@ def run(options: TrainOptions) -> dict[int, float]:
                 rng = np.random.default_rng(options.seed)
                 paths = initialization_images(options, places)
                 paths = [paths[index] for index in rng.choice(len(paths), size=min(5000, len(paths)), replace=False)]
-                initialize_layer(model, read_images(paths, "initialisation"), generator=rng)
+                share = distributed.shares(len(paths))[distributed.rank()]
+                images = read_images(paths[share], "initialisation")
+                features = sample_local_features(model, images, generator=rng, skip=share.start)
+                features = torch.from_numpy(distributed.gather_rows(features.numpy()))
+                if distributed.is_main():
+                    initialize_layer(model, features)
+            distributed.broadcast_weights(model)
             progress.save_best()
             progress.save_last()
 
@@ -145,6 +161,7 @@ def run(options: TrainOptions) -> dict[int, float]:
             speed = train_one_epoch(
                 model,
                 loader,
+                batches,
                 optimization,
                 progress,
                 device=device,
@@ -155,6 +172,8 @@ def run(options: TrainOptions) -> dict[int, float]:
             progress.save_last()  # so that nothing is trained again if validation is cut short
             loss, recalls = progress.mean_loss, recall(val, recall_values=sorted({1, 5, *options.recall_values}))
             better = progress.record_epoch(recalls, score=recalls[1] + recalls[5])
+            if distributed.is_main():
+                report.draw_training(folder)
             logger.info(
                 "epoch=%02d loss=%.4f lr=%.3g %s %s%s",
                 progress.epoch,
@@ -188,6 +207,7 @@ def initialization_images(options: TrainOptions, places: GSVCities) -> list[str]
 def train_one_epoch(
     model: SuperVLADNet,
     loader: DataLoader,
+    batches: PlaceBatches,
     optimization: Optimization,
     progress: Progress,
     *,
@@ -207,23 +227,34 @@ def train_one_epoch(
     """
     criterion = MinedMultiSimilarity()
     model.train()
+    replica = distributed.replicate(model)
     started = waiting = time.perf_counter()
     waited, seen = 0.0, 0
-    bar = tqdm(loader, desc=f"epoch {progress.epoch + 1}", unit="step", initial=len(progress.losses))
+    bar = tqdm(
+        loader,
+        desc=f"epoch {progress.epoch + 1}",
+        unit="step",
+        total=len(batches),
+        initial=len(progress.losses),
+        disable=not distributed.is_main(),
+    )
     for images, labels in bar:
         waited += time.perf_counter() - waiting
+        counts = [places * images.shape[1] for places in batches.shares(len(progress.losses))]  # of each process
         labels = labels.repeat_interleave(images.shape[1]).to(device, non_blocking=True)  # (P,) -> (P*K,)
         images = images.flatten(0, 1).to(device, non_blocking=True)  # (P, K, 3, H, W) -> (P*K, 3, H, W)
         with autocast(device, precision):
-            loss = criterion(model(images), labels)
+            descriptors = distributed.gather_with_gradient(replica(images), counts)
+            loss = criterion(descriptors, distributed.gather_with_gradient(labels, counts))
         progress.record_step(loss.item())
-        optimization.backward(loss)
-        optimization.step()
-        if preemption.requested or (checkpoint_every and len(progress.losses) % checkpoint_every == 0):
+        optimization.backward(loss * distributed.world_size())
+        if optimization.step():
+            replica = distributed.replicate(model)
+        if preemption.agreed() or (checkpoint_every and len(progress.losses) % checkpoint_every == 0):
             progress.save_last()
             preemption.stop()
-        bar.set_postfix(loss=f"{progress.losses[-1]:.3f}")
-        seen += len(images)
+        bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", mined=f"{criterion.mined_share:.0%}")
+        seen += len(descriptors)
         waiting = time.perf_counter()
     seconds = max(time.perf_counter() - started, 1e-9)
     return f"images/s={seen / seconds:.1f} data_wait={waited / seconds:.1%} peak_mem={peak_memory(device):.2f}GB"

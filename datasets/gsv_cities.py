@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from utils import distributed
+
 from .transforms import Transform, open_image
 
 logger = logging.getLogger(__name__)
@@ -178,6 +180,9 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
         batch_size: places a batch.
         place_order: "fixed" keeps the first epoch's order, as the released code does; "reshuffled" draws a new one each
             epoch, as GSV-Cities' own code does.
+
+    Of several processes each gets its share of every batch: a run of neighbours, so that the shares make up the batch
+    in its order. A process whose share of a short last batch is empty gets a place that does not count, see `shares`.
     """
 
     def __init__(self, dataset: GSVCities, *, batch_size: int, place_order: str = "fixed"):
@@ -190,6 +195,11 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         return -(-len(self.dataset) // self.batch_size)
+
+    def shares(self, step: int) -> list[int]:
+        """How many places of an epoch's batch (counted from 0) each process has."""
+        places = min(self.batch_size, len(self.dataset) - step * self.batch_size)
+        return [share.stop - share.start for share in distributed.shares(places)]
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The places in the order of an epoch."""
@@ -206,4 +216,6 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = self.order(self.epoch)
         for start in range(self.start * self.batch_size, len(order), self.batch_size):
-            yield [(self.epoch, int(place)) for place in order[start : start + self.batch_size]]
+            batch = order[start : start + self.batch_size]
+            share = batch[distributed.shares(len(batch))[distributed.rank()]]
+            yield [(self.epoch, int(place)) for place in (share if len(share) else batch[:1])]

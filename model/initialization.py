@@ -37,7 +37,12 @@ def layer_weights(centroids: Tensor, descriptors: Tensor) -> tuple[float, Tensor
 
 @torch.inference_mode()
 def sample_local_features(
-    model: SuperVLADNet, batches: Iterable[Tensor], *, generator: np.random.Generator, per_image: int = 100
+    model: SuperVLADNet,
+    batches: Iterable[Tensor],
+    *,
+    generator: np.random.Generator,
+    per_image: int = 100,
+    skip: int = 0,
 ) -> Tensor:
     """Draws local features of each image without replacement.
 
@@ -46,32 +51,34 @@ def sample_local_features(
         batches: normalised images, each B x 3 x H x W, on the model's device.
         generator: draws them.
         per_image: features an image; all of them where the grid has fewer.
+        skip: images before these that another process samples; what the generator draws for them is passed over.
 
     Returns:
         N x D, L2-normalised, on the CPU.
     """
-    sampled = []
+    sampled = [torch.empty(0, model.aggregation.dim)]
     for images in batches:
         features = F.normalize(model.backbone(images), dim=1).flatten(2)  # (B, D, h*w)
         patches = features.shape[2]
+        for _ in range(skip):
+            generator.choice(patches, size=min(per_image, patches), replace=False)
+        skip = 0
         for image_features in features.cpu():
             chosen = generator.choice(patches, size=min(per_image, patches), replace=False)
             sampled.append(image_features[:, chosen].T)
     return torch.cat(sampled)
 
 
-def initialize_layer(model: SuperVLADNet, batches: Iterable[Tensor], *, generator: np.random.Generator) -> None:
+def initialize_layer(model: SuperVLADNet, descriptors: Tensor) -> None:
     """Sets the aggregation's weights by k-means over sampled local features (FAISS, 100 iterations, its own seed).
 
     Args:
         model: its aggregation is changed in place.
-        batches: normalised images, each B x 3 x H x W, on the model's device.
-        generator: draws the features.
+        descriptors: what `sample_local_features` gave, N x D.
 
     Raises:
         ValueError: fewer features than clusters.
     """
-    descriptors = sample_local_features(model, batches, generator=generator)
     conv = model.aggregation.conv
     clusters = conv.out_channels
     if len(descriptors) < clusters:

@@ -1,7 +1,9 @@
 """The whole network: photo to descriptor."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .cross_image import CrossImageEncoder
 from .dinov2 import DINOv2
@@ -15,6 +17,12 @@ class SuperVLADNet(nn.Module):
         backbone: images B x 3 x H x W to local features B x D x h x w.
         aggregation: local features to cluster vectors B x K x D.
         encoder: cluster vectors to cluster vectors, looking across the batch; None leaves it out.
+
+    Attributes:
+        grad_cache_chunk: images whose activations the backward pass holds at a time; 0 holds the whole batch's. In
+            chunks, the forward pass keeps cluster vectors only, and the backward pass computes each chunk once more:
+            the gradient is the same, a forward pass is the price. Source: Gao et al., Scaling Deep Contrastive Learning
+            Batch Size under Memory Limited Setup, 2021, here by way of activation checkpointing.
     """
 
     def __init__(self, *, backbone: DINOv2, aggregation: SuperVLAD, encoder: CrossImageEncoder | None = None):
@@ -22,6 +30,7 @@ class SuperVLADNet(nn.Module):
         self.backbone = backbone
         self.aggregation = aggregation
         self.encoder = encoder
+        self.grad_cache_chunk = 0
 
     @property
     def descriptor_dim(self) -> int:
@@ -30,6 +39,14 @@ class SuperVLADNet(nn.Module):
 
     def cluster_vectors(self, images: Tensor) -> Tensor:
         """What depends on each image alone: normalised images B x 3 x H x W to B x K x D."""
+        if self.grad_cache_chunk and torch.is_grad_enabled():
+            chunks = images.split(self.grad_cache_chunk)
+            # preserve_rng_state: neither part draws random numbers.
+            kept = [checkpoint(self._encode, c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
+            return torch.cat(kept)
+        return self._encode(images)
+
+    def _encode(self, images: Tensor) -> Tensor:
         return self.aggregation(self.backbone(images))
 
     def describe(self, vectors: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Runs train.py and dies by SIGKILL at the given point: python killed.py POINT COUNT FLAG [FLAG ...].
 
 POINT is `step` (after the COUNT-th optimiser step), `write` (half-way through the COUNT-th checkpoint), `move` (before
-the COUNT-th file is moved into place) or `validation` (half-way through the COUNT-th).
+the COUNT-th file is moved into place) or `validation` (half-way through the COUNT-th). Under torchrun it is the second
+process that dies. With the point `preempted` it gets SIGTERM instead, as the COUNT-th step begins.
 """
 
 import io
@@ -31,7 +32,8 @@ def now() -> bool:
 
 
 def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get("RANK", "1") == "1":
+        os.kill(os.getpid(), signal.SIGTERM if point == "preempted" else signal.SIGKILL)
 
 
 def patched(owner, name, wrap):
@@ -77,6 +79,8 @@ match point:
         patched(torch, "save", half_way)
     case "move":
         patched(checkpoint.os, "replace", before)
+    case "preempted":
+        patched(Optimization, "step", before)
     case "validation":
         patched(evaluation, "describe_in_batches", before)
 

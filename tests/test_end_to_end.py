@@ -51,7 +51,7 @@ def trained(city, tmp_path_factory):
 def test_training_leaves_what_it_promises(trained):
     folder, _ = trained
     assert {p.name for p in folder.iterdir()} == {
-        "info.log", "debug.log", "metrics.csv", "results.json",
+        "info.log", "debug.log", "metrics.csv", "results.json", "training.png",
         "best_model.pth", "last_model.pth", "previous_model.pth",
     }  # fmt: skip
     log = (folder / "info.log").read_text()

@@ -50,11 +50,12 @@ def test_initialisation_is_repeatable(clusters, ghost_clusters):
     images = torch.randn(8, 3, 112, 112)
     weights = []
     for _ in range(2):
-        initialize_layer(model, [images[:5], images[5:]], generator=np.random.default_rng(1))
+        batches = [images[:5], images[5:]]
+        initialize_layer(model, sample_local_features(model, batches, generator=np.random.default_rng(1)))
         weights.append(model.aggregation.conv.weight.detach().clone())
     assert torch.equal(*weights) and weights[0].norm() > 0
 
 
 def test_too_few_features():
     with pytest.raises(ValueError, match="k-means for 65 clusters .* the images gave 4"):
-        initialize_layer(tiny(clusters=64), [torch.randn(1, 3, 28, 28)], generator=np.random.default_rng(0))
+        initialize_layer(tiny(clusters=64), torch.randn(4, 96))

@@ -61,7 +61,7 @@ def require_same(asked: dict[str, Any], written: dict[str, Any]) -> None:
         ValueError: some differ; the message names each, with both values.
     """
     differing = [
-        f"--{name} was {written[name]} and is {value} now"
+        f"{name} was {written[name]} and is {value} now"
         for name, value in asked.items()
         if name in written and written[name] != value
     ]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from . import distributed
+
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -22,6 +24,14 @@ def pick_device(name: str) -> torch.device:
         raise ValueError("--device cuda was asked for, but PyTorch sees no CUDA GPU; use --device cpu or auto")
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps was asked for, but PyTorch sees none; use --device cpu or auto")
+    if name == "cuda":
+        gpu = distributed.local_rank()
+        if gpu >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {gpu + 1} of this machine has no GPU, PyTorch sees {torch.cuda.device_count()}; "
+                "start torchrun with --nproc_per_node at most that"
+            )
+        torch.cuda.set_device(gpu)
     return torch.device(name)
 
 

@@ -86,8 +86,12 @@ class Optimization:
         """Computes the gradients of a scalar loss."""
         self.scaler.scale(loss).backward()
 
-    def step(self) -> None:
-        """Moves the weights once and drops the gradients."""
+    def step(self) -> bool:
+        """Moves the weights once and drops the gradients.
+
+        Returns:
+            Whether there are now fewer parameters to train.
+        """
         scale = self.scaler.get_scale()
         if self.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
@@ -98,8 +102,12 @@ class Optimization:
         self.scheduler.step()
         self.optimizer.zero_grad()
         taken = self.scaler.get_scale() >= scale  # the scaler skips a step whose gradients overflowed, and backs off
-        if self.encoder is not None and self.encoder_training == "released" and not self.encoder_retired and taken:
+        retires = (
+            self.encoder is not None and self.encoder_training == "released" and not self.encoder_retired and taken
+        )
+        if retires:
             self._retire_encoder()
+        return retires
 
     def _retire_encoder(self) -> None:
         self.encoder_retired = True

@@ -4,11 +4,13 @@ import signal
 from types import FrameType
 from typing import Any
 
+from . import distributed
+
 
 class Preemption:
     """Notes SIGTERM and SIGINT instead of dying of them, within a `with` block.
 
-    Whoever is in it asks `requested` where it can stop, puts things in order, and calls `stop`.
+    Whoever is in it asks `agreed` where it can stop, puts things in order, and calls `stop`.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -28,12 +30,12 @@ class Preemption:
     def _note(self, signum: int, _: FrameType | None) -> None:
         self.signum = signum
 
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has come."""
+    def agreed(self) -> bool:
+        """Whether a signal has come to any process of the run; all ask at the same point, and so stop at the same."""
+        self.signum = distributed.maximum(self.signum or 0) or None
         return self.signum is not None
 
     def stop(self) -> None:
-        """Ends the program if a signal has come, with the exit status that a shell gives for it: 128 + signal."""
+        """Ends the program if a signal has come here, with the exit status that a shell gives for it: 128 + signal."""
         if self.signum is not None:
             raise SystemExit(128 + self.signum)

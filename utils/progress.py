@@ -1,18 +1,21 @@
 """Where a training run stands, kept so that it can go on as if it had never stopped."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import checkpoint, metrics
+from . import checkpoint, distributed, metrics
 from .optimization import Optimization
 from .seed import generator_states, restore_generators
 
+logger = logging.getLogger(__name__)
+
 
 class Progress:
-    """A run's position, best score and files.
+    """A run's position, best score and files, which only the main process writes.
 
     Attributes:
         epoch: epochs finished, validation included.
@@ -26,7 +29,7 @@ class Progress:
         model: what is trained.
         optimization: how.
         facts: plain values that every checkpoint carries.
-        decisive: options that decide the result, by name; a run goes on under the same ones only.
+        decisive: what decides the result, by the name to show; a run goes on under the same values only.
     """
 
     def __init__(
@@ -69,7 +72,8 @@ class Progress:
         """
         self.epoch, self.recalls = self.epoch + 1, recalls
         row = {"epoch": self.epoch, "steps": len(self.losses), "loss": self.mean_loss, "lr": self.lr}
-        metrics.append_row(self.folder, {**row, **{f"R@{n}": recall for n, recall in recalls.items()}})
+        if distributed.is_main():
+            metrics.append_row(self.folder, {**row, **{f"R@{n}": recall for n, recall in recalls.items()}})
         better = score > self.best_score
         self.best_score, self.not_improved = (score, 0) if better else (self.best_score, self.not_improved + 1)
         self.losses = []
@@ -106,16 +110,21 @@ class Progress:
 
     def save_best(self) -> None:
         """Writes best_model.pth: the weights, and how they came about."""
-        checkpoint.save(self.folder / checkpoint.BEST, self._content())
+        self._save(checkpoint.BEST, self._content())
 
     def save_last(self) -> None:
         """Writes last_model.pth: all that it takes to go on; the one before becomes previous_model.pth."""
         state = {
             "optimization": self.optimization.state_dict(),
-            "generators": generator_states(),
+            "generators": distributed.gather_objects(generator_states()),
             "decisive": self.decisive,
         }
-        checkpoint.save(self.folder / checkpoint.LAST, {**self._content(), **state})
+        self._save(checkpoint.LAST, {**self._content(), **state})
+
+    def _save(self, name: str, content: dict[str, Any]) -> None:
+        if distributed.is_main():
+            checkpoint.save(self.folder / name, content)
+        distributed.barrier()  # nobody reads it before it is there
 
     def restore(self, content: dict[str, Any]) -> None:
         """Goes on from a `last_model.pth`, whose weights the model already has.
@@ -129,5 +138,15 @@ class Progress:
         self.recalls, self.best_score = content["recalls"], content["best_score"]
         self.not_improved = content["not_improved_num"]
         self.optimization.load_state_dict(content["optimization"])
-        metrics.cut_rows(self.folder, self.epoch)
-        restore_generators(content["generators"])
+        if distributed.is_main():
+            metrics.cut_rows(self.folder, self.epoch)
+        states = content["generators"]
+        if len(states) == distributed.world_size():
+            restore_generators(states[distributed.rank()])
+        else:
+            logger.warning(
+                "the checkpoint was written by %d processes and these are %d: dropout will draw other numbers, and the "
+                "cross-image encoder look across other images, than in a run without a break",
+                len(states),
+                distributed.world_size(),
+            )

@@ -18,6 +18,8 @@ import PIL
 import torch
 import torchvision
 
+from . import distributed
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,11 +30,12 @@ def runs_of(save_dir: Path) -> list[Path]:
 
 
 class TerminalFormatter(logging.Formatter):
-    """The message alone, with its level in front where that is not INFO."""
+    """The message alone, with its level in front where that is not INFO, and the rank unless it is the main process."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
-        return message if record.levelno == logging.INFO else f"{record.levelname}: {message}"
+        message = message if record.levelno == logging.INFO else f"{record.levelname}: {message}"
+        return message if distributed.is_main() else f"rank {distributed.rank()}: {message}"
 
 
 class RunLog:
@@ -41,7 +44,7 @@ class RunLog:
     The terminal shows it from the start; `open` adds the run's folder, where `info.log` has what the terminal shows and
     `debug.log` has all, tracebacks included, from the start too. Bad input, which this project raises as ValueError or
     OSError, ends the program there: one line, no traceback on the terminal, exit status 2, and no folder if none was
-    opened yet.
+    opened yet. Of several processes the main one does all this, and the others say what goes wrong in them.
     """
 
     def __enter__(self) -> "RunLog":
@@ -50,9 +53,11 @@ class RunLog:
         self._handlers: list[logging.Handler] = []
         self._buffer = MemoryHandler(capacity=1_000_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
         self._root.setLevel(logging.DEBUG)
-        logging.getLogger("PIL").setLevel(logging.INFO)  # it describes every image it opens
+        for talkative in ("PIL", "matplotlib"):  # they describe every image and every font
+            logging.getLogger(talkative).setLevel(logging.INFO)
         self._add(self._buffer, logging.DEBUG, logging.Formatter())
-        self._add(logging.StreamHandler(sys.stderr), logging.INFO, TerminalFormatter())
+        level = logging.INFO if distributed.is_main() else logging.ERROR
+        self._add(logging.StreamHandler(sys.stderr), level, TerminalFormatter())
         return self
 
     def _add(self, handler: logging.Handler, level: int, formatter: logging.Formatter) -> None:
@@ -67,15 +72,21 @@ class RunLog:
         Returns:
             The run's folder.
         """
-        folder = folder or _make_folder(Path("logs") / save_dir)
+        if distributed.is_main():
+            folder = folder or _make_folder(Path("logs") / save_dir)
+            self._open_files(folder)
+        self._root.removeHandler(self._buffer)
+        folder = distributed.broadcast(folder)
+        assert folder is not None
+        return folder
+
+    def _open_files(self, folder: Path) -> None:
         for name, level in (("info.log", logging.INFO), ("debug.log", logging.DEBUG)):
             file = logging.FileHandler(folder / name)
             self._add(file, level, logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             for record in self._buffer.buffer:
                 if record.levelno >= level:
                     file.handle(record)
-        self._root.removeHandler(self._buffer)
-        return folder
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, Exception):
@@ -117,6 +128,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": str(distributed.world_size()),
         "git": git_revision(),
     }
 
@@ -147,6 +159,8 @@ def log_parameters(model: torch.nn.Module) -> None:
 
 def write_results(folder: Path, results: dict[str, Any], settings: dict[str, Any], device: torch.device) -> None:
     """Writes `results.json` into the run's folder: the results, and the options and versions that they depend on."""
+    if not distributed.is_main():
+        return
     content = {**results, "options": settings, "environment": environment(device)}
     (folder / "results.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
     logger.info("log and results.json in %s", folder)

@@ -1,0 +1,148 @@
+"""Several processes as one run, started by torchrun. A process on its own passes through all of this unchanged.
+
+Every function but `rank`, `world_size`, `is_main` and `shares` is collective: all processes call it at the same point.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Value = TypeVar("Value")
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Joins the processes that torchrun started; NCCL carries what is on GPUs and Gloo the rest."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    yield
+    dist.destroy_process_group()  # not after an error: a process that has died would be waited for
+
+
+def rank() -> int:
+    """This process's number; 0 is the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, on all machines together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which is that of its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and talks to the user."""
+    return rank() == 0
+
+
+def shares(count: int, unit: int = 1) -> list[slice]:
+    """Cuts `count` rows into one run of neighbours for each process, without splitting units of `unit` rows."""
+    ends = np.cumsum([len(part) for part in np.array_split(np.arange(-(-count // unit)), world_size())])
+    bounds = [0, *np.minimum(ends * unit, count).tolist()]
+    return [slice(start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def broadcast(value: Value) -> Value:
+    """The main process's value, for all."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather_objects(value: Value) -> list[Value]:
+    """Each process's value, in order, for all."""
+    values: list[Any] = [None] * world_size()
+    if world_size() == 1:
+        return [value]
+    dist.all_gather_object(values, value)
+    return values
+
+
+def maximum(value: int) -> int:
+    """The largest of the processes' values."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor(value)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def barrier() -> None:
+    """Waits until all are here."""
+    gather_objects(None)
+
+
+def gather_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """All processes' rows below each other, for the main process; the others get their own back.
+
+    Args:
+        rows: any number of them, of a shape that is the same everywhere.
+    """
+    shapes = gather_objects(rows.shape)
+    if len(shapes) == 1:
+        return rows
+    if not is_main():
+        if len(rows):
+            dist.send(torch.from_numpy(np.ascontiguousarray(rows)), dst=0)
+        return rows
+    row_shape = next((shape[1:] for shape in shapes if shape[0]), rows.shape[1:])
+    gathered = np.empty((sum(shape[0] for shape in shapes), *row_shape), dtype=rows.dtype)
+    gathered[: len(rows)] = rows.reshape(len(rows), *row_shape)
+    start = len(rows)
+    for source, (count, *_) in enumerate(shapes):
+        if source and count:
+            dist.recv(torch.from_numpy(gathered[start : start + count]), src=source)
+            start += count
+    return gathered
+
+
+def gather_with_gradient(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """All processes' rows below each other, for all; a process's gradient flows into its own.
+
+    A loss of the result is the same in each process, and its gradient for the parameters is the SUM of what the
+    processes compute, where DistributedDataParallel takes the mean: multiply the loss by `world_size()` before
+    `backward`.
+
+    Args:
+        rows: N x ..., of which the first `counts[rank()]` count. The others stand in for a process without any, whose
+            backward pass must run all the same; their gradient is zero.
+        counts: rows of each process.
+    """
+    own = rows[: counts[rank()]]
+    if world_size() == 1:
+        return own
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(own)] = own.detach()
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
+    parts[rank()] = own
+    return torch.cat(parts)
+
+
+def broadcast_weights(module: nn.Module) -> None:
+    """Gives all processes the main process's weights."""
+    if world_size() > 1:
+        for value in module.state_dict().values():
+            dist.broadcast(value, src=0)
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """The module with its gradients averaged over the processes; to be called anew when some of it is frozen."""
+    return module if world_size() == 1 else DistributedDataParallel(module)
