@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--device", default="auto")
     settings = parser.parse_args()
-    print(f"{settings.images} images of {settings.size}, {settings.backbone}, {settings.precision}, chunk {settings.chunk}")
+    print(
+        f"{settings.images} images of {settings.size}, {settings.backbone}, {settings.precision}, chunk {settings.chunk}"
+    )
     print(f"{'way':28} {'peak memory':>12} {'ratio':>6} {'time ratio':>11}")
     plain: tuple[float, float] | None = None
     for way in WAYS:

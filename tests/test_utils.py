@@ -8,11 +8,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from model import build_model
 from model.weights import read_file
-from utils import checkpoint, metrics, run_log
+from utils import checkpoint, distributed, metrics, report, run_log
 from utils.device import estimated_hours, pick_device
 from utils.optimization import Optimization
 from utils.search import merge_crops, nearest, recall_at
@@ -319,3 +320,20 @@ def test_devices(monkeypatch):
 def test_estimated_hours_grow_with_the_images():
     backbone = build_model(backbone="dino_tiny").backbone
     assert estimated_hours(backbone, size=(56, 56), images=3_600_000) > 0.1
+
+
+def test_the_curves_of_a_run(tmp_path):
+    for epoch in (1, 2):
+        metrics.append_row(tmp_path, {"epoch": epoch, "steps": 4, "loss": 1 / epoch, "lr": 1e-5, "R@1": 40.0 * epoch})
+        report.draw_training(tmp_path)
+    with Image.open(tmp_path / "training.png") as image:
+        assert image.size == (1080, 432) and len(image.convert("RGB").getcolors(100_000)) > 10
+
+
+def test_shares_are_neighbours_and_keep_units_whole(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    assert distributed.shares(7) == [slice(0, 3), slice(3, 5), slice(5, 7)]
+    assert distributed.shares(2) == [slice(0, 1), slice(1, 2), slice(2, 2)]
+    assert distributed.shares(0) == 3 * [slice(0, 0)]
+    assert distributed.shares(70, unit=16) == [slice(0, 32), slice(32, 64), slice(64, 70)]
+    assert distributed.shares(10, unit=16) == [slice(0, 10), slice(10, 10), slice(10, 10)]

@@ -24,7 +24,13 @@ def processes() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store, number, count = next(dist.rendezvous("env://"))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        # torchrun keeps its store when it restarts the processes, and the new ones would find the addresses of the old
+        # (PyTorch issue 135712). Machines do not agree on the number of restarts: several need the README's remedy.
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
     yield
     dist.destroy_process_group()  # not after an error: a process that has died would be waited for
 
@@ -145,4 +151,4 @@ def broadcast_weights(module: nn.Module) -> None:
 
 def replicate(module: nn.Module) -> nn.Module:
     """The module with its gradients averaged over the processes; to be called anew when some of it is frozen."""
-    return module if world_size() == 1 else DistributedDataParallel(module)
+    return module if world_size() == 1 else DistributedDataParallel(module, gradient_as_bucket_view=True)

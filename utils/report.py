@@ -18,12 +18,13 @@ def draw_training(folder: Path) -> None:
     epochs = [int(row["epoch"]) for row in rows]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, recall = figure.subplots(1, 2)
-    loss.plot(epochs, [float(row["loss"]) for row in rows], marker="o", markersize=3, color="black")
-    loss.set(xlabel="epoch", ylabel="mean loss", ylim=(0, None), title="training")
+    losses = [float(row["loss"]) for row in rows]
+    loss.plot(epochs, losses, marker="o", markersize=3, color="black")
+    loss.set(xlabel="epoch", ylabel="mean loss", ylim=(0, 1.05 * max(losses)), title="training")
     for column in rows[0]:
         if column.startswith("R@"):
             recall.plot(epochs, [float(row[column]) for row in rows], marker="o", markersize=3, label=column)
-    recall.set(xlabel="epoch", ylabel="recall@N (%)", ylim=(0, 100), title="validation")
+    recall.set(xlabel="epoch", ylabel="recall@N (%)", ylim=(0, 103), title="validation")
     recall.legend(loc="lower right")
     for axes in (loss, recall):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
