@@ -62,9 +62,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--device", default="auto")
     settings = parser.parse_args()
-    print(
-        f"{settings.images} images of {settings.size}, {settings.backbone}, {settings.precision}, chunk {settings.chunk}"
-    )
+    size = " x ".join(map(str, settings.size))
+    print(f"{settings.images} images, {size}, {settings.backbone}, {settings.precision}, chunks of {settings.chunk}")
     print(f"{'way':28} {'peak memory':>12} {'ratio':>6} {'time ratio':>11}")
     plain: tuple[float, float] | None = None
     for way in WAYS:
