@@ -1,28 +1,51 @@
-"""Evaluates a checkpoint: recall@N on a database/queries dataset."""
+"""Evaluates a checkpoint: recall@N on database/queries datasets, in every encoder context asked for."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from datasets.database_queries import DatabaseQueries
-from datasets.transforms import evaluation_transform
-from model import build_model
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datasets.database_queries import DatabaseQueries, image_key, list_images
+from datasets.protocols import protocol_of, warn_of_counts
+from datasets.transforms import CROPS, evaluation_transform
+from model import SuperVLADNet, build_model
 from model.weights import load_checkpoint
 from parser import EvalOptions, parse
-from test import evaluate, format_recalls, image_batches
-from utils import distributed, run_log
+from test import Search, extract, format_recalls, image_batches
+from utils import distributed, match_page, report, run_log, search
+from utils.descriptor_store import DescriptorStore, digest
 from utils.device import allow_tf32, pick_device
 from utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
 
+PCA_IMAGES = 16_384  # that a PCA is fitted on, at most
 
-def run(options: EvalOptions) -> dict[int, float]:
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One dataset, how it is evaluated, and where the results go."""
+
+    dataset: DatabaseQueries
+    test_method: str
+    positive_distance: float
+    folder: Path
+
+
+def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
     """Evaluates as the options say.
 
     Returns:
-        Recall@N in percent, `{N: percent}`.
+        Recall@N in percent by dataset and encoder context, `{dataset: {context: {N: percent}}}`; empty in all but the
+        main process, and for datasets without labels.
 
     Raises:
         SystemExit: bad input; the message is in the log and on the terminal.
@@ -33,37 +56,233 @@ def run(options: EvalOptions) -> dict[int, float]:
         seed_everything(options.seed)
         allow_tf32(False)  # the published protocol is fp32
 
-        dataset = DatabaseQueries.from_folder(options.eval_datasets_folder, options.eval_dataset_name, "test")
+        found = list(datasets(options))
         model = build_model(**options.model)
         load_checkpoint(model, options.resume)
-        model.to(device)
+        model.to(device).eval()
         run_log.log_parameters(model)
         if model.encoder is not None:
             logger.info(
                 "largest difference between the two encoder layers: %.1e (3e-4 or less: one step at published rates)",
                 model.encoder.layer_difference(),
             )
-
         folder = log.open(options.save_dir)
-        recalls = evaluate(
-            model,
-            dataset,
-            read_images=partial(
-                image_batches,
-                transform=evaluation_transform(options.resize, options.antialias),
-                batch_size=options.extraction_batch_size,
-                num_workers=options.num_workers,
-                device=device,
-            ),
-            recall_values=options.recall_values,
-            positive_distance=options.val_positive_dist_threshold,
-            infer_batch_size=options.infer_batch_size,
-            device=device,
+        tasks = [
+            Task(
+                dataset=dataset,
+                test_method=options.test_method or protocol_of(name).test_method,
+                positive_distance=positive_distance(options, name),
+                folder=folder if len(found) == 1 else folder / name,
+            )
+            for name, dataset in found
+        ]
+        table: dict[str, dict[str, dict[int, float]]] = {}
+        try:
+            stores = [extracted(model, task, options, device) for task in tasks]
+            if not distributed.is_main():
+                return {}  # nobody waits for the search
+            for task, task_stores in zip(tasks, stores, strict=True):
+                table[task.dataset.name] = evaluate(model, task, task_stores, options, device)
+        finally:
+            if distributed.is_main() and options.descriptors_folder is None:
+                for task in tasks:
+                    shutil.rmtree(task.folder / "extracted", ignore_errors=True)
+        if len(tasks) > 1:
+            run_log.write_results(folder, {"recalls": table}, asdict(options), device)
+            logger.info("%s", report.recall_table(table))
+    return table
+
+
+def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
+    """The datasets asked for, with the names that their protocols go by."""
+    settings: dict[str, Any] = {
+        "labelled": not options.no_labels,
+        "positives_file": options.positives_file,
+        "query_keys": options.query_keys,
+    }
+    if options.database_folder is not None and options.queries_folder is not None:
+        name = f"{options.queries_folder.name} in {options.database_folder.name}"
+        found = [
+            (name, DatabaseQueries.from_folders(options.database_folder, options.queries_folder, name=name, **settings))
+        ]
+    else:
+        found = [
+            (name, DatabaseQueries.from_folder(options.eval_datasets_folder, name, "test", **settings))
+            for name in options.eval_dataset_name
+        ]
+    for name, dataset in found:
+        if options.save_submission and not all(map(image_key, dataset.queries_paths + dataset.database_paths)):
+            raise ValueError(
+                f"--save_submission: some file names of {dataset.name} hold no image key, the seventh field of "
+                "@east@north@zone@letter@lat@lon@key@...; use a tree with such names"
+            )
+        warn_of_counts(dataset, protocol_of(name))
+        yield name, dataset
+
+
+def positive_distance(options: EvalOptions, name: str) -> float:
+    """How near a correct database image is, in metres."""
+    protocol = protocol_of(name)
+    if options.positive_frames is not None:
+        if protocol.metres_a_frame is None:
+            raise ValueError(f"--positive_frames: the positions of {name} do not count frames; use metres")
+        return (options.positive_frames + 0.5) * protocol.metres_a_frame  # half-way to the first frame too far
+    return options.val_positive_dist_threshold or protocol.positive_distance
+
+
+def extracted(
+    model: SuperVLADNet, task: Task, options: EvalOptions, device: torch.device
+) -> dict[str, DescriptorStore]:
+    """Runs the backbone over database, queries and perhaps the images for a PCA, as far as that was not done before."""
+    images = {
+        "database": (task.dataset.database_paths, "hard_resize"),
+        "queries": (task.dataset.queries_paths, task.test_method),
+    }
+    if options.pca_dataset_folder is not None:
+        found = list_images(options.eval_datasets_folder / options.pca_dataset_folder)
+        chosen: list[str] = np.random.default_rng(options.seed).permutation(found)[:PCA_IMAGES].tolist()
+        if options.pca_dim > min(len(chosen), model.descriptor_dim):
+            raise ValueError(
+                f"--pca_dim {options.pca_dim}: descriptors have {model.descriptor_dim} numbers and "
+                f"{options.pca_dataset_folder} {len(chosen)} images; use no more than the smaller of the two"
+            )
+        images["pca"] = (chosen, "hard_resize")
+    weights = digest({**model.backbone.state_dict(), **model.aggregation.state_dict()})
+    folder = task.folder / "extracted"
+    if options.descriptors_folder is not None:
+        folder = options.descriptors_folder / task.dataset.name.replace(" ", "_")
+    stores = {}
+    for name, (paths, test_method) in images.items():
+        stores[name] = DescriptorStore(
+            folder,
+            name,
+            (len(paths), CROPS[test_method], *model.vectors_shape),
+            dtype=options.descriptor_dtype,
+            fingerprint={
+                "weights": weights,
+                "images": digest(os.path.basename(path) for path in paths),
+                "test_method": test_method,
+                "resize": list(options.resize),
+                "antialias": options.antialias,
+            },
         )
-        results = {"recalls": recalls, "dataset": dataset.sizes, "descriptor_dim": model.descriptor_dim}
-        run_log.write_results(folder, results, asdict(options), device)
-        logger.info("Recalls on %s: %s", dataset, format_recalls(recalls))
+        read_images = partial(
+            image_batches,
+            transform=evaluation_transform(options.resize, options.antialias, test_method),
+            # single_query keeps each photo's shape; five crops are as many images.
+            batch_size=1 if test_method == "single_query" else options.extraction_batch_size,
+            num_workers=options.num_workers,
+            device=device,
+            progress=f"{task.dataset.name} {name}",
+        )
+        extract(model, paths, stores[name], read_images)
+    return stores
+
+
+def evaluate(
+    model: SuperVLADNet,
+    task: Task,
+    stores: dict[str, DescriptorStore],
+    options: EvalOptions,
+    device: torch.device,
+) -> dict[str, dict[int, float]]:
+    """Searches, in every encoder context asked for, and writes what is asked for of the first.
+
+    Returns:
+        Recall@N by context; of several orders the mean.
+    """
+    dataset = task.dataset
+    k = min(max(*options.recall_values, options.save_predictions), len(dataset.database_paths))
+    positives = dataset.positives(task.positive_distance) if dataset.labelled else None
+    results: dict[str, Any] = {"dataset": dataset.sizes, "descriptor_dim": options.pca_dim or model.descriptor_dim}
+    recalls: dict[str, dict[int, float]] = {}
+    curves: dict[str, list[float]] = {}
+    lines = []
+    task.folder.mkdir(exist_ok=True)
+    contexts = options.encoder_context if model.encoder is not None else ("file_order",)
+    for context in contexts:
+        found = []
+        for order in range(options.context_seeds if context == "shuffled" else 1):
+            searched = Search(
+                model,
+                stores,
+                test_method=task.test_method,
+                context=context,
+                infer_batch_size=options.infer_batch_size,
+                seed=(options.seed, order),
+                pca_dim=options.pca_dim,
+                device=device,
+            )
+            distances, predictions = searched.run(
+                k,
+                index=options.index,
+                index_parameters=options.index_parameters,
+                majority_weight=options.majority_weight,
+            )
+            if context == contexts[0] and order == 0:
+                correct = None if positives is None else search.correct_among(predictions, positives)
+                write_matches(task, options, predictions, distances, correct)
+                if options.save_descriptors:
+                    searched.save(
+                        task.folder / "descriptors", database=dataset.database_paths, queries=dataset.queries_paths
+                    )
+                if options.index is not None:
+                    results["index_agreement"] = searched.agreement
+            if positives is not None:
+                found.append(search.recall_at(predictions, positives, range(1, k + 1)))
+        if found:
+            mean = {n: float(np.mean([recall[n] for recall in found])) for n in found[0]}
+            deviation = {n: float(np.std([recall[n] for recall in found])) for n in found[0]}
+            curves[context] = list(mean.values())
+            recalls[context] = {n: mean[min(n, k)] for n in options.recall_values}
+            lines.append(f"Recalls on {dataset}")
+            if context != contexts[0] or context != "file_order":
+                lines[-1] += f", {context}" + (f" ({len(found)} orders)" if len(found) > 1 else "")
+            lines[-1] += f": {format_recalls(recalls[context])}"
+            results.setdefault("contexts", {})[context] = {"recalls": recalls[context], "orders": len(found)}
+            if len(found) > 1:
+                spread = {n: deviation[min(n, k)] for n in options.recall_values}
+                results["contexts"][context]["deviations"] = spread
+                lines[-1] += f"; deviations {format_recalls(spread)}"
+    if positives is not None:
+        results = {"recalls": recalls[contexts[0]], "positive_distance": task.positive_distance, **results}
+        report.draw_recalls(task.folder, dataset.name, curves)
+    else:
+        lines.append(f"Searched {dataset}, without labels: predictions.csv in {task.folder}")
+    results["test_method"] = task.test_method
+    run_log.write_results(task.folder, results, asdict(options), device)
+    for line in lines:
+        logger.info("%s", line)
     return recalls
+
+
+def write_matches(
+    task: Task,
+    options: EvalOptions,
+    predictions: NDArray[np.int64],
+    distances: NDArray[np.float32],
+    correct: NDArray[np.bool_] | None,
+) -> None:
+    """Writes `predictions.csv`, and the page and the submission if asked for; all Q x k."""
+    dataset = task.dataset
+    paths: tuple[Sequence[str], Sequence[str]] = (dataset.queries_paths, dataset.database_paths)
+    report.write_predictions(task.folder, *paths, predictions, distances, correct)
+    if options.save_submission:
+        query_keys, database_keys = ([image_key(path) for path in side] for side in paths)
+        report.write_submission(task.folder, query_keys, database_keys, predictions)
+    if options.save_predictions:
+        first = np.s_[:, : options.save_predictions]
+        metres = dataset.metres(predictions)
+        page = match_page.write_match_page(
+            task.folder / "matches",
+            title=str(dataset),
+            queries=paths[0],
+            database=paths[1],
+            predictions=predictions[first],
+            correct=None if correct is None else correct[first],
+            metres=None if metres is None else metres[first],
+        )
+        logger.info("matches to look at: %s", page)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

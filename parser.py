@@ -1,13 +1,18 @@
 """The options of train.py and eval.py. Their defaults are the recipe of the paper; argparse ends in this file."""
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+logger = logging.getLogger(__name__)
+
 PATCH_SIZE = 14  # in pixels
+TEST_METHODS = ("hard_resize", "single_query", "central_crop", "five_crops", "nearest_crop", "maj_voting")
+CONTEXTS = ("file_order", "shuffled", "independent")
 BACKBONES = tuple(
     f"dino{size}{registers}" for size in ("", "_small", "_large", "_giant") for registers in ("", "_reg")
 ) + ("dino_tiny",)
@@ -35,7 +40,6 @@ class Options:
     """What training and evaluation share."""
 
     eval_datasets_folder: Path = option(None, "folder that holds the evaluation datasets", type=Path)
-    eval_dataset_name: str = option("pitts30k", "evaluation dataset: <folder>/<name>/images/<split>/{database,queries}")
     save_dir: Path = option(Path("default"), "results go to logs/<save_dir>/<time>; an absolute path replaces logs/...")
 
     backbone: str = option("dino", "dino is DINOv2 ViT-B/14; dino_tiny is for demonstration", choices=BACKBONES)
@@ -47,7 +51,6 @@ class Options:
     antialias: bool = option(False, "antialias the evaluation resize (the published protocol does not)")
     infer_batch_size: int = option(16, "images that share a batch in the cross-image encoder: part of the protocol")
     extraction_batch_size: int = option(16, "images at a time in the backbone: speed and memory, never recall")
-    val_positive_dist_threshold: float = option(25.0, "a database image this near is correct, in metres")
     recall_values: tuple[int, ...] = option((1, 5, 10, 20), "the N of recall@N", nargs="+", type=int)
 
     device: str = option("auto", "auto is cuda where there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
@@ -65,11 +68,13 @@ class Options:
         }
 
     def __post_init__(self) -> None:
-        if self.eval_datasets_folder is None:
-            raise ValueError("--eval_datasets_folder is missing; name the folder that holds the evaluation datasets")
+        if self.resize[0] != self.resize[1]:  # a photo's own shape, which seldom fits the patches
+            rounded = tuple(max(PATCH_SIZE, round(side / PATCH_SIZE) * PATCH_SIZE) for side in self.resize)
+            if rounded != self.resize:
+                logger.warning("--resize %d %d is rounded to whole patches, %d %d", *self.resize, *rounded)
+                object.__setattr__(self, "resize", rounded)
         _require_patches("--resize", self.resize)
         _require_positive(self, "infer_batch_size", "extraction_batch_size", "supervlad_clusters")
-        _require_positive(self, "val_positive_dist_threshold")
         if min(self.ghost_clusters, self.num_workers, self.seed) < 0:
             raise ValueError("--ghost_clusters, --num_workers and --seed cannot be negative; use 0 or above")
         if min(self.recall_values) < 1:
@@ -80,18 +85,90 @@ class Options:
 class EvalOptions(Options):
     """Options of eval.py."""
 
+    eval_dataset_name: tuple[str, ...] = option(
+        ("pitts30k",),
+        "evaluation datasets, each at <folder>/<name>/images/test/{database,queries}",
+        nargs="+",
+        type=str,
+    )
+    database_folder: Path | None = option(None, "with --queries_folder: two plain folders instead", type=Path)
+    queries_folder: Path | None = option(None, "with --database_folder: two plain folders instead", type=Path)
+    no_labels: bool = option(False, "file names hold no positions: search only, no recall")
+    positives_file: Path | None = option(
+        None, "each query's correct database images, .npy or .csv, instead of positions", type=Path
+    )
+    query_keys: Path | None = option(
+        None, "text file of keys: evaluate these queries only (MSLS's official ones)", type=Path
+    )
+    val_positive_dist_threshold: float | None = option(
+        None, "a database image this near is correct, in metres; by default the dataset's own, 25", type=float
+    )
+    positive_frames: int | None = option(
+        None, "or this many frames away, where positions count frames (nordland)", type=int
+    )
+
     resume: Path = option(None, "checkpoint to evaluate: released, ours, or a bare state dict", type=Path)
+    test_method: str | None = option(
+        None, "how queries are prepared; by default the dataset's own, hard_resize", type=str, choices=TEST_METHODS
+    )
+    majority_weight: float = option(0.01, "weight of agreement between crops in maj_voting")
+    encoder_context: tuple[str, ...] = option(
+        ("file_order",),
+        "photos that share a batch in the encoder: neighbours by name (as published), any, or none",
+        nargs="+",
+        type=str,
+        choices=CONTEXTS,
+    )
+    context_seeds: int = option(5, "random orders of the shuffled context")
+    pca_dim: int = option(0, "reduce descriptors to so many numbers by PCA; 0 does not")
+    pca_dataset_folder: Path | None = option(None, "images to fit the PCA on, below --eval_datasets_folder", type=Path)
+
+    descriptors_folder: Path | None = option(
+        None, "keep what comes out of the backbone here, and go on from what is there", type=Path
+    )
+    descriptor_dtype: str = option("float32", "of what is kept on disk", choices=("float32", "float16"))
+    efficient_ram_testing: bool = option(False, "of the released code; memory is bounded with or without it")
+    index: str | None = option(
+        None, "approximate search by this FAISS index, e.g. IVF4096,PQ64; by default exact", type=str
+    )
+    index_parameters: str = option("", "of its search, e.g. nprobe=32")
+
+    save_predictions: int = option(0, "a page of each query and its first so many matches; 0 for none")
+    save_descriptors: bool = option(False, "write descriptors and paths into the run's folder")
+    save_submission: bool = option(False, "write the file that the MSLS challenge takes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        plain = (self.database_folder is not None) + (self.queries_folder is not None)
+        if plain == 1:
+            raise ValueError("--database_folder and --queries_folder go together; give both")
+        if self.eval_datasets_folder is None and (not plain or self.pca_dim):
+            raise ValueError(
+                "--eval_datasets_folder is missing; name the folder that holds the evaluation datasets, or give "
+                "--database_folder and --queries_folder"
+            )
         if self.resume is None:
             raise ValueError("--resume is missing; name the checkpoint to evaluate")
+        if bool(self.pca_dim) != (self.pca_dataset_folder is not None):
+            raise ValueError("--pca_dim and --pca_dataset_folder go together; give both")
+        if not plain and len(self.eval_dataset_name) > 1 and (self.positives_file or self.query_keys):
+            raise ValueError("--positives_file and --query_keys are of one dataset; give one --eval_dataset_name")
+        if self.val_positive_dist_threshold is not None and self.positive_frames is not None:
+            raise ValueError("--val_positive_dist_threshold and --positive_frames say the same; give one of the two")
+        for name in ("pca_dim", "save_predictions", "majority_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} is negative; use 0 for none")
+        _require_positive(self, "context_seeds")
+        if self.val_positive_dist_threshold is not None:
+            _require_positive(self, "val_positive_dist_threshold")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(Options):
     """Options of train.py."""
 
+    eval_dataset_name: str = option("pitts30k", "evaluation dataset: <folder>/<name>/images/<split>/{database,queries}")
+    val_positive_dist_threshold: float = option(25.0, "a database image this near is correct, in metres")
     train_dataset_folder: Path | None = option(
         None, "GSV-Cities; by default <eval_datasets_folder>/gsv_cities", type=Path
     )
@@ -139,8 +216,11 @@ class TrainOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.eval_datasets_folder is None:
+            raise ValueError("--eval_datasets_folder is missing; name the folder that holds the evaluation datasets")
         _require_patches("--train_resize", self.train_resize)
         _require_positive(self, "images_per_place", "train_batch_size", "patience", "lr", "lr_encoder")
+        _require_positive(self, "val_positive_dist_threshold")
         for name in ("epochs_num", "randaugment_ops", "checkpoint_every", "clip_grad_norm", "grad_cache_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} is negative; use 0 for none")

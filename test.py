@@ -1,31 +1,68 @@
-"""Extracts descriptors and measures recall@N: the evaluation that train.py and eval.py share."""
+"""Extracts descriptors and measures recall@N: the evaluation that train.py and eval.py share.
 
-from collections.abc import Callable, Iterator, Sequence
+Each image passes the backbone once, and what comes out before the cross-image encoder is kept (N x crops x K x D).
+Everything that depends on which images share a batch is computed from that, a chunk at a time.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets.database_queries import DatabaseQueries, ImageList
-from datasets.transforms import Transform
+from datasets.transforms import CROPS, Transform
 from utils import distributed, search
+from utils.descriptor_store import DescriptorStore
+from utils.search import Chunk
+
+CHUNK_BYTES = 2**26  # of descriptors in memory at a time, about
+ENCODED_TOGETHER = 256  # images, about
 
 
 class PlaceDescriber(Protocol):
     """What is evaluated: a model in two parts, of which only the second looks across the images of a batch."""
 
+    @property
+    def vectors_shape(self) -> tuple[int, int]:
+        """K and D."""
+
     def cluster_vectors(self, images: Tensor) -> Tensor:
         """Normalised images B x 3 x H x W to B x K x D, each image by itself."""
 
-    def describe(self, vectors: Tensor) -> Tensor:
-        """B x K x D to descriptors B x K*D."""
+    def describe(self, vectors: Tensor, group: int | None = None) -> Tensor:
+        """B x K x D to descriptors B x K*D, looking across `group` neighbours."""
 
     def eval(self) -> nn.Module:
         """Switches dropout off."""
+
+
+@dataclass(frozen=True)
+class EncoderContext:
+    """Which images share a batch in the cross-image encoder: part of the protocol, since descriptors depend on it.
+
+    Attributes:
+        batch_size: images that share a batch; 1 gives what each photo gives by itself.
+        seed: of the order that the images are taken in; None for the order of their file names.
+    """
+
+    batch_size: int
+    seed: tuple[int, ...] | None = None
+
+    def order(self, count: int) -> NDArray[np.int64]:
+        """The images 0 to count - 1 in the order in which they are taken."""
+        if self.seed is None:
+            return np.arange(count)
+        return np.random.default_rng(self.seed).permutation(count)
 
 
 def image_batches(
@@ -41,14 +78,14 @@ def image_batches(
 
     Args:
         paths: the images.
-        transform: gives tensors of one shape, 3 x H x W.
+        transform: gives tensors of one shape, 3 x H x W or crops x 3 x H x W; of any shape where the batch size is 1.
         batch_size: images at a time.
         num_workers: processes that read images; 0 reads them in this one.
         device: where the batches go.
         progress: the bar's name.
 
     Yields:
-        B x 3 x H x W on the device.
+        B x (crops x) 3 x H x W on the device.
     """
     loader = DataLoader(
         ImageList(paths, transform),
@@ -64,35 +101,171 @@ def image_batches(
 
 
 @torch.inference_mode()
-def extract_vectors(model: PlaceDescriber, batches: Iterator[Tensor], count: int) -> NDArray[np.float32]:
-    """Runs backbone and aggregation over `count` images in batches B x 3 x H x W, in evaluation mode: N x K x D."""
+def extract(
+    model: PlaceDescriber,
+    paths: Sequence[str],
+    store: DescriptorStore,
+    read_images: Callable[[Sequence[str]], Iterable[Tensor]],
+) -> None:
+    """Runs backbone and aggregation, in evaluation mode, over the images that the store does not have yet.
+
+    Of several processes each takes its share.
+
+    Args:
+        model: what is evaluated.
+        paths: N images.
+        store: gets N x crops x K x D.
+        read_images: turns paths into batches, B x (crops x) 3 x H x W.
+    """
     model.eval()
-    vectors = np.empty((0, 0, 0), dtype=np.float32)
+    missing = store.missing()
+    distributed.barrier()  # all have seen the same
+    missing = missing[distributed.shares(len(missing))[distributed.rank()]]
     start = 0
-    for images in batches:
-        batch = model.cluster_vectors(images).float().cpu().numpy()
-        if start == 0:
-            vectors = np.empty((count, *batch.shape[1:]), dtype=np.float32)
-        vectors[start : start + len(batch)] = batch
-        start += len(batch)
-    assert start == count
-    return vectors
+    for images in read_images([paths[index] for index in missing]):
+        vectors = model.cluster_vectors(images.flatten(0, -4))  # (B*crops, K, D)
+        rows = vectors.float().cpu().numpy().reshape(len(images), *store.shape[1:])
+        store.write(missing[start : start + len(images)], rows)
+        start += len(images)
+    distributed.barrier()
 
 
 @torch.inference_mode()
-def describe_in_batches(
-    model: PlaceDescriber, vectors: NDArray[np.float32], *, batch_size: int, device: torch.device
-) -> NDArray[np.float32]:
-    """Turns cluster vectors N x K x D into descriptors N x K*D, `batch_size` neighbours in file order at a time.
+def descriptors(
+    model: PlaceDescriber, store: DescriptorStore, context: EncoderContext, *, device: torch.device
+) -> Iterator[Chunk]:
+    """Turns cluster vectors into descriptors, some neighbours in the context's order at a time.
 
-    With the cross-image encoder these batches are part of the protocol: a descriptor depends on who shares its batch.
-    The descriptors take the place of the vectors in memory.
+    Args:
+        model: what is evaluated, in evaluation mode.
+        store: cluster vectors, N x crops x K x D.
+        context: the crops of images that share a batch all look at each other.
+        device: where the model is.
+
+    Yields:
+        Indices (n) and descriptors (n*crops x K*D, the crops of an image below each other), on the CPU.
     """
-    descriptors = vectors.reshape(len(vectors), vectors.shape[1] * vectors.shape[2])
-    for start in range(0, len(vectors), batch_size):
-        rows = slice(start, start + batch_size)
-        descriptors[rows] = model.describe(torch.from_numpy(vectors[rows]).to(device)).float().cpu().numpy()
-    return descriptors
+    _, crops, K, D = store.shape
+    batch = context.batch_size
+    order = context.order(len(store))
+    together = max(batch, ENCODED_TOGETHER // batch * batch)
+    in_chunk = max(together, CHUNK_BYTES // (crops * K * D * 4) // together * together)
+    for start in range(0, len(order), in_chunk):
+        indices = order[start : start + in_chunk]
+        vectors = store.read(indices).reshape(-1, K, D)
+        described = np.empty((len(vectors), K * D), dtype=np.float32)
+        whole = len(indices) // batch * batch
+        # All whole batches, then what is left of the last one.
+        bounds = [*range(0, whole, together), whole, len(indices)]
+        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+            if first < last:
+                rows = slice(first * crops, last * crops)
+                group = min(batch, last - first) * crops
+                described[rows] = model.describe(torch.from_numpy(vectors[rows]).to(device), group).cpu().numpy()
+        yield indices, described
+
+
+class Search:
+    """The search of a dataset's queries in its database, in one encoder context.
+
+    Args:
+        model: what is evaluated, in evaluation mode.
+        stores: cluster vectors of `database`, `queries` and, for a PCA, `pca`.
+        test_method: how the queries were prepared, a name from `transforms.TEST_METHODS`.
+        context: images that share a batch in the encoder: "file_order" takes neighbours, as published; "shuffled" any
+            (database and queries apart); "independent" nobody but the image itself.
+        infer_batch_size: images that share a batch.
+        seed: of the shuffled order, and of the PCA.
+        pca_dim: numbers that a PCA leaves of a descriptor; 0 for none.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        model: PlaceDescriber,
+        stores: Mapping[str, DescriptorStore],
+        *,
+        test_method: str = "hard_resize",
+        context: str = "file_order",
+        infer_batch_size: int,
+        seed: tuple[int, ...] = (0,),
+        pca_dim: int = 0,
+        device: torch.device,
+    ):
+        self.test_method = test_method
+        self.agreement: dict[str, float] = {}  # of an approximate index with exact search
+        self._counts = {name: len(store) for name, store in stores.items()}
+        self._describe: dict[str, Callable[[], Iterable[Chunk]]] = {}
+        for side, (name, store) in enumerate(stores.items()):
+            # A photo in its own shape shares a batch with none.
+            alone = context == "independent" or (name == "queries" and test_method == "single_query")
+            order = (*seed, side) if context == "shuffled" else None
+            batches = EncoderContext(1 if alone else infer_batch_size, order)
+            self._describe[name] = partial(descriptors, model, store, batches, device=device)
+        self.pca: PCA | None = None
+        if pca_dim:
+            self.pca = PCA(pca_dim, random_state=seed[0]).fit(self.rows("pca"))
+
+    def chunks(self, name: str) -> Iterator[Chunk]:
+        """Final descriptors of n images at a time: indices and n x D, or n*crops x D with crops below each other."""
+        for indices, rows in self._describe[name]():
+            if name == "queries" and self.test_method == "five_crops":
+                rows = rows.reshape(len(indices), CROPS[self.test_method], -1).mean(axis=1)
+            yield indices, rows if self.pca is None else self.pca.transform(rows).astype(np.float32)
+
+    def rows(self, name: str) -> NDArray[np.float32]:
+        """All final descriptors, in the order of the images, crops below each other."""
+        rows = np.empty((0, 0, 0), dtype=np.float32)
+        for indices, described in self.chunks(name):
+            described = described.reshape(len(indices), -1, described.shape[1])  # (n, crops, D)
+            if not len(rows):
+                rows = np.empty((self._counts[name], *described.shape[1:]), dtype=np.float32)
+            rows[indices] = described
+        return rows.reshape(-1, rows.shape[2])
+
+    def run(
+        self, k: int, *, index: str | None = None, index_parameters: str = "", majority_weight: float = 0.01
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Searches.
+
+        Args:
+            k: database images a query, at most as many as there are.
+            index: description of an approximate FAISS index; None searches exactly.
+            index_parameters: of its search.
+            majority_weight: of agreement between crops, in the test method `maj_voting`.
+
+        Returns:
+            Squared distances and database indices, each Q x k, best first.
+        """
+        queries = self.rows("queries")
+        if index is None:
+            distances, predictions = search.nearest(queries, self.chunks("database"), k)
+        else:
+            distances, predictions, self.agreement = search.nearest_by_index(
+                queries,
+                partial(self.chunks, "database"),
+                self._counts["database"],
+                k,
+                factory=index,
+                parameters=index_parameters,
+            )
+        if self.test_method in ("nearest_crop", "maj_voting"):
+            weight = majority_weight if self.test_method == "maj_voting" else 0.0
+            return search.merge_crops(distances, predictions, crops=CROPS[self.test_method], majority_weight=weight)
+        return distances, predictions
+
+    def save(self, folder: Path, **paths: Sequence[str]) -> None:
+        """Writes final descriptors, e.g. of `database=`, to `<name>.npy`, N (x crops) x D, with paths beside them."""
+        folder.mkdir()
+        for name, images in paths.items():
+            saved: NDArray[np.float32] | None = None
+            for indices, rows in self.chunks(name):
+                if saved is None:
+                    crops = len(rows) // len(indices)
+                    shape = (len(images), *((crops,) if crops > 1 else ()), rows.shape[1])
+                    saved = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=rows.dtype, shape=shape)
+                saved[indices] = rows.reshape(-1, *shape[1:])
+            (folder / f"{name}.txt").write_text("".join(f"{path}\n" for path in images))
 
 
 def evaluate(
@@ -104,11 +277,11 @@ def evaluate(
     positive_distance: float,
     infer_batch_size: int,
     device: torch.device,
+    folder: Path,
 ) -> dict[int, float]:
-    """Recall@N of a model on a dataset: `{N: percent of the queries}`.
+    """Recall@N of a model on a dataset, by `hard_resize` and in file order: `{N: percent of the queries}`.
 
-    Database and queries are described in two passes, so that no batch mixes them. Of several processes each describes
-    its share, in the same batches as a single one would, and the main one searches; all get the result.
+    Of several processes each describes its share and the main one searches; all get the result.
 
     Args:
         model: what is evaluated.
@@ -118,17 +291,17 @@ def evaluate(
         positive_distance: a database image this near to a query is correct, in metres.
         infer_batch_size: images that share a batch in `describe`.
         device: where the model is.
+        folder: for descriptors while they are needed; removed afterwards.
     """
-    descriptors = {}
-    for name, all_paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths)):
-        paths = all_paths[distributed.shares(len(all_paths), infer_batch_size)[distributed.rank()]]
-        vectors = extract_vectors(model, read_images(paths, progress=name), len(paths))
-        described = describe_in_batches(model, vectors, batch_size=infer_batch_size, device=device)
-        descriptors[name] = distributed.gather_rows(described)
+    stores = {}
+    for name, paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths)):
+        stores[name] = DescriptorStore(folder, name, (len(paths), 1, *model.vectors_shape))
+        extract(model, paths, stores[name], partial(read_images, progress=name))
     recalls: dict[int, float] = {}
     if distributed.is_main():
-        _, predictions = search.nearest(descriptors["queries"], descriptors["database"], max(recall_values))
+        _, predictions = Search(model, stores, infer_batch_size=infer_batch_size, device=device).run(max(recall_values))
         recalls = search.recall_at(predictions, dataset.positives(positive_distance), recall_values)
+        shutil.rmtree(folder)
     return distributed.broadcast(recalls)
 
 

@@ -155,6 +155,7 @@ def run(options: TrainOptions) -> dict[int, float]:
             positive_distance=options.val_positive_dist_threshold,
             infer_batch_size=options.infer_batch_size,
             device=device,
+            folder=folder / "descriptors",
         )
         while progress.epoch < options.epochs_num and progress.not_improved < options.patience:
             batches.epoch, batches.start = progress.epoch, len(progress.losses)

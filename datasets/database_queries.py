@@ -3,7 +3,10 @@
 <folder>/images/<split>/{database,queries}/**/@<UTM east>@<UTM north>@...@.jpg
 """
 
+import csv
+import logging
 import os
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .transforms import Transform, open_image
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -73,31 +78,148 @@ def utm_positions(paths: Sequence[str]) -> NDArray[np.float64]:
     return positions
 
 
+def read_positives(path: Path, database_paths: Sequence[str], queries_paths: Sequence[str]) -> list[NDArray[np.int64]]:
+    """Which database images are correct for each query, from a file.
+
+    Args:
+        path: `.csv` with a header and two columns, query and database image, a row for each correct pair, both as
+            indices (from 0, in the order of the names) or as file names; or `.npy` with the indices of each query's
+            correct images, as integers Q x P (negative ones are left out) or as an object array of Q arrays or lists,
+            perhaps behind the query's own index as in VPR-Bench's files.
+        database_paths: the database.
+        queries_paths: the queries.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing, is neither, or names what is not there.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; check --positives_file")
+    count = len(queries_paths)
+    if path.suffix == ".csv":
+        found: list[list[int]] = [[] for _ in range(count)]
+        columns = [{os.path.basename(p): i for i, p in enumerate(paths)} for paths in (queries_paths, database_paths)]
+        with open(path, newline="") as file:
+            for row in list(csv.reader(file))[1:]:
+                try:
+                    query, image = (int(v) if v.isdigit() else names[v] for v, names in zip(row, columns, strict=True))
+                    found[query].append(image)
+                except (ValueError, KeyError, IndexError):
+                    raise ValueError(
+                        f"{path}: the row {','.join(row)!r} is not a query and a database image of this dataset, "
+                        "as indices or file names; correct it"
+                    ) from None
+        positives = [np.array(sorted(set(images)), dtype=np.int64) for images in found]
+    else:
+        rows = list(_read_npy(path))
+        if len(rows) != count:
+            raise ValueError(f"{path} has {len(rows)} rows for {count} queries; give the file of this dataset")
+        if rows and all(np.ndim(row) == 1 and len(row) == 2 and np.ndim(row[1]) == 1 for row in rows):
+            rows = [row[1] for row in rows]
+        try:
+            positives = [np.unique([int(image) for image in np.ravel(row) if image >= 0]) for row in rows]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} does not hold arrays of database indices ({error}); give such a file") from error
+        positives = [row.astype(np.int64) for row in positives]
+    largest = max((row.max(initial=0) for row in positives), default=0)
+    if largest >= len(database_paths):
+        raise ValueError(
+            f"{path} names database image {largest}, but there are {len(database_paths)}, counted from 0; "
+            "give the file of this dataset"
+        )
+    return positives
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays of arrays and nothing else: a pickle can run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "scalar"):
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise ValueError(f"it holds {module}.{name}")
+
+
+def _read_npy(path: Path) -> NDArray[Any]:
+    try:
+        return np.load(path)
+    except ValueError:
+        pass  # an object array, which NumPy would read by running whatever it says
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            return _ArrayUnpickler(file).load()
+    except (ValueError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is not a .npy file of index arrays ({error}); give one, or a .csv") from error
+
+
+def image_key(path: str) -> str:
+    """The image's own key, e.g. MSLS's: the seventh field of `@east@north@zone@letter@lat@lon@key@...`; "" without."""
+    fields = os.path.basename(path).split("@")
+    return fields[7] if len(fields) > 8 else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatabaseQueries:
-    """One split of a dataset; positions are N x 2 UTM east and north, in metres."""
+    """One split of a dataset.
+
+    Attributes:
+        name: to show.
+        database_paths: N images.
+        queries_paths: Q images.
+        database_positions: N x 2 UTM east and north, in metres; None where nothing is known of them.
+        queries_positions: Q x 2, likewise.
+        known_positives: for each query the indices of its correct database images, where a file says so.
+    """
 
     name: str
     database_paths: list[str]
     queries_paths: list[str]
-    database_positions: NDArray[np.float64]
-    queries_positions: NDArray[np.float64]
+    database_positions: NDArray[np.float64] | None = None
+    queries_positions: NDArray[np.float64] | None = None
+    known_positives: list[NDArray[np.int64]] | None = None
 
     @classmethod
-    def from_folder(cls, datasets_folder: Path, name: str, split: str) -> "DatabaseQueries":
-        """Lists `<datasets_folder>/<name>/images/<split>`.
+    def from_folder(cls, datasets_folder: Path, name: str, split: str, **settings: Any) -> "DatabaseQueries":
+        """Lists `<datasets_folder>/<name>/images/<split>/{database,queries}`, as `from_folders`."""
+        folder = datasets_folder / name / "images" / split
+        return cls.from_folders(folder / "database", folder / "queries", name=f"{name} {split}", **settings)
+
+    @classmethod
+    def from_folders(
+        cls,
+        database_folder: Path,
+        queries_folder: Path,
+        *,
+        name: str,
+        labelled: bool = True,
+        positives_file: Path | None = None,
+        query_keys: Path | None = None,
+    ) -> "DatabaseQueries":
+        """Lists two folders of images.
+
+        Args:
+            database_folder: searched below, too.
+            queries_folder: likewise.
+            name: to show.
+            labelled: whether the file names hold positions; without them and a file, nothing is known to be correct.
+            positives_file: says which images are correct, see `read_positives`.
+            query_keys: a text file; of the queries, those whose `image_key` stands in it are kept.
 
         Raises:
-            FileNotFoundError, ValueError: as `list_images` and `utm_positions`.
+            FileNotFoundError, ValueError: as `list_images`, `utm_positions` and `read_positives`.
         """
-        folder = datasets_folder / name / "images" / split
-        database, queries = list_images(folder / "database"), list_images(folder / "queries")
+        database, queries = list_images(database_folder), list_images(queries_folder)
+        if query_keys is not None:
+            queries = _with_keys(queries, query_keys)
+        if positives_file is not None:
+            positives = read_positives(positives_file, database, queries)
+            return cls(name=name, database_paths=database, queries_paths=queries, known_positives=positives)
         return cls(
-            name=f"{name} {split}",
+            name=name,
             database_paths=database,
             queries_paths=queries,
-            database_positions=utm_positions(database),
-            queries_positions=utm_positions(queries),
+            database_positions=utm_positions(database) if labelled else None,
+            queries_positions=utm_positions(queries) if labelled else None,
         )
 
     def __str__(self) -> str:
@@ -108,12 +230,41 @@ class DatabaseQueries:
         """Name and number of images, for the record."""
         return {"name": self.name, "database": len(self.database_paths), "queries": len(self.queries_paths)}
 
+    @property
+    def labelled(self) -> bool:
+        """Whether it is known what is correct."""
+        return self.known_positives is not None or self.database_positions is not None
+
     def covered_images(self, distance: float) -> list[str]:
         """Paths of the database images, and of the queries that have one of them within `distance` metres."""
         near = self.positives(distance)
         return self.database_paths + [path for path, found in zip(self.queries_paths, near, strict=True) if len(found)]
 
     def positives(self, distance: float) -> list[NDArray[np.int64]]:
-        """For each query, the indices of the database images within `distance` metres of it (closed ball)."""
+        """For each query, the indices of its correct database images: those of the file, else those within `distance`
+        metres of it (closed ball)."""
+        if self.known_positives is not None:
+            return self.known_positives
         index = NearestNeighbors().fit(self.database_positions)
         return list(index.radius_neighbors(self.queries_positions, radius=distance, return_distance=False))
+
+    def metres(self, predictions: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """How far each query is from its predicted database images, Q x k; None without positions."""
+        if self.database_positions is None or self.queries_positions is None:
+            return None
+        return np.linalg.norm(self.database_positions[predictions] - self.queries_positions[:, None], axis=2)
+
+
+def _with_keys(paths: list[str], keys_file: Path) -> list[str]:
+    if not keys_file.is_file():
+        raise FileNotFoundError(f"no file {keys_file}; check --query_keys")
+    keys = set(keys_file.read_text().replace(",", " ").split())
+    kept = [path for path in paths if image_key(path) in keys]
+    if not kept:
+        raise ValueError(
+            f"none of the {len(keys)} keys in {keys_file} is that of a query, e.g. {image_key(paths[0])!r}; "
+            "give a text file of keys"
+        )
+    if len(kept) < len(keys):
+        logger.warning("%d of the %d keys in %s are of no query", len(keys) - len(kept), len(keys), keys_file)
+    return kept

@@ -92,9 +92,23 @@ def five_crops(image: Image.Image, *, size: Size, antialias: bool) -> Tensor:
     return normalize(torch.stack(TF.five_crop(resized, [side, side])))
 
 
-def evaluation_transform(size: Size, antialias: bool = False) -> Transform:
-    """`hard_resize` to `size` (height, width)."""
-    return partial(hard_resize, size=size, antialias=antialias)
+# How the benchmark prepares queries, by the name of the test method; the last two differ in what follows the search.
+TEST_METHODS: dict[str, Callable[..., Tensor]] = {
+    "hard_resize": hard_resize,
+    "single_query": single_query,
+    "central_crop": central_crop,
+    "five_crops": five_crops,
+    "nearest_crop": five_crops,
+    "maj_voting": five_crops,
+}
+
+# Of a query, by test method.
+CROPS = {name: 5 if transform is five_crops else 1 for name, transform in TEST_METHODS.items()}
+
+
+def evaluation_transform(size: Size, antialias: bool = False, test_method: str = "hard_resize") -> Transform:
+    """A test method with its `size` (height, width)."""
+    return partial(TEST_METHODS[test_method], size=size, antialias=antialias)
 
 
 class TrainingTransform:

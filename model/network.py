@@ -37,6 +37,11 @@ class SuperVLADNet(nn.Module):
         """Numbers in a descriptor, K*D."""
         return self.aggregation.clusters * self.aggregation.dim
 
+    @property
+    def vectors_shape(self) -> tuple[int, int]:
+        """K and D of an image's cluster vectors."""
+        return self.aggregation.clusters, self.aggregation.dim
+
     def cluster_vectors(self, images: Tensor) -> Tensor:
         """What depends on each image alone: normalised images B x 3 x H x W to B x K x D."""
         if self.grad_cache_chunk and torch.is_grad_enabled():
@@ -49,10 +54,22 @@ class SuperVLADNet(nn.Module):
     def _encode(self, images: Tensor) -> Tensor:
         return self.aggregation(self.backbone(images))
 
-    def describe(self, vectors: Tensor) -> Tensor:
-        """What depends on the batch: cluster vectors B x K x D to descriptors B x K*D of unit L2 norm."""
+    def describe(self, vectors: Tensor, group: int | None = None) -> Tensor:
+        """What depends on the batch: cluster vectors to descriptors of unit L2 norm.
+
+        Args:
+            vectors: B x K x D.
+            group: neighbours that the encoder looks across, a divisor of B; None for the whole batch.
+
+        Returns:
+            B x K*D.
+        """
         if self.encoder is not None:
-            vectors = self.encoder(vectors)
+            B, K, D = vectors.shape
+            n = group or B
+            sequences = vectors.view(B // n, n, K, D).transpose(0, 1).reshape(n, B // n * K, D)
+            encoded: Tensor = self.encoder(sequences)
+            vectors = encoded.view(n, B // n, K, D).transpose(0, 1).reshape(B, K, D)
         return F.normalize(vectors.flatten(1), dim=1)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,19 +1,21 @@
-"""test.py: which images share a batch, and what does not matter."""
+"""test.py: which images share a batch, what does not matter, and the test methods, against doing it by hand."""
 
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 
 from datasets.database_queries import DatabaseQueries
-from datasets.transforms import evaluation_transform, open_image
+from datasets.transforms import CROPS, evaluation_transform, open_image
 from model import build_model
-from test import describe_in_batches, evaluate, extract_vectors, format_recalls, image_batches
+from test import EncoderContext, Search, descriptors, evaluate, extract, format_recalls, image_batches
 from utils import search
+from utils.descriptor_store import DescriptorStore
 
 CPU = torch.device("cpu")
-TRANSFORM = evaluation_transform((56, 56))
+SIZE = (56, 56)
 
 
 @pytest.fixture(scope="module")
@@ -27,39 +29,152 @@ def dataset(city):
     return DatabaseQueries.from_folder(city, "toy_city", "test")
 
 
-def reader(batch_size, num_workers=0):
-    return partial(image_batches, transform=TRANSFORM, batch_size=batch_size, num_workers=num_workers, device=CPU)
+def reader(batch_size, num_workers=0, test_method="hard_resize"):
+    transform = evaluation_transform(SIZE, test_method=test_method)
+    return partial(image_batches, transform=transform, batch_size=batch_size, num_workers=num_workers, device=CPU)
 
 
-def vectors_of(model, paths, batch_size, num_workers=0):
-    return extract_vectors(model, reader(batch_size, num_workers)(paths, progress=""), len(paths))
+@pytest.fixture
+def stored(model, tmp_path):
+    """Runs the backbone over paths, and returns the store."""
+
+    def run(paths, batch_size=8, num_workers=0, test_method="hard_resize", name="vectors"):
+        store = DescriptorStore(tmp_path / "stores", name, (len(paths), CROPS[test_method], *model.vectors_shape))
+        extract(model, paths, store, partial(reader(batch_size, num_workers, test_method), progress=""))
+        return store
+
+    return run
+
+
+def described(model, store, context):
+    """In the order of the images, whatever the order of the chunks."""
+    indices, rows = zip(*descriptors(model, store, context, device=CPU), strict=True)
+    rows = np.concatenate(rows).reshape(len(store), -1)
+    return rows[np.argsort(np.concatenate(indices))]
 
 
 @torch.inference_mode()
-def by_hand(model, paths, batch_size):
-    """The released way: the whole model over batches in file order, the last one short."""
-    images = torch.stack([TRANSFORM(open_image(path)) for path in paths])
-    return torch.cat([model(batch) for batch in images.split(batch_size)]).numpy()
+def by_hand(model, paths, batch_size, test_method="hard_resize"):
+    """The released way: the whole model over batches in file order, the last one short; N*crops x D."""
+    images = [evaluation_transform(SIZE, test_method=test_method)(open_image(path)) for path in paths]
+    batches = [torch.stack(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+    return torch.cat([model(batch.flatten(0, -4)) for batch in batches]).numpy()
+
+
+def distances_between(queries, database):
+    return ((queries[:, None] - database[None]) ** 2).sum(axis=2)
 
 
 @pytest.mark.parametrize("infer_batch_size", [4, 16])
 @pytest.mark.parametrize(("extraction_batch_size", "num_workers"), [(1, 0), (7, 2), (15, 0)])
 def test_descriptors_are_those_of_the_released_batching(
-    model, dataset, infer_batch_size, extraction_batch_size, num_workers
+    model, dataset, stored, infer_batch_size, extraction_batch_size, num_workers
 ):
-    vectors = vectors_of(model, dataset.database_paths, extraction_batch_size, num_workers)
-    assert vectors.shape == (15, 2, 96) and vectors.dtype == np.float32
-    descriptors = describe_in_batches(model, vectors, batch_size=infer_batch_size, device=CPU)
-    np.testing.assert_allclose(descriptors, by_hand(model, dataset.database_paths, infer_batch_size), atol=1e-6)
+    store = stored(dataset.database_paths, extraction_batch_size, num_workers)
+    assert store.shape == (15, 1, 2, 96)
+    found = described(model, store, EncoderContext(infer_batch_size))
+    np.testing.assert_allclose(found, by_hand(model, dataset.database_paths, infer_batch_size), atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5000])
+def test_chunks_do_not_change_who_shares_a_batch(model, dataset, stored, monkeypatch, chunk_bytes):
+    monkeypatch.setattr("test.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("test.ENCODED_TOGETHER", 1)
+    store = stored(dataset.database_paths)
+    assert len(list(descriptors(model, store, EncoderContext(4), device=CPU))) > 1
+    found = described(model, store, EncoderContext(4))
+    np.testing.assert_allclose(found, by_hand(model, dataset.database_paths, 4), atol=1e-6)
 
 
 def test_the_encoder_does_look_across_its_batch(model, dataset):
-    """So that the test above can fail."""
+    """So that the tests above can fail."""
     few, many = (by_hand(model, dataset.database_paths, size) for size in (4, 16))
     assert np.abs(few - many).max() > 1e-3
 
 
-def test_database_and_queries_share_no_batch(model, dataset):
+def test_independent_is_a_batch_of_one(model, dataset, stored):
+    found = described(model, stored(dataset.database_paths), EncoderContext(1))
+    np.testing.assert_allclose(found, by_hand(model, dataset.database_paths, 1), atol=1e-6)
+
+
+def test_shuffled_is_any_order(model, dataset, stored):
+    context = EncoderContext(4, seed=(3, 1))
+    order = context.order(15)
+    assert sorted(order) == list(range(15)) and order.tolist() != list(range(15))
+    found = described(model, stored(dataset.database_paths), context)
+    expected = by_hand(model, [dataset.database_paths[index] for index in order], 4)
+    np.testing.assert_allclose(found[order], expected, atol=1e-6)
+
+
+def searched(model, dataset, stored, test_method, *, context="file_order", batch=4, k=15, **settings):
+    stores = {
+        "database": stored(dataset.database_paths, name="database"),
+        "queries": stored(
+            dataset.queries_paths, 1 if test_method == "single_query" else 8, 0, test_method, name="queries"
+        ),
+    }
+    run = Search(model, stores, test_method=test_method, context=context, infer_batch_size=batch, device=CPU)
+    return run.run(k, **settings)
+
+
+@pytest.mark.parametrize("context", ["file_order", "independent"])
+@pytest.mark.parametrize("test_method", CROPS)
+def test_test_methods_by_hand(model, dataset, stored, test_method, context):
+    distances, predictions = searched(model, dataset, stored, test_method, context=context, k=4)
+    batch = 4 if context == "file_order" else 1
+    database = by_hand(model, dataset.database_paths, batch)
+    queries = by_hand(model, dataset.queries_paths, 1 if test_method == "single_query" else batch, test_method)
+    if test_method == "five_crops":
+        queries = queries.reshape(15, 5, -1).mean(axis=1)
+        assert np.linalg.norm(queries, axis=1).max() < 0.9999, "not normalised again"
+    expected = distances_between(queries, database)
+    order = np.argsort(expected, axis=1, kind="stable")[:, :4]
+    lengths = np.take_along_axis(expected, order, 1)
+    if test_method in ("nearest_crop", "maj_voting"):
+        weight = 0.01 if test_method == "maj_voting" else 0.0
+        lengths, order = search.merge_crops(lengths, order, majority_weight=weight)
+    np.testing.assert_array_equal(predictions, order)
+    np.testing.assert_allclose(distances, lengths, atol=1e-5)
+
+
+def test_database_and_queries_are_shuffled_apart(model, dataset, stored):
+    """They have the same number of images here, and would get the same order from the same seed."""
+    stores = {
+        name: stored(paths, name=name)
+        for name, paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths))
+    }
+    run = Search(model, stores, context="shuffled", infer_batch_size=4, seed=(0, 1), device=CPU)
+    first, second = (next(iter(run.chunks(name)))[0] for name in stores)
+    assert sorted(first) == sorted(second) == list(range(15)) and first.tolist() != second.tolist()
+    again = Search(model, stores, context="shuffled", infer_batch_size=4, seed=(0, 1), device=CPU)
+    other = Search(model, stores, context="shuffled", infer_batch_size=4, seed=(0, 2), device=CPU)
+    np.testing.assert_array_equal(run.rows("queries"), again.rows("queries"))
+    assert np.abs(run.rows("queries") - other.rows("queries")).max() > 1e-4
+
+
+def test_pca_by_hand(model, dataset, stored):
+    stores = {
+        name: stored(paths, name=name)
+        for name, paths in (
+            ("database", dataset.database_paths),
+            ("queries", dataset.queries_paths),
+            ("pca", dataset.database_paths[::-1]),
+        )
+    }
+    run = Search(model, stores, infer_batch_size=4, pca_dim=5, device=CPU)
+    assert run.rows("queries").shape == (15, 5)
+    database, queries, fitted = (
+        by_hand(model, paths, 4)
+        for paths in (dataset.database_paths, dataset.queries_paths, dataset.database_paths[::-1])
+    )
+    pca = PCA(5, random_state=0).fit(fitted)
+    expected = distances_between(pca.transform(queries), pca.transform(database))
+    distances, predictions = run.run(3)
+    np.testing.assert_allclose(distances, np.sort(expected, axis=1)[:, :3], rtol=1e-3)
+    np.testing.assert_array_equal(predictions, np.argsort(expected, axis=1)[:, :3])
+
+
+def test_database_and_queries_share_no_batch(model, dataset, tmp_path):
     recalls = evaluate(
         model,
         dataset,
@@ -68,19 +183,38 @@ def test_database_and_queries_share_no_batch(model, dataset):
         positive_distance=25.0,
         infer_batch_size=8,
         device=CPU,
+        folder=tmp_path / "descriptors",
     )
     database, queries = (by_hand(model, paths, 8) for paths in (dataset.database_paths, dataset.queries_paths))
-    distances = ((queries[:, None] - database[None]) ** 2).sum(axis=2)
-    expected = search.recall_at(np.argsort(distances, axis=1), dataset.positives(25.0), [1, 5, 10])
-    assert recalls == expected
+    predictions = np.argsort(distances_between(queries, database), axis=1)
+    assert recalls == search.recall_at(predictions, dataset.positives(25.0), [1, 5, 10])
+    assert not (tmp_path / "descriptors").exists()
 
 
-def test_evaluating_moves_no_random_numbers_and_switches_dropout_off(model, dataset):
+def test_evaluating_moves_no_random_numbers_and_switches_dropout_off(model, dataset, stored):
     model.train()
     state = torch.get_rng_state()
-    first, second = (vectors_of(model, dataset.queries_paths, 4, num_workers=n) for n in (0, 2))
+    first, second = (stored(dataset.queries_paths, 4, num_workers=n) for n in (0, 2))
     assert torch.equal(state, torch.get_rng_state()) and not model.training
-    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first.read(np.arange(15)), second.read(np.arange(15)))
+
+
+def test_only_what_is_missing_is_computed(model, dataset, stored):
+    store = stored(dataset.queries_paths, 4)
+    expected = store.read(np.arange(15))
+    np.lib.format.open_memmap(store.path, mode="r+")[[3, 9, 10]] = 0
+    done = bytearray(store.path.with_suffix(".done").read_bytes())
+    done[3] = done[9] = done[10] = 0
+    store.path.with_suffix(".done").write_bytes(done)
+    asked = []
+
+    def read_images(paths):
+        asked.extend(paths)
+        return reader(2)(paths, progress="")
+
+    extract(model, dataset.queries_paths, store, read_images)
+    assert asked == [dataset.queries_paths[index] for index in (3, 9, 10)]
+    np.testing.assert_allclose(store.read(np.arange(15)), expected, atol=1e-6)
 
 
 def test_format():

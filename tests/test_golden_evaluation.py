@@ -36,6 +36,6 @@ def test_training_resize():
 def test_merging_of_crops(method, majority_weight):
     distances, predictions = EVALUATION["crops/distances"], EVALUATION["crops/predictions"]
     untouched = distances.copy()
-    merged = merge_crops(distances, predictions, majority_weight=majority_weight)
+    _, merged = merge_crops(distances, predictions, majority_weight=majority_weight)
     np.testing.assert_array_equal(merged, EVALUATION[f"crops/{method}"])
     np.testing.assert_array_equal(distances, untouched)

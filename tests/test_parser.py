@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import parser
+from datasets.transforms import TEST_METHODS
 from model import BACKBONES
 from parser import EvalOptions, TrainOptions, parse
 
@@ -39,8 +40,15 @@ def test_released_evaluation_commands(flags, model):
     assert tuple(options.model.values()) == model
 
 
-def test_backbones_are_those_of_the_model():
+def test_names_are_those_of_the_parts():
     assert set(parser.BACKBONES) == set(BACKBONES)
+    assert set(parser.TEST_METHODS) == set(TEST_METHODS)
+
+
+def test_other_shapes_are_rounded_to_whole_patches(caplog):
+    flags = ["--eval_datasets_folder=D", "--resume=x", "--resize", "480", "640"]
+    assert parse(EvalOptions, flags).resize == (476, 644)
+    assert "--resize 480 640 is rounded to whole patches, 476 644" in caplog.text
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("12", 12), ("none", None)])
@@ -54,13 +62,21 @@ def test_freeze_te(text, value):
         ("", "--eval_datasets_folder is missing"),
         ("--eval_datasets_folder=D", "--resume is missing"),
         (
-            "--eval_datasets_folder=D --resume=x --resize 320 322",
+            "--eval_datasets_folder=D --resume=x --resize 320 320",
             "320 is not a multiple of the 14-pixel patch; use e.g. 322",
         ),
         ("--eval_datasets_folder=D --resume=x --recall_values 0 5", "--recall_values 0"),
         ("--eval_datasets_folder=D --resume=x --infer_batch_size 0", "--infer_batch_size 0 is not above 0"),
         ("--eval_datasets_folder=D --resume=x --ghost_clusters -1", "--ghost_clusters"),
         ("--eval_datasets_folder=D --resume=x --seed -1", "--seed cannot be negative"),
+        ("--resume=x --queries_folder=q", "--database_folder and --queries_folder go together"),
+        ("--eval_datasets_folder=D --resume=x --pca_dim 8", "--pca_dim and --pca_dataset_folder go together"),
+        ("--eval_datasets_folder=D --resume=x --eval_dataset_name a b --positives_file f", "are of one dataset"),
+        ("--eval_datasets_folder=D --resume=x --positive_frames 1 --val_positive_dist_threshold 9", "say the same"),
+        ("--eval_datasets_folder=D --resume=x --val_positive_dist_threshold 0", "--val_positive_dist_threshold 0.0"),
+        ("--eval_datasets_folder=D --resume=x --context_seeds 0", "--context_seeds 0 is not above 0"),
+        ("--eval_datasets_folder=D --resume=x --save_predictions -1", "--save_predictions -1 is negative"),
+        ("--eval_datasets_folder=D --resume=x --test_method ten_crops", "ten_crops"),
         ("--eval_datasets_folder=D --resume=x --backbone resnet", "resnet"),
         ("--eval_datasets_folder=D --resume=x --no_such_flag", "no_such_flag"),
     ],

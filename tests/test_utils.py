@@ -14,23 +14,30 @@ from torch import nn
 from model import build_model
 from model.weights import read_file
 from utils import checkpoint, distributed, metrics, report, run_log
+from utils.descriptor_store import DescriptorStore, digest
 from utils.device import estimated_hours, pick_device
 from utils.optimization import Optimization
-from utils.search import merge_crops, nearest, recall_at
+from utils.search import merge_crops, nearest, nearest_by_index, recall_at
 from utils.seed import generator_states, restore_generators, seed_everything
 
 
-def test_search_is_exact():
+def in_chunks(database, sizes, order=None):
+    order = np.arange(len(database)) if order is None else order
+    return [(part, database[part]) for part in np.split(order, np.cumsum(sizes)[:-1])]
+
+
+@pytest.mark.parametrize("sizes", [[50], [20, 20, 10], [3, 40, 7]])
+def test_search_is_exact_however_the_database_comes(sizes):
     rng = np.random.default_rng(0)
     queries, database = rng.standard_normal((7, 12)).astype("f"), rng.standard_normal((50, 12)).astype("f")
-    distances, predictions = nearest(queries, database, 10)
+    distances, predictions = nearest(queries, in_chunks(database, sizes, rng.permutation(50)), 10)
     expected = ((queries[:, None] - database[None]) ** 2).sum(axis=2)
     np.testing.assert_array_equal(predictions, np.argsort(expected, axis=1)[:, :10])
     np.testing.assert_allclose(distances, np.sort(expected, axis=1)[:, :10], rtol=1e-5)
 
 
 def test_search_in_a_database_smaller_than_the_answer():
-    distances, predictions = nearest(np.eye(3, dtype="f"), np.eye(3, dtype="f")[:2], 20)
+    distances, predictions = nearest(np.eye(3, dtype="f"), in_chunks(np.eye(3, dtype="f")[:2], [1, 1]), 20)
     assert predictions.shape == distances.shape == (3, 2)
 
 
@@ -55,15 +62,16 @@ def test_recall_against_plain_loops():
 def test_merging_keeps_the_nearest_occurrence():
     predictions = np.array([[1, 2], [3, 1]])
     distances = np.array([[0.5, 0.6], [0.1, 0.2]], dtype="f")
-    assert merge_crops(distances, predictions, crops=2).tolist() == [[3, 1]]
+    lengths, merged = merge_crops(distances, predictions, crops=2)
+    assert merged.tolist() == [[3, 1]] and lengths.ravel().tolist() == pytest.approx([0.1, 0.2])
 
 
 def test_agreeing_crops_move_an_image_up():
     predictions = np.array([[1, 2], [3, 1], [4, 2], [5, 6], [7, 8]])
     distances = np.array([[0.500, 0.9], [0.495, 0.501], [0.9, 0.9], [0.9, 0.9], [0.9, 0.9]], dtype="f")
-    assert merge_crops(distances, predictions)[0].tolist() == [3, 1]
+    assert merge_crops(distances, predictions)[1].tolist() == [[3, 1]]
     # Image 1 stands twice among the first 5 columns: 0.500 - 0.01 * 2/5 - 0.01 * 2/10 = 0.494.
-    assert merge_crops(distances, predictions, majority_weight=0.01)[0].tolist() == [1, 3]
+    assert merge_crops(distances, predictions, majority_weight=0.01)[1].tolist() == [[1, 3]]
 
 
 class Small(nn.Module):
@@ -292,7 +300,69 @@ def test_gradients_are_clipped_to_their_norm():
 
 def test_descriptors_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="descriptors are not finite"):
-        nearest(np.full((2, 3), np.nan, dtype="f"), np.eye(3, dtype="f"), 1)
+        nearest(np.full((2, 3), np.nan, dtype="f"), in_chunks(np.eye(3, dtype="f"), [3]), 1)
+    with pytest.raises(ValueError, match="descriptors are not finite"):
+        nearest(np.eye(3, dtype="f"), in_chunks(np.full((2, 3), np.inf, dtype="f"), [2]), 1)
+
+
+@pytest.mark.parametrize(("factory", "exact"), [("Flat", True), ("HNSW16", False), ("IVF4,Flat", False)])
+def test_an_index_is_compared_with_exact_search(factory, exact, caplog):
+    rng = np.random.default_rng(0)
+    database = rng.standard_normal((300, 16)).astype("f")
+    queries = database[::3] + 0.01 * rng.standard_normal((100, 16)).astype("f")
+    chunks = in_chunks(database, [100, 100, 100], rng.permutation(300))
+    with caplog.at_level(logging.INFO):
+        distances, predictions, agreement = nearest_by_index(queries, lambda: chunks, 300, 5, factory=factory)
+    _, expected = nearest(queries, chunks, 5)
+    shared = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(predictions, expected, strict=True)])
+    assert agreement["first_k"] == pytest.approx(100 * shared) and agreement["queries"] == 100
+    assert (agreement["first_k"] == 100) == exact and agreement["nearest"] > 90
+    assert f"index {factory} finds the nearest image of" in caplog.text
+    found = predictions >= 0
+    squared = ((queries[:, None] - database[predictions]) ** 2).sum(axis=2)
+    np.testing.assert_allclose(distances[found], squared[found], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("factory", "parameters"), [("IVF", ""), ("Flat", "nonsense=3"), ("IVF4096,Flat", "")])
+def test_an_index_that_cannot_be_made(factory, parameters):
+    database = np.random.default_rng(0).standard_normal((300, 16)).astype("f")
+    with pytest.raises(ValueError, match=f"FAISS cannot make --index '{factory}'"):
+        nearest_by_index(database, lambda: in_chunks(database, [300]), 300, 5, factory=factory, parameters=parameters)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_store_gives_back_what_was_written(tmp_path, dtype):
+    rows = np.random.default_rng(0).standard_normal((9, 2, 3)).astype(dtype).astype("f")
+    settings = {"shape": (9, 2, 3), "dtype": dtype, "fingerprint": {"weights": "a"}}
+    store = DescriptorStore(tmp_path / "s", "database", **settings)
+    assert store.missing().tolist() == list(range(9)) and len(store) == 9
+    store.write(np.array([4, 5, 8]), rows[[4, 5, 8]])
+    again = DescriptorStore(tmp_path / "s", "database", **settings)
+    assert again.missing().tolist() == [0, 1, 2, 3, 6, 7]
+    again.write(again.missing(), rows[again.missing()])
+    for indices in ([0, 1, 2, 3, 4, 5, 6, 7, 8], [8, 3, 4, 5, 0], [2]):
+        np.testing.assert_array_equal(again.read(np.array(indices)), rows[indices])
+    np.testing.assert_array_equal(np.load(tmp_path / "s" / "database.npy"), rows)
+    assert np.load(tmp_path / "s" / "database.npy").dtype == dtype
+    for change in ({"shape": (8, 2, 3)}, {"dtype": "int8"}, {"fingerprint": {"weights": "b"}}):
+        with pytest.raises(ValueError, match="database.npy was made otherwise: (shape|dtype|weights) was"):
+            DescriptorStore(tmp_path / "s", "database", **{**settings, **change})
+    assert not DescriptorStore(tmp_path / "s", "database", **settings).missing().size, "refusing touched nothing"
+
+
+def test_a_store_without_a_fingerprint_starts_empty(tmp_path):
+    for _ in range(2):
+        store = DescriptorStore(tmp_path, "x", (3, 2))
+        assert len(store.missing()) == 3
+        store.write(np.arange(3), np.ones((3, 2), dtype="f"))
+
+
+def test_digests_tell_weights_and_paths_apart():
+    state = {"a": torch.ones(2), "b": torch.zeros(1, dtype=torch.int64)}
+    assert digest(state) == digest({name: value.clone() for name, value in state.items()})
+    assert (
+        len({digest(state), digest({**state, "a": torch.tensor([1.0, 2.0])}), digest(["x", "y"]), digest(["xy"])}) == 4
+    )
 
 
 def test_results_hold_what_they_depend_on(tmp_path):

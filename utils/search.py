@@ -1,20 +1,29 @@
 """Nearest neighbours of descriptors, and what is counted and merged from them."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+logger = logging.getLogger(__name__)
+
+# A part of the database: indices (n) and descriptors (n x D).
+Chunk = tuple[NDArray[np.int64], NDArray[np.float32]]
+
+TRAINING_BYTES = 2**31  # of descriptors that an approximate index is trained on, at most
+CHECKED_QUERIES = 1000  # that an approximate index is compared with exact search on, at most
+
 
 def nearest(
-    queries: NDArray[np.float32], database: NDArray[np.float32], k: int
+    queries: NDArray[np.float32], chunks: Iterable[Chunk], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Exact nearest neighbours by L2 distance (FAISS), without a second copy of the database.
+    """Exact nearest neighbours by L2 distance (FAISS, on a GPU where it sees one); the database passes by in chunks.
 
     Args:
         queries: Q x D.
-        database: N x D.
+        chunks: the database, every index once, in any order.
         k: neighbours a query; all N where there are fewer.
 
     Returns:
@@ -23,9 +32,117 @@ def nearest(
     Raises:
         ValueError: a descriptor is not finite; FAISS would answer with nonsense.
     """
-    if not (np.isfinite(queries).all() and np.isfinite(database).all()):
+    _require_finite(queries)
+    distances = np.empty((len(queries), 0), dtype=np.float32)
+    found = np.empty((len(queries), 0), dtype=np.int64)
+    for indices, descriptors in chunks:
+        _require_finite(descriptors)
+        near, rows = _knn(queries, descriptors, min(k, len(descriptors)))
+        distances = np.concatenate((distances, near), axis=1)
+        found = np.concatenate((found, indices[rows]), axis=1)
+        best = np.argsort(distances, axis=1, kind="stable")[:, :k]
+        distances, found = np.take_along_axis(distances, best, 1), np.take_along_axis(found, best, 1)
+    return distances, found
+
+
+def _knn(
+    queries: NDArray[np.float32], descriptors: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    if getattr(faiss, "get_num_gpus", int)():
+        return faiss.knn_gpu(faiss.StandardGpuResources(), queries, descriptors, k)
+    return faiss.knn(queries, descriptors, k)
+
+
+def _require_finite(descriptors: NDArray[np.float32]) -> None:
+    if not np.isfinite(descriptors).all():
         raise ValueError("descriptors are not finite, so the model's weights are of no use; use another checkpoint")
-    return faiss.knn(queries, database, min(k, len(database)))
+
+
+def nearest_by_index(
+    queries: NDArray[np.float32],
+    chunks: Callable[[], Iterable[Chunk]],
+    count: int,
+    k: int,
+    *,
+    factory: str,
+    parameters: str = "",
+) -> tuple[NDArray[np.float32], NDArray[np.int64], dict[str, float]]:
+    """Approximate nearest neighbours by a FAISS index, compared with exact search on some of the queries.
+
+    Args:
+        queries: Q x D.
+        chunks: gives the database anew each time it is called, as `nearest` takes it.
+        count: descriptors in it, N.
+        k: neighbours a query, at most N.
+        factory: FAISS's description of the index, e.g. "IVF4096,PQ64".
+        parameters: of its search, e.g. "nprobe=32".
+
+    Returns:
+        As `nearest`, -1 where the index found fewer than k; and the index's share of what exact search finds first
+        ("nearest") and among its first k ("first_k"), with the number of queries this was seen on, in percent.
+
+    Raises:
+        ValueError: FAISS does not understand the factory or the parameters, or the database is too small to train on.
+    """
+    _require_finite(queries)
+    k = min(k, count)
+    dim = queries.shape[1]
+    step = -(-count * dim * 4 // TRAINING_BYTES)
+    try:
+        index = faiss.index_factory(dim, factory)
+        index.train(np.concatenate([descriptors[::step] for _, descriptors in chunks()]))
+        if parameters:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        reason = str(error).split("Error: ")[-1]
+        raise ValueError(
+            f"FAISS cannot make --index {factory!r} {parameters!r} for {count} descriptors of {dim} numbers: {reason}"
+        ) from error
+    checked = queries[:: -(-len(queries) // CHECKED_QUERIES)]
+    order = []
+
+    def added() -> Iterable[Chunk]:
+        for indices, descriptors in chunks():
+            index.add(descriptors)
+            order.append(indices)
+            yield indices, descriptors
+
+    _, exact = nearest(checked, added(), k)
+    distances, rows = index.search(queries, k)
+    predictions = np.where(rows < 0, -1, np.concatenate(order)[rows])
+    approximate = predictions[:: -(-len(queries) // CHECKED_QUERIES)]
+    agreement = {
+        "nearest": 100.0 * float((approximate == exact[:, :1]).any(axis=1).mean()),
+        "first_k": 100.0 * float(np.mean([np.isin(e, a).mean() for e, a in zip(exact, approximate, strict=True)])),
+        "queries": len(checked),
+    }
+    logger.info(
+        "index %s finds the nearest image of %.1f%% and the first %d to %.1f%% (against exact search, %d queries)",
+        factory,
+        agreement["nearest"],
+        k,
+        agreement["first_k"],
+        agreement["queries"],
+    )
+    return distances, predictions, agreement
+
+
+def correct_among(predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
+    """Which predictions are right.
+
+    Args:
+        predictions: Q x k database indices; -1 is none.
+        positives: for each query the indices of its correct database images.
+
+    Returns:
+        Q x k.
+    """
+    # Each (query, image) pair as one number, so that all queries are looked up at once.
+    images = 1 + max(predictions.max(initial=0), max((p.max(initial=0) for p in positives), default=0))
+    query_of_positive = np.repeat(np.arange(len(positives)), [len(p) for p in positives])
+    correct_pairs = query_of_positive * images + np.concatenate(positives)
+    predicted_pairs = np.arange(len(predictions))[:, None] * images + predictions
+    return np.isin(predicted_pairs, correct_pairs) & (predictions >= 0)
 
 
 def recall_at(
@@ -38,18 +155,13 @@ def recall_at(
         positives: for each query the indices of its correct database images.
         recall_values: the N.
     """
-    # Each (query, image) pair as one number, so that all queries are looked up at once.
-    images = 1 + max(predictions.max(initial=0), max((p.max(initial=0) for p in positives), default=0))
-    query_of_positive = np.repeat(np.arange(len(positives)), [len(p) for p in positives])
-    correct_pairs = query_of_positive * images + np.concatenate(positives)
-    predicted_pairs = np.arange(len(predictions))[:, None] * images + predictions
-    correct = np.isin(predicted_pairs, correct_pairs)  # (Q, k)
+    correct = correct_among(predictions, positives)
     return {n: 100.0 * float(correct[:, :n].any(axis=1).mean()) for n in recall_values}
 
 
 def merge_crops(
     distances: NDArray[np.float32], predictions: NDArray[np.int64], *, crops: int = 5, majority_weight: float = 0.0
-) -> NDArray[np.int64]:
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Merges the search results of several crops of each query into one.
 
     Args:
@@ -61,12 +173,13 @@ def merge_crops(
             its distances there lowered by weight * occurrences / columns.
 
     Returns:
-        Q x k database indices; an image counts at its first occurrence.
+        Distances, lowered ones included, and database indices, Q x k; an image counts at its first occurrence.
 
     Source: the Visual Geo-localization Benchmark (Berton et al. 2022).
     """
     k = predictions.shape[1]
     merged = np.empty((len(predictions) // crops, k), dtype=np.int64)
+    lengths_of_merged = np.empty(merged.shape, dtype=np.float32)
     for query in range(len(merged)):
         rows = slice(query * crops, (query + 1) * crops)
         found, lengths = predictions[rows], distances[rows].copy()
@@ -75,7 +188,8 @@ def merge_crops(
             for image, count in zip(*np.unique(top_found, return_counts=True), strict=True):
                 if count > 1:
                     top_lengths[top_found == image] -= majority_weight * count / columns
-        ranked = found.ravel()[np.argsort(lengths, axis=None, kind="stable")]
+        order = np.argsort(lengths, axis=None, kind="stable")
+        ranked = found.ravel()[order]
         first = np.sort(np.unique(ranked, return_index=True)[1])[:k]
-        merged[query] = ranked[first]
-    return merged
+        merged[query], lengths_of_merged[query] = ranked[first], lengths.ravel()[order][first]
+    return lengths_of_merged, merged

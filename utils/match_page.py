@@ -1,0 +1,184 @@
+"""What a search found, as a page to look at: each query beside its first matches."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from html import escape
+from pathlib import Path
+from string import Template
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+THUMBNAIL_SIDE = 240  # the longer one, in pixels
+
+# Opens from disk: nothing in it is fetched but the thumbnails. The filter in use stands in the address, behind the #.
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --page: #fff; --text: #1f2328; --faint: #59636e; --line: #d1d9e0;
+  --correct: #1a7f37; --wrong: #cf222e; --unknown: #818b98; }
+@media (prefers-color-scheme: dark) { :root { --page: #0d1117; --text: #e6edf3; --faint: #9198a1; --line: #30363d;
+  --correct: #3fb950; --wrong: #f85149; --unknown: #6e7681; } }
+body { margin: 0; background: var(--page); color: var(--text); font: 13px/1.45 system-ui, sans-serif; }
+header, section { padding: 10px 12px; border-bottom: 1px solid var(--line); }
+h1 { margin: 0 0 2px; font-size: 18px; }
+p { margin: 0 0 8px; color: var(--faint); }
+form { display: flex; flex-wrap: wrap; gap: 6px 18px; align-items: center; }
+input { margin: 0 5px 0 0; vertical-align: -2px; accent-color: currentColor; }
+[type=search] { flex: 0 1 320px; padding: 4px 8px; font: inherit; }
+@media (min-width: 800px) { header { position: sticky; top: 0; z-index: 1; background: var(--page); } }
+section { display: grid; gap: 8px; align-items: start; max-width: calc($cells * 256px); content-visibility: auto;
+  grid-template-columns: repeat(auto-fill, minmax(max(105px, 100% / $cells - 8px), 1fr));
+  contain-intrinsic-size: auto 215px; }
+section[hidden] { display: none; }
+figure { margin: 0; min-width: 0; --frame: var(--unknown); }
+.correct { --frame: var(--correct); }
+.wrong { --frame: var(--wrong); }
+img { max-width: calc(100% - 8px); height: auto; display: block; border: 4px solid var(--frame); border-radius: 4px; }
+.query img { border-color: transparent; }
+figcaption { padding: 2px 4px 0; }
+b { font-weight: 600; }
+i { font: bold 15px/1 sans-serif; color: var(--frame); }
+.name { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; color: var(--faint); }
+</style>
+<header>
+<h1>$title</h1>
+<p>$legend</p>
+<form onsubmit="return false" autocomplete="off">
+$filters
+<input type="search" placeholder="file name of a query or a match" aria-label="file name of a query or a match">
+<output></output>
+</form>
+</header>
+<main>
+$rows
+</main>
+<script>
+const rows = [...document.querySelectorAll("section")];
+const names = rows.map(row => [...row.querySelectorAll(".name")].map(name => name.textContent.toLowerCase()));
+const filters = [...document.querySelectorAll("[type=radio]")];
+const search = document.querySelector("[type=search]");
+function update() {
+  const filter = filters.find(filter => "#" + filter.value == location.hash) ?? filters[0];
+  if (filter) filter.checked = true;
+  const kind = filter?.value ?? "all";
+  const text = search.value.trim().toLowerCase();
+  rows.forEach((row, i) => {
+    row.hidden = !row.classList.contains(kind) || !names[i].some(name => name.includes(text));
+  });
+  document.querySelector("output").value = rows.filter(row => !row.hidden).length + " of " + rows.length + " queries";
+  scrollTo(0, 0);
+}
+for (const filter of filters) filter.onchange = () => location.hash = filter.value;
+onhashchange = search.oninput = update;
+update();
+</script>
+</html>
+""")
+
+
+def write_match_page(
+    folder: Path,
+    *,
+    title: str,
+    queries: Sequence[str],
+    database: Sequence[str],
+    predictions: NDArray[np.int64],
+    correct: NDArray[np.bool_] | None,
+    metres: NDArray[np.float64] | None,
+) -> Path:
+    """Writes `index.html` and, of each image shown, one thumbnail: a row a query, filtered in the browser.
+
+    Args:
+        folder: made if missing.
+        title: e.g. "pitts30k test, R@1: 95.0, R@5: 97.4".
+        queries: paths of Q images.
+        database: paths of N images.
+        predictions: Q x K database indices, best first; -1 is none.
+        correct: which of them are right, Q x K; None where nothing is known of that.
+        metres: how far each is from its query, Q x K; None where positions are unknown.
+
+    Returns:
+        The path of `index.html`, which is written last.
+
+    Raises:
+        ValueError: an image cannot be read; the message names the file.
+    """
+    count, k = predictions.shape
+    found = predictions >= 0
+    paths = sorted({*queries, *(database[index] for index in np.unique(predictions[found]))})
+    (folder / "thumbnails").mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:
+        images = pool.map(partial(_write_thumbnail, folder=folder), paths)
+        image_of = dict(zip(paths, tqdm(images, total=len(paths), desc="thumbnails", unit="image"), strict=True))
+
+    kinds: dict[str, NDArray[np.bool_]] = {"all": np.ones(count, dtype=bool)}
+    filters, legend = "", "Grey frames: which matches are correct is not known."
+    if correct is not None:
+        right = correct & found
+        kinds |= {"first-wrong": ~right[:, 0], "none-correct": right.sum(axis=1) == 0}
+        labels = ("all", "first match wrong", f"no correct match among {k}")
+        filters = "\n".join(
+            f'<label><input type="radio" name="show" value="{kind}"{" checked" * (kind == "all")}>{label} '
+            f"({has.sum()})</label>"
+            for label, (kind, has) in zip(labels, kinds.items(), strict=True)
+        )
+        legend = "✓ in a green frame: correct. ✗ in a red frame: wrong."
+
+    rows = []
+    for query, query_path in enumerate(queries):
+        figures = [_figure(query_path, image_of[query_path], "query", f"<b>query {query}</b>")]
+        for rank in np.flatnonzero(found[query]):
+            frame, caption = "unknown", f"<b>{rank + 1}</b>"
+            if correct is not None:
+                frame, sign = ("correct", "✓") if correct[query, rank] else ("wrong", "✗")
+                caption += f" <i>{sign}</i>"
+            if metres is not None:
+                caption += f" {_distance(metres[query, rank])}"
+            path = database[predictions[query, rank]]
+            figures.append(_figure(path, image_of[path], frame, caption))
+        classes = " ".join(kind for kind, has in kinds.items() if has[query])
+        rows.append(f'<section class="{classes}">\n' + "\n".join(figures) + "\n</section>")
+
+    page = PAGE.substitute(title=escape(title), legend=legend, filters=filters, cells=k + 1, rows="\n".join(rows))
+    temporary = folder / "index.html.tmp"
+    temporary.write_text(page, encoding="utf-8", errors="replace")  # file names may hold bytes that are not UTF-8
+    return temporary.replace(folder / "index.html")
+
+
+def _write_thumbnail(path: str, folder: Path) -> str:
+    """Writes an image's thumbnail below `folder` and returns the `<img>` that shows it."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE))  # a JPEG is decoded no larger than needed
+            image.getexif()  # cached by this; the raw EXIF goes, since Pillow would rewrite it and fail on odd tags
+            image.info.pop("exif", None)
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        small = ImageOps.contain(upright, (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {path} ({error}); replace or remove it") from error
+    # Named by the whole path: safe in an address, and no other image's, in an older page of this folder either.
+    source = f"thumbnails/{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.jpg"
+    small.save(folder / source, quality=80)
+    return f'<img src="{source}" width="{small.width}" height="{small.height}" loading="lazy" alt="">'
+
+
+def _figure(path: str, image: str, frame: str, caption: str) -> str:
+    """An image with its caption and file name; `frame` is query, correct, wrong or unknown."""
+    name = escape(os.path.basename(path))
+    return (
+        f'<figure class="{frame}" title="{escape(path)}">{image}'
+        f'<figcaption>{caption}<span class="name">{name}</span></figcaption></figure>'
+    )
+
+
+def _distance(metres: float) -> str:
+    return f"{metres:.1f} m" if metres < 1000 else f"{metres / 1000:.1f} km"
