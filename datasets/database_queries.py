@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,17 @@ def utm_positions(paths: Sequence[str]) -> NDArray[np.float64]:
     Raises:
         ValueError: a name has no coordinates.
     """
-    positions = np.empty((len(paths), 2))
+    positions = np.full((len(paths), 2), np.nan)
     for row, path in enumerate(paths):
-        try:
+        with suppress(ValueError):
             # The name alone: a folder above may hold an @ too.
             _, east, north, *_ = os.path.basename(path).split("@")
             positions[row] = float(east), float(north)
-        except ValueError:
-            raise ValueError(
-                f"no UTM coordinates in the file name {path}; name it @<UTM east>@<UTM north>@...@.jpg"
-            ) from None
+    nowhere = np.flatnonzero(~np.isfinite(positions).all(axis=1))
+    if len(nowhere):
+        raise ValueError(
+            f"no UTM coordinates in the file name {paths[nowhere[0]]}; name it @<UTM east>@<UTM north>@...@.jpg"
+        )
     return positions
 
 

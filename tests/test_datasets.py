@@ -154,7 +154,7 @@ def test_tree_is_listed_by_name_in_every_spelling(tmp_path):
     assert utm_positions(paths).tolist() == [[1, 2.5], [3, 4], [9, 9], [-5.5, 6000]]
 
 
-@pytest.mark.parametrize("name", ["photo.jpg", "@1@.jpg", "@1@x@.jpg", "@@@.jpg"])
+@pytest.mark.parametrize("name", ["photo.jpg", "@1@.jpg", "@1@x@.jpg", "@@@.jpg", "@nan@1@.jpg"])
 def test_names_without_coordinates(name):
     with pytest.raises(ValueError, match=f"no UTM coordinates in the file name {name}; name it @<UTM east>"):
         utm_positions([name])

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 # A part of the database: indices (n) and descriptors (n x D).
 Chunk = tuple[NDArray[np.int64], NDArray[np.float32]]
 
-TRAINING_BYTES = 2**31  # of descriptors that an approximate index is trained on, at most
+TRAINING_BYTES = 2**30  # of descriptors that an approximate index is trained on, at most
 CHECKED_QUERIES = 1000  # that an approximate index is compared with exact search on, at most
 
 
@@ -90,7 +90,7 @@ def nearest_by_index(
     step = -(-count * dim * 4 // TRAINING_BYTES)
     try:
         index = faiss.index_factory(dim, factory)
-        index.train(np.concatenate([descriptors[::step] for _, descriptors in chunks()]))
+        index.train(np.concatenate([descriptors[::step].copy() for _, descriptors in chunks()]))
         if parameters:
             faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]
     except RuntimeError as error:
