@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets.database_queries import DatabaseQueries, ImageList
-from datasets.transforms import CROPS, Transform
+from datasets.transforms import CROPS, Transform, transform_sizes
 from utils import distributed, search
 from utils.descriptor_store import DescriptorStore
 from utils.search import Chunk
@@ -78,7 +78,8 @@ def image_batches(
 
     Args:
         paths: the images.
-        transform: gives tensors of one shape, 3 x H x W or crops x 3 x H x W; of any shape where the batch size is 1.
+        transform: bytes B x 3 x H x W to what the model takes, B x (crops x) 3 x H' x W', of one size unless the batch
+            size is 1. It runs where the images are read, or on the device where that is a GPU.
         batch_size: images at a time.
         num_workers: processes that read images; 0 reads them in this one.
         device: where the batches go.
@@ -87,16 +88,20 @@ def image_batches(
     Yields:
         B x (crops x) 3 x H x W on the device.
     """
-    loader = DataLoader(
-        ImageList(paths, transform),
+    on_device = device.type != "cpu"
+    loader: DataLoader[Tensor] = DataLoader(
+        ImageList(paths, None if on_device else transform),
         batch_size=batch_size,
         num_workers=num_workers,
+        collate_fn=list if on_device else None,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # of its own, so that evaluating moves nobody's random numbers
     )
     with tqdm(total=len(paths), desc=progress, unit="image", disable=not distributed.is_main()) as bar:
         for images in loader:
-            yield images.to(device, non_blocking=True)
+            if on_device:
+                images = transform_sizes(transform, [image.to(device, non_blocking=True) for image in images])
+            yield images
             bar.update(len(images))
 
 

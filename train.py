@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from datasets.database_queries import DatabaseQueries
 from datasets.gsv_cities import GSVCities, PlaceBatches
-from datasets.transforms import TrainingTransform, evaluation_transform
+from datasets.transforms import TrainingTransform, evaluation_transform, normalize, to_unit
 from model import SuperVLADNet, build_model
 from model.initialization import initialize_layer, sample_local_features
 from model.weights import FOUNDATION_FILES, load_checkpoint, load_foundation, missing_foundation, read_file
@@ -241,20 +241,23 @@ def train_one_epoch(
     )
     for images, labels in bar:
         waited += time.perf_counter() - waiting
-        counts = [places * images.shape[1] for places in batches.shares(len(progress.losses))]  # of each process
+        counts = [places * images.shape[1] for places in batches.shares(progress.steps)]  # of each process
         labels = labels.repeat_interleave(images.shape[1]).to(device, non_blocking=True)  # (P,) -> (P*K,)
-        images = images.flatten(0, 1).to(device, non_blocking=True)  # (P, K, 3, H, W) -> (P*K, 3, H, W)
+        images = normalize(
+            to_unit(images.flatten(0, 1).to(device, non_blocking=True))
+        )  # (P, K, 3, H, W) -> (P*K, 3, H, W)
         with autocast(device, precision):
             descriptors = distributed.gather_with_gradient(replica(images), counts)
             loss = criterion(descriptors, distributed.gather_with_gradient(labels, counts))
-        progress.record_step(loss.item())
+        progress.record_step(loss)
         optimization.backward(loss * distributed.world_size())
         if optimization.step():
             replica = distributed.replicate(model)
-        if preemption.agreed() or (checkpoint_every and len(progress.losses) % checkpoint_every == 0):
+        if preemption.agreed() or (checkpoint_every and progress.steps % checkpoint_every == 0):
             progress.save_last()
             preemption.stop()
-        bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", mined=f"{criterion.mined_share:.0%}")
+        if progress.losses:
+            bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", mined=f"{criterion.mined_share:.0%}", refresh=False)
         seen += len(descriptors)
         waiting = time.perf_counter()
     seconds = max(time.perf_counter() - started, 1e-9)

@@ -19,7 +19,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .transforms import Transform, open_image
+from .transforms import Transform, read_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class ImageList(Dataset[Tensor]):
-    """The images at the given paths, in that order, each through the transform."""
+    """The images at the given paths, in that order, each through the transform; bytes 3 x H x W without one."""
 
-    def __init__(self, paths: Sequence[str], transform: Transform):
+    def __init__(self, paths: Sequence[str], transform: Transform | None = None):
         self.paths = paths
         self.transform = transform
 
@@ -37,7 +37,8 @@ class ImageList(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(open_image(self.paths[index]))
+        pixels = read_pixels(self.paths[index])
+        return pixels if self.transform is None else self.transform(pixels[None])[0]
 
 
 def list_images(folder: Path) -> list[str]:

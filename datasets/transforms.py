@@ -4,7 +4,8 @@ Antialiasing is spelled out wherever an image is resized: the published numbers 
 which today's torchvision would not do by default.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as TF
+
+from .randaugment import RandAugment
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PATCH_SIZE = 14  # in pixels; an image's sides are multiples of it
 
 Size = tuple[int, int]  # height, width in pixels
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Tensor], Tensor]
 
 
 def open_image(path: Path | str) -> Image.Image:
@@ -36,60 +39,80 @@ def open_image(path: Path | str) -> Image.Image:
         raise ValueError(f"cannot read the image {path} ({error}); replace or remove it") from error
 
 
+def read_pixels(path: Path | str) -> Tensor:
+    """Reads an image file as RGB: bytes, 3 x H x W.
+
+    JPEGs in colour or grey go through torchvision, which gives the same bytes as Pillow in less time. All else, and
+    what it does not manage, goes through Pillow.
+
+    Raises:
+        ValueError: it cannot be read; the message names the file.
+    """
+    if os.fspath(path).lower().endswith((".jpg", ".jpeg")):
+        try:
+            pixels = decode_jpeg(read_file(os.fspath(path)))
+            if len(pixels) in (1, 3):  # four are CMYK, which they convert differently
+                return pixels.expand(3, -1, -1)
+        except RuntimeError:
+            pass  # Pillow reads it, or says what is wrong
+    return TF.pil_to_tensor(open_image(path))
+
+
 def normalize(image: Tensor) -> Tensor:
     """Takes out ImageNet's mean and standard deviation from values in [0, 1], ... x 3 x H x W."""
     return TF.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def to_unit_tensor(image: Image.Image) -> Tensor:
-    """3 x H x W in [0, 1]."""
-    return TF.pil_to_tensor(image).float().div_(255)
+def to_unit(pixels: Tensor) -> Tensor:
+    """Bytes to [0, 1]."""
+    return pixels.float().div_(255)
 
 
-def _resize(image: Tensor, size: Size, antialias: bool) -> Tensor:
-    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=antialias)[0]
+def _resize(images: Tensor, size: Size, antialias: bool) -> Tensor:
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=antialias)
 
 
-def shorter_side_to(image: Tensor, side: int, *, antialias: bool) -> Tensor:
-    """Resizes 3 x H x W so that the shorter side has `side` pixels and the longer int(side * longer / shorter)."""
-    height, width = image.shape[-2:]
+def shorter_side_to(images: Tensor, side: int, *, antialias: bool) -> Tensor:
+    """Resizes B x 3 x H x W so that the shorter side has `side` pixels and the longer int(side * longer / shorter)."""
+    height, width = images.shape[-2:]
     shorter = min(height, width)
-    return _resize(image, (side * height // shorter, side * width // shorter), antialias)
+    return _resize(images, (side * height // shorter, side * width // shorter), antialias)
 
 
-def hard_resize(image: Image.Image, *, size: Size, antialias: bool) -> Tensor:
-    """Both sides to `size`: 3 x H x W, normalised."""
-    # Normalising after the resize is the same (both are linear) and has far fewer pixels to go over.
-    return normalize(_resize(to_unit_tensor(image), size, antialias))
+def hard_resize(pixels: Tensor, *, size: Size, antialias: bool) -> Tensor:
+    """Both sides to `size`: bytes B x 3 x H x W to B x 3 x H' x W', normalised."""
+    # Resized before it is normalised: the same, since both are linear, and there are far fewer pixels to go over. But
+    # not before it is float: bytes would be rounded.
+    return normalize(_resize(to_unit(pixels), size, antialias))
 
 
-def single_query(image: Image.Image, *, size: Size, antialias: bool) -> Tensor:
-    """The shorter side to min(size), the shape kept, then centre-cropped to whole patches: 3 x H' x W', normalised."""
-    resized = shorter_side_to(to_unit_tensor(image), min(size), antialias=antialias)
+def single_query(pixels: Tensor, *, size: Size, antialias: bool) -> Tensor:
+    """The shorter side to min(size), the shape kept, centre-cropped to whole patches: B x 3 x H' x W', normalised."""
+    resized = shorter_side_to(to_unit(pixels), min(size), antialias=antialias)
     height, width = (side // PATCH_SIZE * PATCH_SIZE for side in resized.shape[-2:])
     return normalize(TF.center_crop(resized, [height, width]))
 
 
-def central_crop(image: Image.Image, *, size: Size, antialias: bool) -> Tensor:
-    """Scaled until it covers `size` (nearest neighbour, as the benchmark does), centre-cropped: 3 x H x W, normalised.
+def central_crop(pixels: Tensor, *, size: Size, antialias: bool) -> Tensor:
+    """Scaled until it covers `size`, centre-cropped: B x 3 x H' x W', normalised.
 
-    `antialias` has no part in nearest-neighbour sampling.
+    By nearest neighbour, as the benchmark does; `antialias` has no part in that.
     """
-    pixels = normalize(to_unit_tensor(image))
-    scale = max(size[0] / image.height, size[1] / image.width)
-    scaled = F.interpolate(pixels[None], scale_factor=scale, mode="nearest")[0]
+    height, width = pixels.shape[-2:]
+    scale = max(size[0] / height, size[1] / width)
+    scaled = F.interpolate(normalize(to_unit(pixels)), scale_factor=scale, mode="nearest")
     # A side may come out one pixel short; the crop then pads with zeros, hence after the normalisation.
     return TF.center_crop(scaled, list(size))
 
 
-def five_crops(image: Image.Image, *, size: Size, antialias: bool) -> Tensor:
-    """The shorter side to S = min(size), then squares of that side: 5 x 3 x S x S, normalised.
+def five_crops(pixels: Tensor, *, size: Size, antialias: bool) -> Tensor:
+    """The shorter side to S = min(size), then squares of that side: B x 5 x 3 x S x S, normalised.
 
     In the order top-left, top-right, bottom-left, bottom-right, centre.
     """
     side = min(size)
-    resized = shorter_side_to(to_unit_tensor(image), side, antialias=antialias)
-    return normalize(torch.stack(TF.five_crop(resized, [side, side])))
+    resized = shorter_side_to(to_unit(pixels), side, antialias=antialias)
+    return normalize(torch.stack(TF.five_crop(resized, [side, side]), dim=1))
 
 
 # How the benchmark prepares queries, by the name of the test method; the last two differ in what follows the search.
@@ -107,31 +130,38 @@ CROPS = {name: 5 if transform is five_crops else 1 for name, transform in TEST_M
 
 
 def evaluation_transform(size: Size, antialias: bool = False, test_method: str = "hard_resize") -> Transform:
-    """A test method with its `size` (height, width)."""
+    """A test method with its `size` (height, width): bytes B x 3 x H x W, on any device, to what the model takes."""
     return partial(TEST_METHODS[test_method], size=size, antialias=antialias)
 
 
+def transform_sizes(transform: Transform, images: Sequence[Tensor]) -> Tensor:
+    """Applies a transform to images of several sizes, each size at once; B x ..., in the order of the images."""
+    by_size: dict[torch.Size, list[int]] = {}
+    for index, pixels in enumerate(images):
+        by_size.setdefault(pixels.shape, []).append(index)
+    done = {
+        index: image
+        for of_size in by_size.values()
+        for index, image in zip(of_size, transform(torch.stack([images[i] for i in of_size])), strict=True)
+    }
+    return torch.stack([done[index] for index in range(len(images))])
+
+
 class TrainingTransform:
-    """Pillow's bilinear resize, RandAugment, normalisation: 3 x H x W.
+    """Pillow's bilinear resize and RandAugment: bytes, 3 x H x W.
 
     Args:
         size: height, width in pixels.
-        randaugment_ops: operations an image; 0 leaves RandAugment out.
+        randaugment_ops: operations an image; 0 for none.
 
     RandAugment draws from torch's global generator.
     """
 
     def __init__(self, size: Size, randaugment_ops: int = 3):
         self.size = size
-        self.augment = (
-            v2.RandAugment(num_ops=randaugment_ops, interpolation=InterpolationMode.BILINEAR)
-            if randaugment_ops
-            else None
-        )
+        self.augment = RandAugment(randaugment_ops, size)
 
     def __call__(self, image: Image.Image) -> Tensor:
         height, width = self.size
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-        if self.augment is not None:
-            image = self.augment(image)
-        return normalize(to_unit_tensor(image))
+        return TF.pil_to_tensor(self.augment(image))

@@ -1,8 +1,15 @@
-"""The SuperVLAD layer: VLAD with few clusters, ghost clusters and no centroids (Lu et al., NeurIPS 2024)."""
+"""The SuperVLAD layer: VLAD with few clusters, ghost clusters and no centroids (Lu et al., NeurIPS 2024).
+
+Shapes: B images, N = h*w local features of D numbers, K clusters kept, G ghost clusters dropped.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+EPSILON = 1e-12  # no norm is taken to be smaller
 
 
 class SuperVLAD(nn.Module):
@@ -33,14 +40,64 @@ class SuperVLAD(nn.Module):
         """Aggregates local features.
 
         Args:
-            features: B x D x h x w.
+            features: B x D x h x w, of any norm.
 
         Returns:
             B x K x D, one vector a cluster; the K*D numbers of an image have unit L2 norm.
         """
-        features = F.normalize(features, dim=1)
-        # The first K: the ghosts come last, and a slice [:-G] would be empty for G = 0.
-        assignment = self.assign(features)[:, : self.clusters]
-        vectors = torch.einsum("bkhw,bdhw->bkd", assignment, features)
-        vectors = F.normalize(vectors, dim=2)  # intra-normalisation: no cluster outweighs another
-        return F.normalize(vectors.flatten(1), dim=1).view_as(vectors)
+        x = features.flatten(2).transpose(1, 2)  # (B, N, D), the backbone's own layout
+        weight = self.conv.weight.flatten(1)  # (K+G, D)
+        if torch.is_grad_enabled():
+            with torch.autocast(x.device.type, enabled=False):  # small products: precision costs nothing
+                return _Aggregate.apply(x.float(), weight, self.clusters)
+        return aggregate(x, weight, self.clusters)[0]
+
+
+def aggregate(x: Tensor, weight: Tensor, clusters: int) -> tuple[Tensor, ...]:
+    """The layer as a function: x B x N x D, weight (K+G) x D, to B x K x D and what its gradient needs.
+
+    Features are to be L2-normalised first. The factors of that are applied to the small tensors on either side, the
+    logits and the assignment, so that the features are never written again.
+    """
+    inverse = 1 / torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_min(EPSILON)  # (B, N, 1)
+    logits = x @ weight.T * inverse  # (B, N, K+G)
+    assignment = logits.softmax(dim=2)
+    # The first K: the ghosts come last, and a slice [:-G] would be empty for G = 0.
+    vectors = (assignment[:, :, :clusters] * inverse).transpose(1, 2) @ x  # (B, K, D)
+    # Intra-normalisation: no cluster outweighs another.
+    norms = torch.linalg.vector_norm(vectors, dim=2, keepdim=True).clamp_min(EPSILON)  # (B, K, 1)
+    vectors = vectors / norms
+    total = torch.linalg.vector_norm(vectors, dim=(1, 2), keepdim=True).clamp_min(EPSILON)  # (B, 1, 1)
+    return vectors / total, inverse, logits, assignment, norms, total
+
+
+class _Aggregate(torch.autograd.Function):
+    """`aggregate` with the gradient written out: it keeps the small tensors only, and writes the features' once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, clusters: int) -> Tensor:  # type: ignore[override]
+        vectors, *small = aggregate(x, weight, clusters)
+        ctx.save_for_backward(x, weight, vectors, *small)
+        return vectors
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, vectors, inverse, logits, assignment, norms, total = ctx.saved_tensors
+        K, D = vectors.shape[1:]
+        # Through the two normalisations: what points along a unit vector has no effect on it.
+        g = torch.addcmul(gradient, vectors, (gradient * vectors).sum(dim=(1, 2), keepdim=True), value=-1).div_(total)
+        unit_part = (g * vectors).sum(dim=2, keepdim=True).mul_(total**2)
+        g.addcmul_(vectors, unit_part, value=-1).div_(norms)  # (B, K, D), of the sums
+        # Through the weighted sum and the softmax.
+        of_scaled = x @ g.transpose(1, 2)  # (B, N, K), of assignment * inverse
+        of_assignment = F.pad(of_scaled * inverse, (0, assignment.shape[2] - K))
+        of_logits = assignment * (of_assignment - (of_assignment * assignment).sum(dim=2, keepdim=True))
+        # Through the factors: they scale both the assignment and the logits.
+        of_inverse = (of_scaled * assignment[:, :, :K]).sum(dim=2, keepdim=True)
+        of_inverse += (of_logits * logits).sum(dim=2, keepdim=True) / inverse
+        of_products = of_logits * inverse  # (B, N, K+G)
+        of_x = torch.mul(x, -of_inverse * inverse**3, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        of_x.view(-1, D).addmm_(of_products.flatten(0, 1), weight)
+        of_x.baddbmm_(assignment[:, :, :K] * inverse, g)
+        of_weight = torch.bmm(of_products.transpose(1, 2), x).sum(dim=0)
+        return of_x, of_weight, None

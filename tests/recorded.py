@@ -30,7 +30,7 @@ def record(flags, *, halves=None):
     halves = iter(halves) if halves else None
 
     def record_step(self, loss):
-        steps.append({"loss": loss})
+        steps.append({"loss": loss.item()})
         real_record(self, loss)
 
     def step(self):

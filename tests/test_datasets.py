@@ -8,11 +8,17 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.functional import pil_to_tensor
 
 from datasets import gsv_cities
 from datasets.database_queries import DatabaseQueries, list_images, utm_positions
 from datasets.gsv_cities import GSVCities, PlaceBatches, image_name
-from datasets.transforms import TrainingTransform, evaluation_transform, open_image, to_unit_tensor
+from datasets.randaugment import RandAugment
+from datasets.transforms import TrainingTransform, evaluation_transform, open_image, read_pixels, to_unit
+
+SIDEWAYS = Image.Exif()  # an orientation that neither way of reading applies
+SIDEWAYS[0x0112] = 6
 
 HEADER = "place_id,year,month,northdeg,city_id,lat,lon,panoid\n"
 
@@ -24,13 +30,13 @@ def write_table(folder, city, places):
     (folder / "Dataframes" / f"{city}.csv").write_text(HEADER + "\n".join(rows) + "\n")
 
 
-def places_of(folder, transform=to_unit_tensor, **options):
+def places_of(folder, transform=pil_to_tensor, **options):
     return GSVCities(folder, transform=transform, **options)
 
 
 def test_image_name_of_the_documentation():
     row = dict(zip(HEADER.strip().split(","), ["13", "2012", "6", "45", "London", "51.5", "-0.12", "abc"], strict=True))
-    assert image_name(row) == "London_0000013_2012_06_045_51.5_-0.12_abc.jpg"
+    assert image_name(**row) == "London_0000013_2012_06_045_51.5_-0.12_abc.jpg"
 
 
 def test_places_labels_and_paths(tmp_path):
@@ -71,7 +77,7 @@ def test_gsv_cities_refusals(tmp_path):
     with pytest.raises(ValueError, match="London.csv, line 3"):
         places_of(tmp_path)
     table.write_text("place_id,year\n7,2012\n")
-    with pytest.raises(ValueError, match="London.csv, line 2.*month"):
+    with pytest.raises(ValueError, match="London.csv, line 1.*month"):
         places_of(tmp_path)
 
 
@@ -113,7 +119,7 @@ def test_items_depend_on_seed_epoch_and_place_alone(city):
         return all(torch.equal(x, y) and torch.equal(m, n) for (x, m), (y, n) in zip(a, b, strict=True))
 
     plain = items(0)
-    assert plain[0][0].shape == (4, 4, 3, 56, 56) and plain[0][0].dtype == torch.float32
+    assert plain[0][0].shape == (4, 4, 3, 56, 56) and plain[0][0].dtype == torch.uint8
     torch.manual_seed(99)
     assert same(plain, items(0)) and same(plain, items(2))
     assert not same(plain, items(0, epoch=1)) and not same(plain, items(0, seed=1))
@@ -128,7 +134,7 @@ def test_drawing_an_item_leaves_the_global_generators_alone(city):
 
 def test_images_of_a_place_are_drawn_anew_without_replacement(city):
     seen = Counter()
-    places = places_of(city / "gsv_cities", lambda image: to_unit_tensor(image.resize((8, 8))))
+    places = places_of(city / "gsv_cities", lambda image: pil_to_tensor(image.resize((8, 8))))
     for epoch in range(20):
         images, label = places[epoch, 3]
         assert label == places.labels[3]
@@ -136,6 +142,28 @@ def test_images_of_a_place_are_drawn_anew_without_replacement(city):
         assert len(keys) == 4
         seen.update(keys)
     assert len(seen) == 5 and min(seen.values()) >= 10
+
+
+def test_randaugment_is_torchvisions(city):
+    """The same random draws give the same bytes, every operation with either sign."""
+    photo = open_image(next((city / "toy_city/images/test/queries").iterdir())).resize((112, 84))
+    ours, theirs = RandAugment(2, (84, 112)), v2.RandAugment(2, interpolation=InterpolationMode.BILINEAR)
+    drawn = []
+    for index, (operation, level, signed) in enumerate(ours.operations):
+        ours.operations[index] = (
+            (lambda image, at, i=index, f=operation: drawn.append((i, at > 0)) or f(image, at)),
+            level,
+            signed,
+        )
+    for seed in range(250):
+        torch.manual_seed(seed)
+        expected = theirs(photo)
+        after = torch.get_rng_state()
+        torch.manual_seed(seed)
+        assert ours(photo).tobytes() == expected.tobytes(), seed
+        assert torch.equal(torch.get_rng_state(), after)
+    signed = sum(signed for _, _, signed in ours.operations)
+    assert len(set(drawn)) == len(ours.operations) + signed == 23
 
 
 def test_known_cities():
@@ -183,31 +211,57 @@ def test_positives_are_a_closed_ball():
 
 
 def test_evaluation_resize_does_not_antialias_unless_asked():
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (280, 280, 3), dtype=np.uint8))
+    photo = torch.randint(0, 256, (1, 3, 280, 280), dtype=torch.uint8)
     plain = evaluation_transform((28, 28))(photo)
     smooth = evaluation_transform((28, 28), antialias=True)(photo)
-    assert plain.shape == smooth.shape == (3, 28, 28)
+    assert plain.shape == smooth.shape == (1, 3, 28, 28)
     assert plain.std() > 2 * smooth.std()
 
 
 def test_resizing_before_normalising_changes_nothing():
     """The released code normalises the full-size image first."""
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    photo = torch.randint(0, 256, (1, 3, 60, 80), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    full = (to_unit_tensor(photo) - mean[:, None, None]) / std[:, None, None]
-    expected = torch.nn.functional.interpolate(full[None], (42, 56), mode="bilinear", align_corners=False)[0]
+    full = (to_unit(photo) - mean[:, None, None]) / std[:, None, None]
+    expected = torch.nn.functional.interpolate(full, (42, 56), mode="bilinear", align_corners=False)
     torch.testing.assert_close(evaluation_transform((42, 56))(photo), expected, rtol=0, atol=2e-6)
 
 
-def test_unreadable_image_is_named(tmp_path):
+@pytest.mark.parametrize("read", [open_image, read_pixels])
+def test_unreadable_image_is_named(tmp_path, read):
     path = tmp_path / "broken.jpg"
     path.write_bytes(b"not a photo")
     with pytest.raises(ValueError, match="cannot read the image .*broken.jpg"):
-        open_image(path)
+        read(path)
     Image.new("RGB", (50, 50)).save(path)
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match="cannot read the image .*broken.jpg"):
-        open_image(path)
+        read(path)
+    with pytest.raises(ValueError, match="cannot read the image .*none.jpg"):
+        read(tmp_path / "none.jpg")
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "settings"),
+    [
+        ("RGB", "a.jpg", {}),
+        ("RGB", "a.JPEG", {"progressive": True, "quality": 40}),
+        ("RGB", "a.jpg", {"subsampling": 0, "quality": 95}),
+        ("RGB", "a.jpg", {"subsampling": 1}),
+        ("RGB", "a.jpg", {"exif": SIDEWAYS}),
+        ("L", "a.jpg", {}),
+        ("CMYK", "a.jpg", {}),
+        ("RGB", "a.png", {}),
+        ("P", "a.png", {}),
+        ("L", "png_in_truth.jpg", {"format": "PNG"}),
+    ],
+)
+def test_pixels_are_those_of_pillow(city, tmp_path, mode, name, settings):
+    photo = Image.open(next((city / "toy_city/images/test/queries").iterdir())).resize((97, 61))
+    photo.convert(mode).save(tmp_path / name, **settings)
+    pixels = read_pixels(tmp_path / name)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 61, 97)
+    assert torch.equal(pixels, pil_to_tensor(open_image(tmp_path / name)))
 
 
 def test_grey_and_palette_images_become_rgb(tmp_path):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
+from torchvision.transforms.functional import pil_to_tensor
 
 from datasets.database_queries import DatabaseQueries
-from datasets.transforms import CROPS, evaluation_transform, open_image
+from datasets.transforms import CROPS, evaluation_transform, open_image, transform_sizes
 from model import build_model
 from test import EncoderContext, Search, descriptors, evaluate, extract, format_recalls, image_batches
 from utils import search
@@ -56,7 +57,8 @@ def described(model, store, context):
 @torch.inference_mode()
 def by_hand(model, paths, batch_size, test_method="hard_resize"):
     """The released way: the whole model over batches in file order, the last one short; N*crops x D."""
-    images = [evaluation_transform(SIZE, test_method=test_method)(open_image(path)) for path in paths]
+    transform = evaluation_transform(SIZE, test_method=test_method)
+    images = [transform(pil_to_tensor(open_image(path))[None])[0] for path in paths]
     batches = [torch.stack(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
     return torch.cat([model(batch.flatten(0, -4)) for batch in batches]).numpy()
 
@@ -215,6 +217,13 @@ def test_only_what_is_missing_is_computed(model, dataset, stored):
     extract(model, dataset.queries_paths, store, read_images)
     assert asked == [dataset.queries_paths[index] for index in (3, 9, 10)]
     np.testing.assert_allclose(store.read(np.arange(15)), expected, atol=1e-6)
+
+
+def test_images_of_several_sizes_share_a_batch():
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((60, 80), (90, 70), (60, 80), (70, 90))]
+    transform = evaluation_transform(SIZE)
+    together = transform_sizes(transform, images)
+    torch.testing.assert_close(together, torch.cat([transform(image[None]) for image in images]))
 
 
 def test_format():

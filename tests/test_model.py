@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from model import BACKBONES, build_model
 from model.cross_image import CrossImageEncoder
 from model.dinov2 import DINOv2
-from model.supervlad import SuperVLAD
+from model.supervlad import SuperVLAD, _Aggregate
 
 
 @pytest.mark.parametrize(("K", "G"), [(4, 1), (1, 2), (3, 0), (1, 0)])
@@ -25,6 +25,42 @@ def test_layer_against_plain_loops(K, G):
                     sums[k] += weights[k] / weights.sum() * local
         expected = torch.cat([v / v.norm() for v in sums])
         torch.testing.assert_close(out[b].flatten(), expected / expected.norm())
+
+
+@pytest.mark.parametrize(("K", "G"), [(4, 1), (1, 2), (3, 0), (1, 0)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layer_gradient(K, G, channels_last):
+    """Against differences, and against what autograd makes of the plain formula."""
+    layer = SuperVLAD(6, K, G).double()
+    features = torch.randn(2, 6, 2, 3, dtype=torch.float64)
+    if channels_last:
+        features = features.contiguous(memory_format=torch.channels_last)
+    features.requires_grad_()
+
+    def call(features, weight):
+        return _Aggregate.apply(features.flatten(2).transpose(1, 2), weight.flatten(1), K)
+
+    assert torch.autograd.gradcheck(call, (features, layer.conv.weight), atol=1e-6)
+    target = torch.randn(2, K, 6, dtype=torch.float64)
+    normal = F.normalize(features, dim=1)
+    vectors = torch.einsum("bkhw,bdhw->bkd", layer.assign(normal)[:, :K], normal)
+    expected = F.normalize(F.normalize(vectors, dim=2).flatten(1), dim=1).view_as(vectors)
+    inputs = (features, layer.conv.weight)
+    for a, b in zip(
+        torch.autograd.grad((expected * target).sum(), inputs),
+        torch.autograd.grad((call(*inputs) * target).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(call(*inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_is_exact_in_mixed_precision(dtype):
+    layer, features = SuperVLAD(32, 4, 1), torch.randn(2, 32, 3, 4)
+    with torch.autocast("cpu", dtype=dtype):
+        mixed = layer(features)
+    torch.testing.assert_close(mixed, layer(features))
 
 
 def test_encoder_follows_a_permutation_of_the_batch():

@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from . import checkpoint, distributed, metrics
 from .optimization import Optimization
@@ -14,13 +15,17 @@ from .seed import generator_states, restore_generators
 logger = logging.getLogger(__name__)
 
 
+# Reading a loss waits for the GPU: it is done this often, in steps, and before anything is written.
+SETTLE_EVERY = 20
+
+
 class Progress:
     """A run's position, best score and files, which only the main process writes.
 
     Attributes:
         epoch: epochs finished, validation included.
-        losses: of the steps taken in the epoch under way.
-        lr: learning rate of the newest of them.
+        losses: of the steps taken in the epoch under way, as far as they were read.
+        lr: learning rate of the newest step.
         best_score: the highest validation score so far.
         not_improved: epochs since then.
 
@@ -48,21 +53,39 @@ class Progress:
         self.decisive = decisive
         self.epoch = 0
         self.losses: list[float] = []
+        self._unread: list[Tensor] = []
         self.lr = 0.0
         self.recalls: dict[int, float] = {}
         self.best_score = -1.0
         self.not_improved = 0
 
-    def record_step(self, loss: float) -> None:
-        """Counts a step before its gradient is used.
+    @property
+    def steps(self) -> int:
+        """Steps taken in the epoch under way."""
+        return len(self.losses) + len(self._unread)
+
+    def record_step(self, loss: Tensor) -> None:
+        """Counts a step by its scalar loss.
 
         Raises:
-            ValueError: a loss that is not finite.
+            ValueError: as `read_losses`.
         """
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss became {loss} in {self._place()}")
-        self.losses.append(loss)
+        self._unread.append(loss.detach())
         self.lr = self.optimization.lr
+        if len(self._unread) == SETTLE_EVERY or loss.device.type == "cpu":
+            self.read_losses()
+
+    def read_losses(self) -> None:
+        """Takes over the losses that are still on the device.
+
+        Raises:
+            ValueError: one is not finite; nothing was written since.
+        """
+        unread, self._unread = self._unread, []
+        for loss in torch.stack(unread).tolist() if unread else []:
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss became {loss} in {self._place()}")
+            self.losses.append(loss)
 
     def record_epoch(self, recalls: dict[int, float], score: float) -> bool:
         """Closes the epoch: the row in metrics.csv, best_model.pth if the score is strictly better, last_model.pth.
@@ -70,6 +93,7 @@ class Progress:
         Returns:
             Whether it is.
         """
+        self.read_losses()
         self.epoch, self.recalls = self.epoch + 1, recalls
         row = {"epoch": self.epoch, "steps": len(self.losses), "loss": self.mean_loss, "lr": self.lr}
         if distributed.is_main():
@@ -85,6 +109,7 @@ class Progress:
     @property
     def mean_loss(self) -> float:
         """Of the steps of the epoch under way."""
+        self.read_losses()
         return math.fsum(self.losses) / len(self.losses)
 
     def _place(self) -> str:
@@ -94,6 +119,7 @@ class Progress:
         )
 
     def _content(self) -> dict[str, Any]:
+        self.read_losses()
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise ValueError(f"a weight became infinite before {self._place()}")
         return {

@@ -1,0 +1,77 @@
+"""How the released code does each stage, written out to compare with: not used by anything but the benchmarks."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import transforms as T
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+TO_NORMALISED = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])
+TRAINING = T.Compose(
+    [
+        T.Resize((224, 224), interpolation=T.InterpolationMode.BILINEAR),
+        T.RandAugment(num_ops=3, interpolation=T.InterpolationMode.BILINEAR),
+        T.ToTensor(),
+        T.Normalize(MEAN, STD),
+    ]
+)
+
+
+def evaluation_input(path: str, size: tuple[int, int] = (322, 322)) -> Tensor:
+    """Pillow, full-size floats, normalised, then resized."""
+    with Image.open(path) as image:
+        pixels = TO_NORMALISED(image.convert("RGB"))
+    return T.functional.resize(pixels, list(size), antialias=False)
+
+
+def training_input(path: str) -> Tensor:
+    """Pillow, its resize, RandAugment, floats, normalised."""
+    with Image.open(path) as image:
+        return TRAINING(image.convert("RGB"))
+
+
+def explicit_attention(self: nn.Module, x: Tensor) -> Tensor:
+    """In place of `model.dinov2.Attention.forward`: the attention matrix as a tensor."""
+    B, tokens, C = x.shape
+    qkv = self.qkv(x).reshape(B, tokens, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv[0] * (C // self.heads) ** -0.5, qkv[1], qkv[2]
+    attention = (q @ k.transpose(-2, -1)).softmax(dim=-1)
+    return self.proj((attention @ v).transpose(1, 2).reshape(B, tokens, C))
+
+
+def cluster_loop(features: Tensor, weight: Tensor, clusters: int) -> Tensor:
+    """The VLAD layer, one cluster at a time: features B x D x h x w, weight (K+G) x D x 1 x 1, to B x K*D."""
+    features = F.normalize(features, dim=1)
+    assignment = F.conv2d(features, weight).flatten(2).softmax(dim=1)  # (B, K+G, h*w)
+    features = features.flatten(2)  # (B, D, h*w)
+    vlad = torch.zeros(len(features), len(weight), features.shape[1], device=features.device)
+    for cluster in range(len(weight)):
+        vlad[:, cluster] = (features * assignment[:, cluster, None]).sum(dim=2)
+    return F.normalize(F.normalize(vlad[:, :clusters], dim=2).flatten(1), dim=1)
+
+
+def place_lookup(table, label: int) -> list[str]:
+    """A place's image names from a pandas table indexed by label: its rows are found, then formatted one by one."""
+    rows = table.loc[label]
+    names = []
+    for index in range(len(rows)):
+        row = rows.iloc[index]
+        names.append(
+            f"{row['city_id']}_{label % 100_000:07d}_{row['year']:04d}_{row['month']:02d}_{row['northdeg']:03d}"
+            f"_{row['lat']}_{row['lon']}_{row['panoid']}.jpg"
+        )
+    return names
+
+
+def recall_loop(predictions: np.ndarray, positives: list[np.ndarray], recall_values: list[int]) -> np.ndarray:
+    """Recall@N in percent, a query at a time."""
+    hits = np.zeros(len(recall_values))
+    for query, row in enumerate(predictions):
+        for index, n in enumerate(recall_values):
+            if np.any(np.isin(row[:n], positives[query])):
+                hits[index:] += 1
+                break
+    return 100 * hits / len(predictions)

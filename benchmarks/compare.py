@@ -1,0 +1,274 @@
+"""Ours against the released way, stage by stage: ratios from one run, the two taking turns.
+
+python -m benchmarks.compare [--only input forward layer lookup start] [--photos FOLDER]
+"""
+
+import argparse
+import csv
+import multiprocessing
+import resource
+import tempfile
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from benchmarks import baselines
+from benchmarks.measuring import PeakGrowth, medians, record
+from benchmarks.photos import made_photos
+from datasets.database_queries import DatabaseQueries, list_images, utm_positions
+from datasets.gsv_cities import CITIES, COLUMNS, LABELS_PER_CITY, GSVCities
+from datasets.transforms import TrainingTransform, evaluation_transform, open_image, read_pixels
+from model import build_model
+from model.dinov2 import DINOv2
+from model.supervlad import SuperVLAD
+from utils import search
+
+CPU = torch.device("cpu")
+PHOTOS = Path("data/benchmark")
+
+
+def compare_input(photos: Sequence[str], training_photos: Sequence[str]) -> dict[str, float]:
+    """One core's time a photo: evaluation with and without the resize, and training."""
+    transform, augment = evaluation_transform((322, 322)), TrainingTransform((224, 224), 3)
+    resize_only = TrainingTransform((224, 224), 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a DataLoader's worker
+    difference = max(
+        (transform(read_pixels(path)[None])[0] - baselines.evaluation_input(path)).abs().max().item() for path in photos
+    )
+    seconds = medians(
+        {
+            "released": lambda: [baselines.evaluation_input(path) for path in photos],
+            "ours, resized on the device": lambda: [read_pixels(path) for path in photos],
+            "ours, all on the CPU": lambda: [transform(read_pixels(path)[None]) for path in photos],
+            "released training": lambda: [baselines.training_input(path) for path in training_photos],
+            "ours training": lambda: [augment(open_image(path)) for path in training_photos],
+            "ours training without RandAugment": lambda: [resize_only(open_image(path)) for path in training_photos],
+        }
+    )
+    torch.set_num_threads(threads)
+    count, training_count = len(photos), len(training_photos)
+    return {
+        "released evaluation input, ms": 1e3 * seconds["released"] / count,
+        "evaluation input, device resizes, ratio": seconds["released"] / seconds["ours, resized on the device"],
+        "evaluation input, all on the CPU, ratio": seconds["released"] / seconds["ours, all on the CPU"],
+        "evaluation input, largest difference": difference,
+        "released training input, ms": 1e3 * seconds["released training"] / training_count,
+        "training input, ratio": seconds["released training"] / seconds["ours training"],
+        "training input, ratio without RandAugment (floor)": seconds["released training"]
+        / seconds["ours training without RandAugment"],
+    }
+
+
+def products_alone(backbone: DINOv2, images: torch.Tensor) -> None:
+    """The matrix products and the attention of a forward pass, and nothing else: the ceiling of its speed."""
+    B, _, H, W = images.shape
+    x = backbone.patch_embed(images)
+    x = torch.cat((x, x[:, :1]), dim=1)  # (B, 1 + h*w, C)
+    for block in backbone.blocks:
+        attention = block.attn
+        heads, channels = attention.heads, x.shape[2]
+        q, k, v = attention.qkv(x).view(B, x.shape[1], 3, heads, channels // heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = block.mlp.fc2(block.mlp.fc1(attention.proj(y)))
+
+
+@torch.inference_mode()
+def compare_forward(images_count: int = 2) -> dict[str, float]:
+    """ViT-B/14 at 322 x 322 in fp32 with the layer, against explicit attention; and the ceiling."""
+    torch.manual_seed(0)
+    ours = build_model(backbone="dino").eval()
+    released = build_model(backbone="dino").eval()
+    released.load_state_dict(ours.state_dict())
+    for block in released.backbone.blocks:
+        block.attn.forward = types.MethodType(baselines.explicit_attention, block.attn)
+    images = torch.randn(images_count, 3, 322, 322)
+    difference = (ours(images) - released(images)).abs().max().item()
+    seconds = medians(
+        {
+            "released": lambda: released(images),
+            "ours": lambda: ours(images),
+            "ceiling": lambda: products_alone(ours.backbone, images),
+        }
+    )
+    return {
+        "released forward, ms an image": 1e3 * seconds["released"] / images_count,
+        "forward, ratio": seconds["released"] / seconds["ours"],
+        "forward, ratio of the ceiling": seconds["released"] / seconds["ceiling"],
+        "forward, largest difference": difference,
+    }
+
+
+def layer_step(way: str, clusters: int, images: int = 32):
+    """A step of the layer, forward and backward, on 16 x 16 features as the backbone lays them out; and its result."""
+    torch.manual_seed(0)
+    layer = SuperVLAD(768, clusters, 1)
+    features = torch.randn(images, 768, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    target = torch.randn(images, clusters * 768)
+
+    def forward() -> torch.Tensor:
+        if way == "ours":
+            return layer(features).flatten(1)
+        return baselines.cluster_loop(features, layer.conv.weight, clusters)
+
+    def step() -> None:
+        features.grad = layer.conv.weight.grad = None
+        (forward() * target).sum().backward()
+
+    return step, forward
+
+
+def layer_memory(way: str, clusters: int) -> float:
+    """MB that a step adds to the process at its peak; to be called in a process of its own."""
+    layer_step(way, clusters, images=2)[0]()
+    step, _ = layer_step(way, clusters)
+    with PeakGrowth() as peak:
+        step()
+    return peak.growth
+
+
+def compare_layer(clusters: int) -> dict[str, float]:
+    """The layer's forward and backward pass on 32 images, and the memory that it adds."""
+    ways = ("released", "ours")
+    steps = {way: layer_step(way, clusters) for way in ways}
+    with torch.no_grad():
+        difference = (steps["ours"][1]() - steps["released"][1]()).abs().max().item()
+    seconds = medians({way: step for way, (step, _) in steps.items()})
+    memory = {}
+    for way in ways:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            memory[way] = pool.apply(layer_memory, (way, clusters))
+    return {
+        f"released layer K={clusters}, ms": 1e3 * seconds["released"],
+        f"layer K={clusters}, ratio": seconds["released"] / seconds["ours"],
+        f"released layer K={clusters}, peak MB": memory["released"],
+        f"layer K={clusters}, share of the peak memory": memory["ours"] / memory["released"],
+        f"layer K={clusters}, largest difference": difference,
+    }
+
+
+def write_table(folder: Path, rows: int) -> None:
+    """A GSV-Cities of made rows, spread over all cities, four to thirteen a place."""
+    rng = np.random.default_rng(0)
+    (folder / "Dataframes").mkdir(parents=True)
+    for city in tqdm(CITIES, desc="tables"):
+        sizes = rng.integers(4, 14, size=rows // len(CITIES) // 8)
+        places = np.repeat(np.arange(len(sizes)), sizes)[: rows // len(CITIES) + 1]
+        with open(folder / "Dataframes" / f"{city}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            for place in places:
+                year, month, north = rng.integers((2007, 1, 0), (2021, 13, 360))
+                lat, lon = rng.uniform((-60, -180), (60, 180)).round(7)
+                writer.writerow([place, year, month, north, city, lat, lon, rng.bytes(11).hex()])
+
+
+def compare_lookup(rows: int = 530_000) -> dict[str, float]:
+    """Loading the table, and finding a place's photos in it, against pandas."""
+    import pandas
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_table(folder, rows)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found: list[GSVCities] = []
+
+        def load() -> None:
+            found[:] = [GSVCities(folder, transform=open_image)]
+
+        load()
+        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+        loading = medians({"ours": load})["ours"]
+        frames = []
+        for index, city in enumerate(CITIES):
+            frame = pandas.read_csv(folder / "Dataframes" / f"{city}.csv")
+            frame = frame.sample(frac=1, random_state=0)  # the released code shuffles the rows of each city
+            frame["place_id"] += LABELS_PER_CITY * index
+            frames.append(frame)
+        table = pandas.concat(frames).set_index("place_id")
+    places = found[0]
+    chosen = np.random.default_rng(1).choice(len(places), size=200, replace=False)
+    names = {Path(path).name for path in places.image_paths(int(chosen[0]))}
+    assert names == set(baselines.place_lookup(table, int(places.labels[chosen[0]])))
+    seconds = medians(
+        {
+            "released": lambda: [baselines.place_lookup(table, int(places.labels[place])) for place in chosen],
+            "ours": lambda: [places.image_paths(int(place)) for place in chosen],
+        }
+    )
+    return {
+        "GSV-Cities rows": len(places.names),
+        "table loaded, s": loading,
+        "table loaded, MB": memory,
+        "place lookup, ratio": seconds["released"] / seconds["ours"],
+    }
+
+
+def compare_start(images: int = 300_000, queries: int = 10_000) -> dict[str, float]:
+    """Listing a large tree, parsing its names and finding positives; and recall, vectorised."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name:
+        for part, count in (("database", images), ("queries", queries)):
+            folder = Path(name) / "big" / "images" / "test" / part
+            folder.mkdir(parents=True)
+            for index, (east, north) in enumerate(tqdm(rng.uniform(0, 20_000, (count, 2)), desc=part)):
+                (folder / f"@{east:.2f}@{north:.2f}@{index}@.jpg").touch()
+        dataset = DatabaseQueries.from_folder(Path(name), "big", "test")
+        seconds = medians(
+            {
+                "listing": lambda: list_images(Path(name) / "big/images/test/database"),
+                "parsing": lambda: utm_positions(dataset.database_paths),
+                "positives": lambda: dataset.positives(25.0),
+            }
+        )
+    positives = dataset.positives(25.0)
+    predictions = rng.integers(0, images, (queries, 20))
+    values = [1, 5, 10, 20]
+    recall = medians(
+        {
+            "released": lambda: baselines.recall_loop(predictions, positives, values),
+            "ours": lambda: search.recall_at(predictions, positives, values),
+        }
+    )
+    return {
+        **{f"{name} {images} images, s": value for name, value in seconds.items()},
+        f"recall of {queries} queries, ratio": recall["released"] / recall["ours"],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = ("input", "forward", "layer", "lookup", "start")
+    parser.add_argument("--only", nargs="+", choices=stages, default=stages)
+    parser.add_argument("--photos", type=Path, help="JPEGs to read instead of made ones (searched below, 48 of them)")
+    parser.add_argument("--no_record", action="store_true", help="do not add to results.jsonl")
+    settings = parser.parse_args(argv)
+    figures: dict[str, float] = {}
+    if "input" in settings.only:
+        if settings.photos:
+            photos = training_photos = list_images(settings.photos)[:48]
+        else:
+            photos = made_photos(PHOTOS, count=48)
+            training_photos = made_photos(PHOTOS, count=48, size=(400, 300))  # the size of GSV-Cities' photos
+        figures |= compare_input(photos, training_photos)
+    if "forward" in settings.only:
+        figures |= compare_forward()
+    if "layer" in settings.only:
+        figures |= compare_layer(4) | compare_layer(64)
+    if "lookup" in settings.only:
+        figures |= compare_lookup()
+    if "start" in settings.only:
+        figures |= compare_start()
+    for name, value in figures.items():
+        print(f"{name:55} {value:12.4g}")
+    if not settings.no_record:
+        record("compare", figures, CPU)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What each stage costs on this machine, and the whole, as a share of what the device can do.
+
+    python -m benchmarks.stages [--backbone dino_small] [--size 322 322] [--precision bf16] [--device cuda]
+
+The ceiling is the rate of matrix products that the device reaches in the same run and precision; a stage's share of it
+counts its own products only. Training is the recipe's step: --places places of four photos, blocks from 8 on.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measuring import medians, record, synchronize
+from benchmarks.photos import made_photos
+from datasets.transforms import evaluation_transform, read_pixels, transform_sizes
+from model import build_model
+from parser import BACKBONES, usable_cores
+from test import image_batches
+from utils import search
+from utils.device import allow_tf32, autocast, peak_memory, pick_device
+from utils.multi_similarity import MinedMultiSimilarity
+from utils.optimization import Optimization
+
+PHOTOS = Path("data/benchmark")
+
+
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """Floating-point operations a second that the device reaches in a large matrix product."""
+    side = 8192 if device.type == "cuda" else 1536
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / medians({"product": lambda: a @ b}, device=device)["product"]
+
+
+def operations(step) -> float:
+    """Floating-point operations of the matrix products of a call."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", choices=BACKBONES, default="dino")
+    parser.add_argument("--size", type=int, nargs=2, default=(322, 322))
+    parser.add_argument("--train_size", type=int, nargs=2, default=(224, 224))
+    parser.add_argument("--batch", type=int, help="images at a time in evaluation (GPU: 64, CPU: 4)")
+    parser.add_argument("--places", type=int, help="places of a training step (GPU: 120, CPU: 4)")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--num_workers", type=int, default=usable_cores())
+    parser.add_argument("--no_record", action="store_true", help="do not add to results.jsonl")
+    settings = parser.parse_args(argv)
+    device = pick_device(settings.device)
+    on_gpu = device.type == "cuda"
+    allow_tf32(settings.precision == "tf32")
+    batch, places = settings.batch or (64 if on_gpu else 4), settings.places or (120 if on_gpu else 4)
+    photos = made_photos(PHOTOS, count=48)
+    transform = evaluation_transform(tuple(settings.size))
+    torch.manual_seed(0)
+    model = build_model(backbone=settings.backbone, crossimage_encoder=True).to(device).eval()
+    rate = matrix_rate(device, settings.precision)
+    rows: list[tuple[str, float, float]] = []  # stage, images a second, share of the ceiling (0: no products)
+
+    def measure(stage: str, images: int, step, flops: float = 0.0) -> None:
+        seconds = medians({stage: step}, device=device)[stage]
+        rows.append((stage, images / seconds, flops / seconds / rate))
+        print(f"{stage:34} {images / seconds:12.1f} images/s" + (f" {flops / seconds / rate:8.1%}" if flops else ""))
+
+    print(f"{settings.backbone}, {settings.precision}, {device}; matrix products: {rate / 1e12:.3g} TFLOP/s")
+    print(f"{'stage':34} {'':12} {'':8} of the ceiling")
+    pixels = [read_pixels(path) for path in photos[:batch]]
+    measure("decode (one core)", len(photos), lambda: [read_pixels(path) for path in photos])
+    if on_gpu:
+        pinned = [image.pin_memory() for image in pixels]
+        measure("host to device", batch, lambda: [image.to(device, non_blocking=True) for image in pinned])
+    on_device = [image.to(device) for image in pixels]
+    measure("resize and normalise", batch, lambda: transform_sizes(transform, on_device))
+    images = transform_sizes(transform, on_device)
+    context = autocast(device, settings.precision)
+    with torch.inference_mode(), context:
+        features = model.backbone(images)
+        vectors = model.aggregation(features)
+        for stage, step in (
+            ("backbone", lambda: model.backbone(images)),
+            ("layer", lambda: model.aggregation(features)),
+            ("encoder", lambda: model.describe(vectors)),
+        ):
+            measure(stage, batch, step, operations(step))
+
+    def evaluate_all() -> None:
+        with torch.inference_mode():
+            read = image_batches(
+                photos,
+                transform=transform,
+                batch_size=batch,
+                num_workers=settings.num_workers,
+                device=device,
+                progress="whole",
+            )
+            for some in read:
+                with context:
+                    model.cluster_vectors(some).float().cpu()
+
+    measure("evaluation, whole", len(photos), evaluate_all)
+    waited = data_wait(model, photos, transform, batch, settings.num_workers, device, context)
+    print(f"{'  waiting for data':34} {waited:12.1%}")
+
+    # The training step.
+    model.train().backbone.freeze(min(8, len(model.backbone.blocks)))
+    optimization = Optimization(
+        model, lr=5e-5, lr_encoder=1e-4, steps_per_epoch=1000, scale_gradients=settings.precision == "fp16"
+    )
+    images = torch.randn(places * 4, 3, *settings.train_size, device=device)
+    labels = torch.arange(places, device=device).repeat_interleave(4)
+    criterion = MinedMultiSimilarity()
+
+    def forward() -> torch.Tensor:
+        with context:
+            return model(images)
+
+    descriptors = forward().detach().float().requires_grad_()
+    measure("training: forward", places * 4, forward, operations(forward))
+    measure("training: loss and mining", places * 4, lambda: criterion(descriptors, labels).backward())
+
+    def step() -> None:
+        with context:
+            loss = criterion(model(images), labels)
+        optimization.backward(loss)
+        optimization.step()
+
+    def forward_backward() -> None:
+        with context:
+            loss = criterion(model(images), labels)
+        loss.backward()
+
+    measure("training: forward and backward", places * 4, forward_backward, operations(forward_backward))
+    model.zero_grad()
+    measure("training: whole step", places * 4, step, operations(forward_backward))
+    print(f"{'  peak memory':34} {peak_memory(device):12.2f} GB")
+
+    database = np.random.default_rng(0).standard_normal((10_000, 3072)).astype(np.float32)
+    queries = database[::10] + 1
+    chunk = [(np.arange(len(database)), database)]
+    measure("search, queries in 10,000 x 3072", len(queries), lambda: search.nearest(queries, chunk, 20))
+    if not settings.no_record:
+        figures = {stage: {"images/s": speed, "share of the ceiling": share} for stage, speed, share in rows}
+        facts = {name: value for name, value in vars(settings).items() if name not in ("no_record", "device")}
+        summary = {"matrix products, TFLOP/s": rate / 1e12, "waiting for data": waited, "peak GB": peak_memory(device)}
+        record("stages", {"settings": {**facts, "batch": batch, "places": places}, **summary, **figures}, device)
+
+
+def data_wait(
+    model: nn.Module, photos: Sequence[str], transform, batch: int, num_workers: int, device: torch.device, context
+) -> float:
+    """The share of an evaluation's time, once it runs, that the model spends waiting for photos."""
+    read = iter(
+        image_batches(
+            [*photos] * 4,
+            transform=transform,
+            batch_size=batch,
+            num_workers=num_workers,
+            device=device,
+            progress="waiting",
+        )
+    )
+    waited, began = 0.0, time.perf_counter()
+    for index in range(4 * len(photos) // batch):
+        started = time.perf_counter()
+        images = next(read)
+        waited += time.perf_counter() - started
+        with torch.inference_mode(), context:
+            model.cluster_vectors(images).float().cpu()  # type: ignore[operator]
+        if index == 1:  # the workers have started
+            waited, began = 0.0, time.perf_counter()
+    synchronize(device)
+    return waited / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()
