@@ -8,7 +8,7 @@ SEED := 0
 DEMO_OPTIONS := --eval_datasets_folder=$(DEMO) --eval_dataset_name=toy_city --backbone=dino_tiny --crossimage_encoder \
 	--resize 112 112 --train_resize 112 112 --freeze_te none --randaugment_ops 0 --seed=$(SEED)
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo: $(DEMO)/toy_city
 	$(VENV) train.py $(DEMO_OPTIONS) --save_dir=demo/before --epochs_num=0
@@ -23,6 +23,12 @@ $(DEMO)/toy_city: datasets/toy_city.py | .venv/ready
 
 test: .venv/ready
 	$(VENV) -m pytest
+
+bench: .venv/ready
+	$(VENV) -m benchmarks.stages
+	$(VENV) -m benchmarks.compare
+	$(VENV) -m benchmarks.end_to_end
+	$(VENV) -m benchmarks.memory
 
 lint: .venv/ready
 	$(VENV) -m ruff check .

@@ -54,10 +54,12 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         device = pick_device(options.device)
         run_log.log_header(asdict(options), device)
         seed_everything(options.seed)
-        allow_tf32(False)  # the published protocol is fp32
+        allow_tf32(options.precision == "tf32")
 
         found = list(datasets(options))
+        distances = [positive_distance(options, name) for name, _ in found]
         model = build_model(**options.model)
+        pca_paths = pca_images(options, model.descriptor_dim)
         load_checkpoint(model, options.resume)
         model.to(device).eval()
         run_log.log_parameters(model)
@@ -71,14 +73,14 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
             Task(
                 dataset=dataset,
                 test_method=options.test_method or protocol_of(name).test_method,
-                positive_distance=positive_distance(options, name),
+                positive_distance=distance,
                 folder=folder if len(found) == 1 else folder / name,
             )
-            for name, dataset in found
+            for (name, dataset), distance in zip(found, distances, strict=True)
         ]
         table: dict[str, dict[str, dict[int, float]]] = {}
         try:
-            stores = [extracted(model, task, options, device) for task in tasks]
+            stores = [extracted(model, task, pca_paths, options, device) for task in tasks]
             if not distributed.is_main():
                 return {}  # nobody waits for the search
             for task, task_stores in zip(tasks, stores, strict=True):
@@ -130,23 +132,30 @@ def positive_distance(options: EvalOptions, name: str) -> float:
     return options.val_positive_dist_threshold or protocol.positive_distance
 
 
+def pca_images(options: EvalOptions, descriptor_dim: int) -> list[str]:
+    """The images that a PCA is fitted on, in random order; none where none is asked for."""
+    if options.pca_dataset_folder is None:
+        return []
+    found = list_images(options.eval_datasets_folder / options.pca_dataset_folder)
+    chosen: list[str] = np.random.default_rng(options.seed).permutation(found)[:PCA_IMAGES].tolist()
+    if options.pca_dim > min(len(chosen), descriptor_dim):
+        raise ValueError(
+            f"--pca_dim {options.pca_dim}: descriptors have {descriptor_dim} numbers and {options.pca_dataset_folder} "
+            f"has {len(chosen)} images; use no more than the smaller of the two"
+        )
+    return chosen
+
+
 def extracted(
-    model: SuperVLADNet, task: Task, options: EvalOptions, device: torch.device
+    model: SuperVLADNet, task: Task, pca_paths: list[str], options: EvalOptions, device: torch.device
 ) -> dict[str, DescriptorStore]:
     """Runs the backbone over database, queries and perhaps the images for a PCA, as far as that was not done before."""
     images = {
         "database": (task.dataset.database_paths, "hard_resize"),
         "queries": (task.dataset.queries_paths, task.test_method),
     }
-    if options.pca_dataset_folder is not None:
-        found = list_images(options.eval_datasets_folder / options.pca_dataset_folder)
-        chosen: list[str] = np.random.default_rng(options.seed).permutation(found)[:PCA_IMAGES].tolist()
-        if options.pca_dim > min(len(chosen), model.descriptor_dim):
-            raise ValueError(
-                f"--pca_dim {options.pca_dim}: descriptors have {model.descriptor_dim} numbers and "
-                f"{options.pca_dataset_folder} {len(chosen)} images; use no more than the smaller of the two"
-            )
-        images["pca"] = (chosen, "hard_resize")
+    if pca_paths:
+        images["pca"] = (pca_paths, "hard_resize")
     weights = digest({**model.backbone.state_dict(), **model.aggregation.state_dict()})
     folder = task.folder / "extracted"
     if options.descriptors_folder is not None:
@@ -164,6 +173,7 @@ def extracted(
                 "test_method": test_method,
                 "resize": list(options.resize),
                 "antialias": options.antialias,
+                "precision": options.precision,
             },
         )
         read_images = partial(
@@ -175,7 +185,7 @@ def extracted(
             device=device,
             progress=f"{task.dataset.name} {name}",
         )
-        extract(model, paths, stores[name], read_images)
+        extract(model, paths, stores[name], read_images, options.precision)
     return stores
 
 
@@ -198,7 +208,7 @@ def evaluate(
     recalls: dict[str, dict[int, float]] = {}
     curves: dict[str, list[float]] = {}
     lines = []
-    task.folder.mkdir(exist_ok=True)
+    task.folder.mkdir(parents=True, exist_ok=True)
     contexts = options.encoder_context if model.encoder is not None else ("file_order",)
     for context in contexts:
         found = []

@@ -123,6 +123,9 @@ class EvalOptions(Options):
     pca_dim: int = option(0, "reduce descriptors to so many numbers by PCA; 0 does not")
     pca_dataset_folder: Path | None = option(None, "images to fit the PCA on, below --eval_datasets_folder", type=Path)
 
+    precision: str = option(
+        "fp32", "arithmetic of the backbone; published figures are fp32", choices=("fp32", "tf32", "bf16", "fp16")
+    )
     descriptors_folder: Path | None = option(
         None, "keep what comes out of the backbone here, and go on from what is there", type=Path
     )
@@ -153,6 +156,8 @@ class EvalOptions(Options):
             raise ValueError("--pca_dim and --pca_dataset_folder go together; give both")
         if not plain and len(self.eval_dataset_name) > 1 and (self.positives_file or self.query_keys):
             raise ValueError("--positives_file and --query_keys are of one dataset; give one --eval_dataset_name")
+        if len(set(self.eval_dataset_name)) < len(self.eval_dataset_name):
+            raise ValueError(f"--eval_dataset_name {' '.join(self.eval_dataset_name)} names a dataset twice")
         if self.val_positive_dist_threshold is not None and self.positive_frames is not None:
             raise ValueError("--val_positive_dist_threshold and --positive_frames say the same; give one of the two")
         for name in ("pca_dim", "save_predictions", "majority_weight"):

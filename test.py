@@ -23,6 +23,7 @@ from datasets.database_queries import DatabaseQueries, ImageList
 from datasets.transforms import CROPS, Transform, transform_sizes
 from utils import distributed, search
 from utils.descriptor_store import DescriptorStore
+from utils.device import autocast
 from utils.search import Chunk
 
 CHUNK_BYTES = 2**26  # of descriptors in memory at a time, about
@@ -111,6 +112,7 @@ def extract(
     paths: Sequence[str],
     store: DescriptorStore,
     read_images: Callable[[Sequence[str]], Iterable[Tensor]],
+    precision: str = "fp32",
 ) -> None:
     """Runs backbone and aggregation, in evaluation mode, over the images that the store does not have yet.
 
@@ -121,6 +123,7 @@ def extract(
         paths: N images.
         store: gets N x crops x K x D.
         read_images: turns paths into batches, B x (crops x) 3 x H x W.
+        precision: of the arithmetic, a name from `utils.device.autocast`.
     """
     model.eval()
     missing = store.missing()
@@ -128,7 +131,8 @@ def extract(
     missing = missing[distributed.shares(len(missing))[distributed.rank()]]
     start = 0
     for images in read_images([paths[index] for index in missing]):
-        vectors = model.cluster_vectors(images.flatten(0, -4))  # (B*crops, K, D)
+        with autocast(images.device, precision):
+            vectors = model.cluster_vectors(images.flatten(0, -4))  # (B*crops, K, D)
         rows = vectors.float().cpu().numpy().reshape(len(images), *store.shape[1:])
         store.write(missing[start : start + len(images)], rows)
         start += len(images)

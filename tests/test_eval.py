@@ -131,10 +131,33 @@ def test_the_page_of_matches(evaluated):
     assert len(rows_of(folder)) == 15 * 3
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+def test_lower_precision_is_near(evaluated, precision):
+    exact, near = evaluated("--save_descriptors"), evaluated("--save_descriptors", f"--precision={precision}")
+    for name in ("database", "queries"):
+        a, b = (np.load(folder / "descriptors" / f"{name}.npy") for folder in (exact, near))
+        assert (a * b).sum(axis=1).min() > 0.999
+        assert np.array_equal(a, b) == (precision == "tf32")  # which is fp32 on a CPU
+    for n, recall in results_of(exact)["recalls"].items():
+        assert results_of(near)["recalls"][n] == pytest.approx(recall, abs=100 / 15 + 0.01)
+
+
 def test_pca(evaluated, city):
     folder = evaluated("--pca_dim=6", "--pca_dataset_folder=toy_city/images/train", "--save_descriptors")
     assert np.load(folder / "descriptors" / "database.npy").shape == (15, 6)
     assert results_of(folder)["descriptor_dim"] == 6
+
+
+def test_a_pca_of_too_many_numbers_leaves_no_folder(city, weights, tmp_path, capsys):
+    flags = [*SMALL, f"--resume={weights}/plain.pth", f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city"]
+    with pytest.raises(SystemExit):
+        eval_script.main(
+            [*flags, f"--save_dir={tmp_path}/run", "--pca_dim=99", "--pca_dataset_folder=toy_city/images/train"]
+        )
+    assert (
+        "--pca_dim 99: descriptors have 384 numbers and toy_city/images/train has 20 images" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_approximate_index(evaluated, capsys):

@@ -72,6 +72,7 @@ def test_freeze_te(text, value):
         ("--resume=x --queries_folder=q", "--database_folder and --queries_folder go together"),
         ("--eval_datasets_folder=D --resume=x --pca_dim 8", "--pca_dim and --pca_dataset_folder go together"),
         ("--eval_datasets_folder=D --resume=x --eval_dataset_name a b --positives_file f", "are of one dataset"),
+        ("--eval_datasets_folder=D --resume=x --eval_dataset_name a a", "names a dataset twice"),
         ("--eval_datasets_folder=D --resume=x --positive_frames 1 --val_positive_dist_threshold 9", "say the same"),
         ("--eval_datasets_folder=D --resume=x --val_positive_dist_threshold 0", "--val_positive_dist_threshold 0.0"),
         ("--eval_datasets_folder=D --resume=x --context_seeds 0", "--context_seeds 0 is not above 0"),
