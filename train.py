@@ -126,6 +126,7 @@ def run(options: TrainOptions) -> dict[int, float]:
             optimization,
             facts={"model": options.model, "encoder_training": options.encoder_training},
             decisive={**options.decisive, "the number of places": len(places)},
+            read_every=1 if device.type == "cpu" else 20,
         )
         if distributed.rank():
             seed_everything(options.seed + distributed.rank())  # a dropout of its own

@@ -11,6 +11,7 @@ import torch
 
 import train as train_script
 from utils.optimization import Optimization
+from utils.progress import Progress
 
 # 16 places make 4 steps an epoch, with a checkpoint after every second.
 FLAGS = (
@@ -139,6 +140,36 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(flags, tmp_path, cap
     assert f"the newest good checkpoint is {folder}/last_model.pth" in message
     state = torch.load(folder / "last_model.pth", weights_only=True)["model_state_dict"]
     assert all(value.isfinite().all() for value in state.values())
+
+
+@pytest.fixture
+def read_late(monkeypatch):
+    """As on a GPU: losses are read every third step, and before anything is written."""
+    monkeypatch.setattr(
+        train_script, "Progress", lambda *args, **kwargs: Progress(*args, **{**kwargs, "read_every": 3})
+    )
+
+
+def test_reading_losses_late_changes_nothing(flags, uninterrupted, read_late, tmp_path):
+    train_script.main([*flags, f"--save_dir={tmp_path}"])
+    assert_same(outcome(tmp_path), uninterrupted)
+
+
+def test_a_loss_read_late_reaches_no_checkpoint(flags, read_late, tmp_path, monkeypatch, capsys):
+    real, steps = Progress.record_step, []
+
+    def poisoned(self, loss):
+        steps.append(loss)
+        real(self, loss * float("nan") if len(steps) == 7 else loss)  # the third of the second epoch
+
+    monkeypatch.setattr(Progress, "record_step", poisoned)
+    with pytest.raises(SystemExit) as exit_:
+        train_script.main([*flags, f"--save_dir={tmp_path}", "--checkpoint_every=4"])
+    message = next(line for line in capsys.readouterr().err.splitlines() if "ERROR" in line)
+    assert exit_.value.code == 2 and "the loss became nan in step 3 of epoch 2 at a learning rate of 0.001" in message
+    (folder,) = tmp_path.iterdir()
+    last = torch.load(folder / "last_model.pth", weights_only=True)
+    assert (last["epoch_num"], last["losses"]) == (1, []) and len(steps) == 7
 
 
 def test_a_finished_run_is_only_evaluated_again(flags, tmp_path, caplog):

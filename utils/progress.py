@@ -15,10 +15,6 @@ from .seed import generator_states, restore_generators
 logger = logging.getLogger(__name__)
 
 
-# Reading a loss waits for the GPU: it is done this often, in steps, and before anything is written.
-SETTLE_EVERY = 20
-
-
 class Progress:
     """A run's position, best score and files, which only the main process writes.
 
@@ -35,6 +31,8 @@ class Progress:
         optimization: how.
         facts: plain values that every checkpoint carries.
         decisive: what decides the result, by the name to show; a run goes on under the same values only.
+        read_every: steps between two readings of their losses, since to read one is to wait for the GPU; they are read
+            before anything is written, too.
     """
 
     def __init__(
@@ -45,12 +43,14 @@ class Progress:
         *,
         facts: dict[str, Any],
         decisive: dict[str, Any],
+        read_every: int = 1,
     ):
         self.folder = folder
         self.model = model
         self.optimization = optimization
         self.facts = facts
         self.decisive = decisive
+        self.read_every = read_every
         self.epoch = 0
         self.losses: list[float] = []
         self._unread: list[Tensor] = []
@@ -72,7 +72,7 @@ class Progress:
         """
         self._unread.append(loss.detach())
         self.lr = self.optimization.lr
-        if len(self._unread) == SETTLE_EVERY or loss.device.type == "cpu":
+        if len(self._unread) == self.read_every:
             self.read_losses()
 
     def read_losses(self) -> None:
