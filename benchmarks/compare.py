@@ -6,7 +6,6 @@ python -m benchmarks.compare [--only input forward layer lookup start] [--photos
 import argparse
 import csv
 import multiprocessing
-import resource
 import tempfile
 import types
 from collections.abc import Sequence
@@ -175,14 +174,13 @@ def compare_lookup(rows: int = 530_000) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_table(folder, rows)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found: list[GSVCities] = []
 
         def load() -> None:
             found[:] = [GSVCities(folder, transform=open_image)]
 
-        load()
-        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+        with PeakGrowth() as memory:
+            load()
         loading = medians({"ours": load})["ours"]
         frames = []
         for index, city in enumerate(CITIES):
@@ -204,7 +202,7 @@ def compare_lookup(rows: int = 530_000) -> dict[str, float]:
     return {
         "GSV-Cities rows": len(places.names),
         "table loaded, s": loading,
-        "table loaded, MB": memory,
+        "table loaded, MB": memory.growth,
         "place lookup, ratio": seconds["released"] / seconds["ours"],
     }
 

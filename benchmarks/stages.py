@@ -47,7 +47,7 @@ def operations(step) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", choices=BACKBONES, default="dino")
+    parser.add_argument("--backbone", choices=BACKBONES, default="dino_small")
     parser.add_argument("--size", type=int, nargs=2, default=(322, 322))
     parser.add_argument("--train_size", type=int, nargs=2, default=(224, 224))
     parser.add_argument("--batch", type=int, help="images at a time in evaluation (GPU: 64, CPU: 4)")
