@@ -6,7 +6,8 @@ SEED := 0
 
 # Everything at the demo's size: the small backbone from scratch, on photos of 112 x 112.
 DEMO_OPTIONS := --eval_datasets_folder=$(DEMO) --eval_dataset_name=toy_city --backbone=dino_tiny --crossimage_encoder \
-	--resize 112 112 --train_resize 112 112 --freeze_te none --randaugment_ops 0 --seed=$(SEED)
+	--resize 112 112 --train_resize 112 112 --freeze_te none --randaugment_ops 0 \
+	--extraction_batch_size=16 --seed=$(SEED)
 
 .PHONY: demo test lint bench
 

@@ -22,7 +22,7 @@ from parser import EvalOptions, parse
 from test import Search, extract, format_recalls, image_batches
 from utils import distributed, match_page, report, run_log, search
 from utils.descriptor_store import DescriptorStore, digest
-from utils.device import allow_tf32, pick_device
+from utils.device import allow_tf32, extraction_batch_size, pick_device
 from utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -156,6 +156,7 @@ def extracted(
     }
     if pca_paths:
         images["pca"] = (pca_paths, "hard_resize")
+    batch_size = options.extraction_batch_size or extraction_batch_size(device)
     weights = digest({**model.backbone.state_dict(), **model.aggregation.state_dict()})
     folder = task.folder / "extracted"
     if options.descriptors_folder is not None:
@@ -180,7 +181,7 @@ def extracted(
             image_batches,
             transform=evaluation_transform(options.resize, options.antialias, test_method),
             # single_query keeps each photo's shape; five crops are as many images.
-            batch_size=1 if test_method == "single_query" else options.extraction_batch_size,
+            batch_size=1 if test_method == "single_query" else batch_size,
             num_workers=options.num_workers,
             device=device,
             progress=f"{task.dataset.name} {name}",

@@ -22,7 +22,7 @@ from model.weights import FOUNDATION_FILES, load_checkpoint, load_foundation, mi
 from parser import TrainOptions, parse
 from test import evaluate, format_recalls, image_batches
 from utils import checkpoint, distributed, report, run_log
-from utils.device import allow_tf32, autocast, estimated_hours, peak_memory, pick_device
+from utils.device import allow_tf32, autocast, estimated_hours, extraction_batch_size, peak_memory, pick_device
 from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 from utils.preemption import Preemption
@@ -79,7 +79,7 @@ def run(options: TrainOptions) -> dict[int, float]:
             for images in image_batches(
                 paths,
                 transform=evaluation_transform(options.resize, options.antialias),
-                batch_size=options.extraction_batch_size,
+                batch_size=options.extraction_batch_size or extraction_batch_size(device),
                 num_workers=options.num_workers,
                 device=device,
                 progress=progress,

