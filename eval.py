@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from datasets.database_queries import DatabaseQueries, image_key, list_images
 from datasets.protocols import protocol_of, warn_of_counts
 from datasets.transforms import CROPS, evaluation_transform
 from model import SuperVLADNet, build_model
-from model.weights import load_checkpoint
+from model.weights import RELEASED, fetch_released, load_checkpoint, read_file
 from parser import EvalOptions, parse
 from test import Search, extract, format_recalls, image_batches
 from utils import distributed, match_page, report, run_log, search
@@ -58,9 +58,10 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
 
         found = list(datasets(options))
         distances = [positive_distance(options, name) for name, _ in found]
+        path, options = checkpoint_of(options)
         model = build_model(**options.model)
         pca_paths = pca_images(options, model.descriptor_dim)
-        load_checkpoint(model, options.resume)
+        load_checkpoint(model, path)
         model.to(device).eval()
         run_log.log_parameters(model)
         if model.encoder is not None:
@@ -93,6 +94,25 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
             run_log.write_results(folder, {"recalls": table}, asdict(options), device)
             logger.info("%s", report.recall_table(table))
     return table
+
+
+def checkpoint_of(options: EvalOptions) -> tuple[Path, EvalOptions]:
+    """The file to evaluate, and the options with its clusters and encoder if the command line says nothing of them."""
+    name, path = str(options.resume), options.resume
+    if name in RELEASED and not path.exists():
+        path = distributed.broadcast(fetch_released(name) if distributed.is_main() else path)
+        written = RELEASED[name].model
+    else:
+        written = read_file(path).get("model", {})
+    if not written or {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*options.given}:
+        return path, options
+    logger.info("from the file: %s", ", ".join(f"{key} {value}" for key, value in written.items()))
+    return path, replace(
+        options,
+        supervlad_clusters=written["clusters"],
+        ghost_clusters=written["ghost_clusters"],
+        crossimage_encoder=written.get("crossimage_encoder", False),
+    )
 
 
 def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:

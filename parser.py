@@ -55,6 +55,8 @@ class Options:
     )
     recall_values: tuple[int, ...] = option((1, 5, 10, 20), "the N of recall@N", nargs="+", type=int)
 
+    given: tuple[str, ...] = field(default=(), compare=False, repr=False)  # the options that were set
+
     device: str = option("auto", "auto is cuda where there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
     num_workers: int = option(lambda: min(8, usable_cores()), "processes that read images")
     seed: int = option(0, "seed of every random draw")
@@ -111,7 +113,12 @@ class EvalOptions(Options):
         None, "or this many frames away, where positions count frames (nordland)", type=int
     )
 
-    resume: Path = option(None, "checkpoint to evaluate: released, ours, or a bare state dict", type=Path)
+    resume: Path = option(
+        None,
+        "checkpoint to evaluate: a file (released, ours, or a bare state dict), or the name of a released one, which "
+        "is fetched once: SuperVLAD, SuperVLAD-CrossImage, 1-ClusterVLAD",
+        type=Path,
+    )
     test_method: str | None = option(
         None, "how queries are prepared; by default the dataset's own, hard_resize", type=str, choices=TEST_METHODS
     )
@@ -187,7 +194,9 @@ class TrainOptions(Options):
         type=str,
     )
     checkpoint_every: int = option(0, "steps between checkpoints within an epoch; 0 writes one an epoch")
-    foundation_model_path: Path | None = option(None, "official DINOv2 weights of the backbone", type=Path)
+    foundation_model_path: Path | None = option(
+        None, "official DINOv2 weights of the backbone; by default fetched once", type=Path
+    )
     cities: tuple[str, ...] = option((), "GSV-Cities to train on; by default all that are there", nargs="+", type=str)
     images_per_place: int = option(4, "images of a place in a batch; places with fewer are left out")
     train_resize: tuple[int, int] = option((224, 224), "height and width of training images", nargs=2, type=int)
@@ -220,6 +229,7 @@ class TrainOptions(Options):
         free = {"resume", "save_dir", "epochs_num", "patience", "device", "num_workers", "checkpoint_every"}
         free |= {"extraction_batch_size", "recall_values", "mixed_precision"}
         free |= {"activation_checkpointing", "grad_cache_chunk"}  # they only round differently
+        free |= {"given"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}
         return {f"--{name}": value for name, value in values.items() if not isinstance(value, Path)}
 
@@ -268,6 +278,8 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
     """Reads the command line (`sys.argv` when None); bad options print one message and exit with status 2."""
     parser = argparse.ArgumentParser(description=options_class.__doc__, allow_abbrev=False)
     for entry in fields(options_class):
+        if not entry.metadata:
+            continue
         settings = dict(entry.metadata)
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         if isinstance(default, bool):
@@ -276,10 +288,10 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
             settings.setdefault("type", type(default))
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             settings["help"] += f" (default: {shown})" if shown not in (None, "") else ""
-        parser.add_argument(f"--{entry.name}", default=default, **settings)
+        parser.add_argument(f"--{entry.name}", default=argparse.SUPPRESS, **settings)
     values: dict[str, Any] = vars(parser.parse_args(argv))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
-        return options_class(**values)
+        return options_class(**values, given=tuple(values))
     except ValueError as error:
         parser.error(str(error))

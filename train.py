@@ -18,7 +18,7 @@ from datasets.gsv_cities import GSVCities, PlaceBatches
 from datasets.transforms import TrainingTransform, evaluation_transform, normalize, to_unit
 from model import SuperVLADNet, build_model
 from model.initialization import initialize_layer, sample_local_features
-from model.weights import FOUNDATION_FILES, load_checkpoint, load_foundation, missing_foundation, read_file
+from model.weights import FOUNDATION_FILES, fetch_foundation, load_checkpoint, load_foundation, read_file
 from parser import TrainOptions, parse
 from test import evaluate, format_recalls, image_batches
 from utils import checkpoint, distributed, report, run_log
@@ -95,10 +95,11 @@ def run(options: TrainOptions) -> dict[int, float]:
             path = distributed.broadcast(checkpoint.newest(runs, read=read_file) if distributed.is_main() else None)
         content = {} if path is None else load_checkpoint(model, path)
         goes_on = "optimization" in content  # a run of ours; any other file gives its weights to a new run
-        if path is None and options.foundation_model_path is not None:
-            load_foundation(model.backbone, options.foundation_model_path)
-        elif path is None and options.backbone in FOUNDATION_FILES:
-            raise missing_foundation(options.backbone)
+        foundation = options.foundation_model_path
+        if path is None and foundation is None and options.backbone in FOUNDATION_FILES:
+            foundation = distributed.broadcast(fetch_foundation(options.backbone) if distributed.is_main() else None)
+        if path is None and foundation is not None:
+            load_foundation(model.backbone, foundation)
         model.backbone.freeze(options.freeze_te)
         model.backbone.activation_checkpointing = options.activation_checkpointing
         model.grad_cache_chunk = options.grad_cache_chunk

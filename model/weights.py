@@ -4,6 +4,7 @@ import logging
 import pickle
 import struct
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,83 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
-def missing_foundation(backbone: str) -> ValueError:
-    """The error for a backbone of `FOUNDATION_FILES` whose weights were not given; it says where they are published."""
+def foundation_address(backbone: str) -> str:
+    """Where the official weights of a backbone of `FOUNDATION_FILES` are published."""
     file = FOUNDATION_FILES[backbone]
     family = file.removesuffix("_pretrain.pth").removesuffix("_reg4")
-    return ValueError(
-        f"--backbone={backbone} starts from DINOv2's weights, and none were given; fetch "
-        f"https://dl.fbaipublicfiles.com/dinov2/{family}/{file} and add --foundation_model_path={file}"
-    )
+    return f"https://dl.fbaipublicfiles.com/dinov2/{family}/{file}"
+
+
+def fetch_foundation(backbone: str) -> Path:
+    """The official weights of a backbone of `FOUNDATION_FILES`, fetched into torch.hub's cache the first time.
+
+    Raises:
+        ValueError: they are not there and cannot be fetched; the message says from where, and where to put them.
+    """
+    address = foundation_address(backbone)
+    path = cached(FOUNDATION_FILES[backbone])
+    if not path.exists():
+        logger.info("fetching %s", address)
+        try:
+            torch.hub.download_url_to_file(address, str(path), progress=True)
+        except OSError as error:
+            raise ValueError(
+                f"--backbone={backbone} starts from DINOv2's weights, and they could not be fetched ({error}); get "
+                f"{address} elsewhere and give it by --foundation_model_path={path.name}, or put it at {path}"
+            ) from error
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Released:
+    """A published checkpoint: its file on Google Drive, and what `build_model` takes for it."""
+
+    drive_id: str
+    model: dict[str, Any]
+
+
+RELEASED = {
+    "SuperVLAD": Released(drive_id="1wRkUO4E8s5hNRNNIWcuA8RUvlGob3Tbf", model={"clusters": 4, "ghost_clusters": 1}),
+    "SuperVLAD-CrossImage": Released(
+        drive_id="1yomnWGTJko6nf3F2Ju6RWsLhP2EG82tL",
+        model={"clusters": 4, "ghost_clusters": 1, "crossimage_encoder": True},
+    ),
+    "1-ClusterVLAD": Released(drive_id="1pQcJx9n2-keAh9TttssZkz6D0vjpFWU6", model={"clusters": 1, "ghost_clusters": 2}),
+}
+
+
+def fetch_released(name: str) -> Path:
+    """A checkpoint of `RELEASED`, fetched by gdown into torch.hub's cache the first time.
+
+    Raises:
+        ValueError: it is not there and cannot be fetched; the message says from where, and where to put it.
+    """
+    path = cached(f"{name}.pth")
+    if not path.exists():
+        address = f"https://drive.google.com/uc?id={RELEASED[name].drive_id}"
+        logger.info("fetching %s", address)
+        temporary = path.with_suffix(".tmp")
+        try:
+            import gdown
+
+            if gdown.download(address, str(temporary)) is None:
+                raise OSError("Google Drive gave no file")
+            read_file(temporary)  # Google Drive answers with a page where it has no file to give
+            temporary.replace(path)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            temporary.unlink(missing_ok=True)
+            remedy = "install gdown (pip install gdown), or get" if isinstance(error, ImportError) else "get"
+            raise ValueError(
+                f"--resume={name} could not be fetched ({error}); {remedy} {address} in a browser and put it at {path}"
+            ) from error
+    return path
+
+
+def cached(file: str) -> Path:
+    """Where torch.hub keeps a weight file; its folder is made if missing."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / file
 
 
 def _numpy_globals() -> list[Any]:

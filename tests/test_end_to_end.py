@@ -76,6 +76,16 @@ def test_training_moves_what_it_should(trained):
     assert last["encoder_retired"] is True
 
 
+def test_our_files_tell_what_they_are_of(city, trained, tmp_path, caplog):
+    """Clusters and encoder are the file's where the command line says nothing of them."""
+    folder, _ = trained
+    with caplog.at_level(logging.INFO):
+        evaluate(city, tmp_path / "run", f"--resume={folder}/best_model.pth")
+    assert "from the file: backbone dino_tiny, clusters 4, ghost_clusters 1, crossimage_encoder True" in caplog.text
+    found = RECALLS.search((run_folder(tmp_path / "run") / "info.log").read_text().splitlines()[-1])
+    assert found and found.group() in (folder / "info.log").read_text()
+
+
 @pytest.mark.parametrize("released", [True, False])
 def test_evaluation_repeats_what_training_found(city, trained, tmp_path, released):
     """Our file, and the same weights in the released format."""

@@ -1,6 +1,7 @@
 """Bad input gives one clear message, exit status 2 and no traceback."""
 
 import shutil
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -95,11 +96,15 @@ def test_evaluation_without_a_checkpoint(fails, city):
     assert "--resume is missing" in fails(eval_script, f"--eval_datasets_folder={city}")
 
 
-def test_no_foundation_weights(fails, city):
+def test_no_foundation_weights_and_no_network(fails, city, tmp_path, monkeypatch):
+    def download(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     message = fails(train_script, f"--eval_datasets_folder={city}", "--backbone=dino")
-    assert (
-        "none were given; fetch https://" in message and "--foundation_model_path=dinov2_vitb14_pretrain.pth" in message
-    )
+    assert "could not be fetched (<urlopen error no network>); get https://" in message
+    assert "--foundation_model_path=dinov2_vitb14_pretrain.pth, or put it at" in message
 
 
 def test_unreadable_training_image(fails, copied_city):

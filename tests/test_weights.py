@@ -3,14 +3,19 @@
 import os
 import pickle
 import re
+import sys
+import threading
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from model import build_model
-from model.weights import FOUNDATION_FILES, load_checkpoint, load_foundation, missing_foundation, read_file
+from model import build_model, weights
+from model.weights import FOUNDATION_FILES, foundation_address, load_checkpoint, load_foundation, read_file
 
 
 def tiny(**options):
@@ -176,6 +181,70 @@ def test_foundation_file(tmp_path):
 
 def test_where_foundation_weights_are_published():
     base = "https://dl.fbaipublicfiles.com/dinov2/"
-    assert base + "dinov2_vitb14/dinov2_vitb14_pretrain.pth" in str(missing_foundation("dino"))
-    assert base + "dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth" in str(missing_foundation("dino_giant_reg"))
+    assert foundation_address("dino") == base + "dinov2_vitb14/dinov2_vitb14_pretrain.pth"
+    assert foundation_address("dino_giant_reg") == base + "dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth"
     assert len(FOUNDATION_FILES) == 8
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A folder that a server on this machine gives out, its address, and an empty cache of torch.hub."""
+    (tmp_path / "served").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    yield tmp_path / "served", f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_foundation_weights_are_fetched_once(served, tmp_path, monkeypatch):
+    folder, address = served
+    model = tiny()
+    torch.save(model.backbone.state_dict(), folder / "tiny.pth")
+    monkeypatch.setitem(weights.FOUNDATION_FILES, "dino_tiny", "tiny.pth")
+    monkeypatch.setattr(weights, "foundation_address", lambda _: f"{address}/tiny.pth")
+    path = weights.fetch_foundation("dino_tiny")
+    assert path == tmp_path / "hub/checkpoints/tiny.pth"
+    other = tiny()
+    load_foundation(other.backbone, path)
+    assert same_weights(other.backbone, model.backbone)
+    (folder / "tiny.pth").unlink()
+    assert weights.fetch_foundation("dino_tiny") == path
+    path.unlink()
+    with pytest.raises(ValueError, match=r"not be fetched \(.*404.*\); get http.*/tiny.pth elsewhere .*put it at"):
+        weights.fetch_foundation("dino_tiny")
+    assert not list(path.parent.iterdir()), "nothing half-written"
+
+
+def test_released_checkpoints_are_fetched_by_name(served, monkeypatch):
+    folder, address = served
+    saved = tiny(clusters=1, ghost_clusters=2)
+    torch.save({"model_state_dict": saved.state_dict()}, folder / "file")
+    gdown = ModuleType("gdown")
+
+    def download(url, output):
+        assert url == "https://drive.google.com/uc?id=1pQcJx9n2-keAh9TttssZkz6D0vjpFWU6"
+        torch.hub.download_url_to_file(f"{address}/file", output, progress=False)
+        return output
+
+    gdown.download = download
+    monkeypatch.setitem(sys.modules, "gdown", gdown)
+    model = tiny(**weights.RELEASED["1-ClusterVLAD"].model)
+    load_checkpoint(model, weights.fetch_released("1-ClusterVLAD"))
+    assert same_weights(model, saved)
+    # A page instead of the file, no file at all, no gdown: one error, and nothing is left behind.
+    path = weights.cached("1-ClusterVLAD.pth")
+    path.unlink()
+    (folder / "file").write_text("<html>quota exceeded")
+    for change, reason in (
+        (lambda: None, "damaged or not a PyTorch weight file"),
+        (lambda: (folder / "file").unlink(), "404"),
+        (lambda: monkeypatch.setitem(sys.modules, "gdown", None), "pip install gdown"),
+    ):
+        change()
+        with pytest.raises(ValueError, match=f"--resume=1-ClusterVLAD could not be fetched .*{reason}") as error:
+            weights.fetch_released("1-ClusterVLAD")
+        assert "https://drive.google.com/uc?id=1pQ" in str(error.value) and str(path) in str(error.value)
+        assert not list(path.parent.iterdir())
