@@ -82,6 +82,6 @@ match point:
     case "preempted":
         patched(Optimization, "step", before)
     case "validation":
-        patched(evaluation, "describe_in_batches", before)
+        patched(evaluation, "extract", before)
 
 train.main(flags)
