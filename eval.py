@@ -104,7 +104,7 @@ def checkpoint_of(options: EvalOptions) -> tuple[Path, EvalOptions]:
         written = RELEASED[name].model
     else:
         written = read_file(path).get("model", {})
-    if not written or {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*options.given}:
+    if "clusters" not in written or {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*options.given}:
         return path, options
     logger.info("from the file: %s", ", ".join(f"{key} {value}" for key, value in written.items()))
     return path, replace(
@@ -190,7 +190,7 @@ def extracted(
             dtype=options.descriptor_dtype,
             fingerprint={
                 "weights": weights,
-                "images": digest(os.path.basename(path) for path in paths),
+                "images": digest(f"{os.path.realpath(path)} {os.path.getsize(path)}" for path in paths),
                 "test_method": test_method,
                 "resize": list(options.resize),
                 "antialias": options.antialias,
@@ -200,8 +200,8 @@ def extracted(
         read_images = partial(
             image_batches,
             transform=evaluation_transform(options.resize, options.antialias, test_method),
-            # single_query keeps each photo's shape; five crops are as many images.
-            batch_size=1 if test_method == "single_query" else batch_size,
+            # single_query keeps each photo's shape; crops are as many images.
+            batch_size=1 if test_method == "single_query" else max(1, batch_size // CROPS[test_method]),
             num_workers=options.num_workers,
             device=device,
             progress=f"{task.dataset.name} {name}",
@@ -223,7 +223,10 @@ def evaluate(
         Recall@N by context; of several orders the mean.
     """
     dataset = task.dataset
-    k = min(max(*options.recall_values, options.save_predictions), len(dataset.database_paths))
+    k = max(options.recall_values)
+    if task.test_method != "maj_voting":  # where the depth of the search decides how many crops can agree
+        k = max(k, options.save_predictions)
+    k = min(k, len(dataset.database_paths))
     positives = dataset.positives(task.positive_distance) if dataset.labelled else None
     results: dict[str, Any] = {"dataset": dataset.sizes, "descriptor_dim": options.pca_dim or model.descriptor_dim}
     recalls: dict[str, dict[int, float]] = {}

@@ -171,8 +171,8 @@ class EvalOptions(Options):
             raise ValueError(f"--eval_dataset_name {' '.join(self.eval_dataset_name)} names a dataset twice")
         if self.val_positive_dist_threshold is not None and self.positive_frames is not None:
             raise ValueError("--val_positive_dist_threshold and --positive_frames say the same; give one of the two")
-        for name in ("pca_dim", "save_predictions", "majority_weight"):
-            if getattr(self, name) < 0:
+        for name in ("pca_dim", "save_predictions", "majority_weight", "positive_frames"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} is negative; use 0 for none")
         _require_positive(self, "context_seeds")
         if self.val_positive_dist_threshold is not None:
@@ -227,7 +227,7 @@ class TrainOptions(Options):
     def decisive(self) -> dict[str, Any]:
         """The options that decide what a training run computes; the others may change when it goes on."""
         free = {"resume", "save_dir", "epochs_num", "patience", "device", "num_workers", "checkpoint_every"}
-        free |= {"extraction_batch_size", "recall_values", "mixed_precision"}
+        free |= {"extraction_batch_size", "mixed_precision"}
         free |= {"activation_checkpointing", "grad_cache_chunk"}  # they only round differently
         free |= {"given"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}

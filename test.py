@@ -302,15 +302,20 @@ def evaluate(
         device: where the model is.
         folder: for descriptors while they are needed; removed afterwards.
     """
-    stores = {}
-    for name, paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths)):
-        stores[name] = DescriptorStore(folder, name, (len(paths), 1, *model.vectors_shape))
-        extract(model, paths, stores[name], partial(read_images, progress=name))
     recalls: dict[int, float] = {}
-    if distributed.is_main():
-        _, predictions = Search(model, stores, infer_batch_size=infer_batch_size, device=device).run(max(recall_values))
-        recalls = search.recall_at(predictions, dataset.positives(positive_distance), recall_values)
-        shutil.rmtree(folder)
+    try:
+        stores = {}
+        for name, paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths)):
+            stores[name] = DescriptorStore(folder, name, (len(paths), 1, *model.vectors_shape))
+            extract(model, paths, stores[name], partial(read_images, progress=name))
+        if distributed.is_main():
+            _, predictions = Search(model, stores, infer_batch_size=infer_batch_size, device=device).run(
+                max(recall_values)
+            )
+            recalls = search.recall_at(predictions, dataset.positives(positive_distance), recall_values)
+    finally:
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
     return distributed.broadcast(recalls)
 
 

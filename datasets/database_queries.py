@@ -49,7 +49,9 @@ def list_images(folder: Path) -> list[str]:
         ValueError: no image in it.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}; check --eval_datasets_folder and --eval_dataset_name")
+        raise FileNotFoundError(
+            f"no folder {folder}; check --eval_datasets_folder and --eval_dataset_name, or what named it"
+        )
     paths = [
         os.path.join(parent, name)
         for parent, _, names in os.walk(folder, followlinks=True)

@@ -47,10 +47,11 @@ class SuperVLAD(nn.Module):
         """
         x = features.flatten(2).transpose(1, 2)  # (B, N, D), the backbone's own layout
         weight = self.conv.weight.flatten(1)  # (K+G, D)
-        if torch.is_grad_enabled():
-            with torch.autocast(x.device.type, enabled=False):  # small products: precision costs nothing
-                return _Aggregate.apply(x.float(), weight, self.clusters)
-        return aggregate(x, weight, self.clusters)[0]
+        with torch.autocast(x.device.type, enabled=False):  # small products: precision costs nothing
+            x = x.to(weight.dtype)
+            if torch.is_grad_enabled():
+                return _Aggregate.apply(x, weight, self.clusters)
+            return aggregate(x, weight, self.clusters)[0]
 
 
 def aggregate(x: Tensor, weight: Tensor, clusters: int) -> tuple[Tensor, ...]:

@@ -99,7 +99,7 @@ def fetch_released(name: str) -> Path:
                 raise OSError("Google Drive gave no file")
             read_file(temporary)  # Google Drive answers with a page where it has no file to give
             temporary.replace(path)
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # gdown has exceptions of its own
             temporary.unlink(missing_ok=True)
             remedy = "install gdown (pip install gdown), or get" if isinstance(error, ImportError) else "get"
             raise ValueError(

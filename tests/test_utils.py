@@ -66,6 +66,14 @@ def test_merging_keeps_the_nearest_occurrence():
     assert merged.tolist() == [[3, 1]] and lengths.ravel().tolist() == pytest.approx([0.1, 0.2])
 
 
+def test_merging_what_an_index_did_not_fill():
+    predictions = np.array([[1, -1], [1, -1]])
+    distances = np.array([[0.5, np.inf], [0.1, np.inf]], dtype="f")
+    for weight in (0.0, 0.01):
+        lengths, merged = merge_crops(distances, predictions, crops=2, majority_weight=weight)
+        assert merged.tolist() == [[1, -1]] and np.isinf(lengths[0, 1])
+
+
 def test_agreeing_crops_move_an_image_up():
     predictions = np.array([[1, 2], [3, 1], [4, 2], [5, 6], [7, 8]])
     distances = np.array([[0.500, 0.9], [0.495, 0.501], [0.9, 0.9], [0.9, 0.9], [0.9, 0.9]], dtype="f")

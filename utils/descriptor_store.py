@@ -76,7 +76,8 @@ class DescriptorStore:
         with open(self.path, "r+b", buffering=0) as file:
             for index, row in zip(indices, rows.astype(self.dtype), strict=True):
                 file.seek(self._start + int(index) * self._row)
-                file.write(row.tobytes())
+                if file.write(row.tobytes()) != self._row:
+                    raise OSError(f"{self.path} could not be written whole; free space and start again")
         with open(self._done_path, "r+b", buffering=0) as file:
             for index in indices:
                 file.seek(int(index))
@@ -90,7 +91,9 @@ class DescriptorStore:
         with open(self.path, "rb", buffering=0) as file:
             for start, end in zip(runs, [*runs[1:], len(indices)], strict=True):
                 file.seek(self._start + int(indices[start]) * self._row)
-                file.readinto(rows[start:end].view(np.uint8).reshape(-1))  # type: ignore[arg-type]
+                wanted = rows[start:end].view(np.uint8).reshape(-1)
+                if file.readinto(wanted) != len(wanted):  # type: ignore[arg-type]
+                    raise OSError(f"{self.path} is cut short; remove it and start again")
         return rows.astype(np.float32, copy=False)
 
 

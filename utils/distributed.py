@@ -6,6 +6,7 @@ Every function but `rank`, `world_size`, `is_main` and `shares` is collective: a
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,7 +31,8 @@ def processes() -> Iterator[None]:
         # (PyTorch issue 135712). Machines do not agree on the number of restarts: several need the README's remedy.
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    # Some wait for the slowest share of an extraction, or for the search, which PyTorch's half hour may not do for.
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(days=1))
     yield
     dist.destroy_process_group()  # not after an error: a process that has died would be waited for
 

@@ -173,23 +173,26 @@ def merge_crops(
             its distances there lowered by weight * occurrences / columns.
 
     Returns:
-        Distances, lowered ones included, and database indices, Q x k; an image counts at its first occurrence.
+        Distances, lowered ones included, and database indices, Q x k; an image counts at its first occurrence, and -1
+        stands where an index found fewer than k.
 
     Source: the Visual Geo-localization Benchmark (Berton et al. 2022).
     """
     k = predictions.shape[1]
-    merged = np.empty((len(predictions) // crops, k), dtype=np.int64)
-    lengths_of_merged = np.empty(merged.shape, dtype=np.float32)
+    merged = np.full((len(predictions) // crops, k), -1, dtype=np.int64)
+    lengths_of_merged = np.full(merged.shape, np.inf, dtype=np.float32)
     for query in range(len(merged)):
         rows = slice(query * crops, (query + 1) * crops)
         found, lengths = predictions[rows], distances[rows].copy()
         for columns in (1, 5, 10) if majority_weight else ():
             top_found, top_lengths = found[:, :columns], lengths[:, :columns]
             for image, count in zip(*np.unique(top_found, return_counts=True), strict=True):
-                if count > 1:
+                if count > 1 and image >= 0:
                     top_lengths[top_found == image] -= majority_weight * count / columns
         order = np.argsort(lengths, axis=None, kind="stable")
+        order = order[found.ravel()[order] >= 0]
         ranked = found.ravel()[order]
         first = np.sort(np.unique(ranked, return_index=True)[1])[:k]
-        merged[query], lengths_of_merged[query] = ranked[first], lengths.ravel()[order][first]
+        merged[query, : len(first)] = ranked[first]
+        lengths_of_merged[query, : len(first)] = lengths.ravel()[order][first]
     return lengths_of_merged, merged
