@@ -36,6 +36,54 @@ def _moved(image: Image.Image, right: int, down: int) -> Image.Image:
     return canvas
 
 
+def _same(image: Image.Image, _: float) -> Image.Image:
+    return image
+
+
+def _move_right(image: Image.Image, pixels: float) -> Image.Image:
+    return _moved(image, int(pixels), 0)
+
+
+def _move_down(image: Image.Image, pixels: float) -> Image.Image:
+    return _moved(image, 0, int(pixels))
+
+
+def _rotate(image: Image.Image, degrees: float) -> Image.Image:
+    return TF.rotate(image, degrees, interpolation=BILINEAR)
+
+
+def _brightness(image: Image.Image, change: float) -> Image.Image:
+    return TF.adjust_brightness(image, 1.0 + change)
+
+
+def _saturation(image: Image.Image, change: float) -> Image.Image:
+    return TF.adjust_saturation(image, 1.0 + change)
+
+
+def _contrast(image: Image.Image, change: float) -> Image.Image:
+    return TF.adjust_contrast(image, 1.0 + change)
+
+
+def _sharpness(image: Image.Image, change: float) -> Image.Image:
+    return TF.adjust_sharpness(image, 1.0 + change)
+
+
+def _posterize(image: Image.Image, bits: float) -> Image.Image:
+    return TF.posterize(image, int(bits))
+
+
+def _solarize(image: Image.Image, share: float) -> Image.Image:
+    return TF.solarize(image, 255.0 * share)
+
+
+def _autocontrast(image: Image.Image, _: float) -> Image.Image:
+    return TF.autocontrast(image)
+
+
+def _equalize(image: Image.Image, _: float) -> Image.Image:
+    return TF.equalize(image)
+
+
 class RandAugment:
     """Applies random operations to an image; draws from torch's global generator.
 
@@ -52,20 +100,20 @@ class RandAugment:
 
         # In torchvision's order: the operation, its level, and whether the level's sign is drawn.
         self.operations: list[tuple[Operation, float, bool]] = [
-            (lambda image, _: image, 0.0, False),
+            (_same, 0.0, False),
             (_shear_x, level(0.3), True),
             (_shear_y, level(0.3), True),
-            (lambda image, shift: _moved(image, int(shift), 0), level(150.0 / 331.0 * width), True),
-            (lambda image, shift: _moved(image, 0, int(shift)), level(150.0 / 331.0 * height), True),
-            (lambda image, degrees: TF.rotate(image, degrees, interpolation=BILINEAR), level(30.0), True),
-            (lambda image, change: TF.adjust_brightness(image, 1.0 + change), level(0.9), True),
-            (lambda image, change: TF.adjust_saturation(image, 1.0 + change), level(0.9), True),
-            (lambda image, change: TF.adjust_contrast(image, 1.0 + change), level(0.9), True),
-            (lambda image, change: TF.adjust_sharpness(image, 1.0 + change), level(0.9), True),
-            (lambda image, bits: TF.posterize(image, int(bits)), 7.0, False),
-            (lambda image, share: TF.solarize(image, 255.0 * share), float(torch.linspace(1.0, 0.0, 31)[9]), False),
-            (lambda image, _: TF.autocontrast(image), 0.0, False),
-            (lambda image, _: TF.equalize(image), 0.0, False),
+            (_move_right, level(150.0 / 331.0 * width), True),
+            (_move_down, level(150.0 / 331.0 * height), True),
+            (_rotate, level(30.0), True),
+            (_brightness, level(0.9), True),
+            (_saturation, level(0.9), True),
+            (_contrast, level(0.9), True),
+            (_sharpness, level(0.9), True),
+            (_posterize, 7.0, False),
+            (_solarize, float(torch.linspace(1.0, 0.0, 31)[9]), False),
+            (_autocontrast, 0.0, False),
+            (_equalize, 0.0, False),
         ]
         self.num_ops = num_ops
 

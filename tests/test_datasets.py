@@ -1,5 +1,6 @@
 """GSV-Cities, database/queries trees and transforms."""
 
+import pickle
 import shutil
 from collections import Counter
 
@@ -147,6 +148,7 @@ def test_images_of_a_place_are_drawn_anew_without_replacement(city):
 def test_randaugment_is_torchvisions(city):
     """The same random draws give the same bytes, every operation with either sign."""
     photo = open_image(next((city / "toy_city/images/test/queries").iterdir())).resize((112, 84))
+    pickle.dumps(RandAugment(2, (84, 112)))  # as it is sent to workers that are not forked
     ours, theirs = RandAugment(2, (84, 112)), v2.RandAugment(2, interpolation=InterpolationMode.BILINEAR)
     drawn = []
     for index, (operation, level, signed) in enumerate(ours.operations):
