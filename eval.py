@@ -100,11 +100,11 @@ def checkpoint_of(options: EvalOptions) -> tuple[Path, EvalOptions]:
     """The file to evaluate, and the options with its clusters and encoder if the command line says nothing of them."""
     name, path = str(options.resume), options.resume
     if name in RELEASED and not path.exists():
-        path = distributed.broadcast(fetch_released(name) if distributed.is_main() else path)
-        written = RELEASED[name].model
-    else:
-        written = read_file(path).get("model", {})
-    if "clusters" not in written or {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*options.given}:
+        path = distributed.on_main(lambda: fetch_released(name))
+    if {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*options.given}:
+        return path, options
+    written = RELEASED[name].model if path != options.resume else read_file(path).get("model", {})
+    if "clusters" not in written:
         return path, options
     logger.info("from the file: %s", ", ".join(f"{key} {value}" for key, value in written.items()))
     return path, replace(
@@ -177,25 +177,27 @@ def extracted(
     if pca_paths:
         images["pca"] = (pca_paths, "hard_resize")
     batch_size = options.extraction_batch_size or extraction_batch_size(device)
-    weights = digest({**model.backbone.state_dict(), **model.aggregation.state_dict()})
-    folder = task.folder / "extracted"
+    folder, fingerprint = task.folder / "extracted", None
     if options.descriptors_folder is not None:
         folder = options.descriptors_folder / task.dataset.name.replace(" ", "_")
+        weights = digest({**model.backbone.state_dict(), **model.aggregation.state_dict()})
     stores = {}
     for name, (paths, test_method) in images.items():
-        stores[name] = DescriptorStore(
-            folder,
-            name,
-            (len(paths), CROPS[test_method], *model.vectors_shape),
-            dtype=options.descriptor_dtype,
-            fingerprint={
+        if options.descriptors_folder is not None:  # nobody comes back to the others
+            fingerprint = {
                 "weights": weights,
                 "images": digest(f"{os.path.realpath(path)} {os.path.getsize(path)}" for path in paths),
                 "test_method": test_method,
                 "resize": list(options.resize),
                 "antialias": options.antialias,
                 "precision": options.precision,
-            },
+            }
+        stores[name] = DescriptorStore(
+            folder,
+            name,
+            (len(paths), CROPS[test_method], *model.vectors_shape),
+            dtype=options.descriptor_dtype,
+            fingerprint=fingerprint,
         )
         read_images = partial(
             image_batches,
@@ -253,8 +255,8 @@ def evaluate(
                 index_parameters=options.index_parameters,
                 majority_weight=options.majority_weight,
             )
+            correct = None if positives is None else search.correct_among(predictions, positives)
             if context == contexts[0] and order == 0:
-                correct = None if positives is None else search.correct_among(predictions, positives)
                 write_matches(task, options, predictions, distances, correct)
                 if options.save_descriptors:
                     searched.save(
@@ -262,8 +264,8 @@ def evaluate(
                     )
                 if options.index is not None:
                     results["index_agreement"] = searched.agreement
-            if positives is not None:
-                found.append(search.recall_at(predictions, positives, range(1, k + 1)))
+            if correct is not None:
+                found.append(search.recall_of(correct, range(1, k + 1)))
         if found:
             mean = {n: float(np.mean([recall[n] for recall in found])) for n in found[0]}
             deviation = {n: float(np.std([recall[n] for recall in found])) for n in found[0]}

@@ -73,7 +73,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.resize[0] != self.resize[1]:  # a photo's own shape, which seldom fits the patches
-            rounded = tuple(max(PATCH_SIZE, round(side / PATCH_SIZE) * PATCH_SIZE) for side in self.resize)
+            rounded = tuple(map(_whole_patches, self.resize))
             if rounded != self.resize:
                 logger.warning("--resize %d %d is rounded to whole patches, %d %d", *self.resize, *rounded)
                 object.__setattr__(self, "resize", rounded)
@@ -258,13 +258,16 @@ class TrainOptions(Options):
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
+def _whole_patches(side: int) -> int:
+    return max(PATCH_SIZE, round(side / PATCH_SIZE) * PATCH_SIZE)
+
+
 def _require_patches(flag: str, size: Sequence[int]) -> None:
     for side in size:
         if side < PATCH_SIZE or side % PATCH_SIZE:
-            near = max(PATCH_SIZE, round(side / PATCH_SIZE) * PATCH_SIZE)
             raise ValueError(
                 f"{flag} {' '.join(map(str, size))}: {side} is not a multiple of the {PATCH_SIZE}-pixel patch; "
-                f"use e.g. {near}"
+                f"use e.g. {_whole_patches(side)}"
             )
 
 

@@ -92,12 +92,12 @@ def run(options: TrainOptions) -> dict[int, float]:
         path = Path(options.resume) if options.resume else None
         if options.resume == "auto":
             runs = run_log.runs_of(options.save_dir)
-            path = distributed.broadcast(checkpoint.newest(runs, read=read_file) if distributed.is_main() else None)
+            path = distributed.on_main(lambda: checkpoint.newest(runs, read=read_file))
         content = {} if path is None else load_checkpoint(model, path)
         goes_on = "optimization" in content  # a run of ours; any other file gives its weights to a new run
         foundation = options.foundation_model_path
         if path is None and foundation is None and options.backbone in FOUNDATION_FILES:
-            foundation = distributed.broadcast(fetch_foundation(options.backbone) if distributed.is_main() else None)
+            foundation = distributed.on_main(lambda: fetch_foundation(options.backbone))
         if path is None and foundation is not None:
             load_foundation(model.backbone, foundation)
         model.backbone.freeze(options.freeze_te)

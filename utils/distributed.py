@@ -4,7 +4,7 @@ Every function but `rank`, `world_size`, `is_main` and `shares` is collective: a
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -71,6 +71,11 @@ def broadcast(value: Value) -> Value:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def on_main(call: Callable[[], Value]) -> Value:
+    """What a call gives in the main process, where alone it is made, for all."""
+    return broadcast(call() if is_main() else None)  # type: ignore[return-value]
 
 
 def gather_objects(value: Value) -> list[Value]:

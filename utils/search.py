@@ -155,7 +155,11 @@ def recall_at(
         positives: for each query the indices of its correct database images.
         recall_values: the N.
     """
-    correct = correct_among(predictions, positives)
+    return recall_of(correct_among(predictions, positives), recall_values)
+
+
+def recall_of(correct: NDArray[np.bool_], recall_values: Sequence[int]) -> dict[int, float]:
+    """Recall@N as `recall_at`, from what `correct_among` gave, Q x k."""
     return {n: 100.0 * float(correct[:, :n].any(axis=1).mean()) for n in recall_values}
 
 
