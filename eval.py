@@ -22,7 +22,7 @@ from parser import EvalOptions, parse
 from test import Search, extract, format_recalls, image_batches
 from utils import distributed, match_page, report, run_log, search
 from utils.descriptor_store import DescriptorStore, digest
-from utils.device import allow_tf32, extraction_batch_size, pick_device
+from utils.device import allow_tf32, extraction_batch_size, pick_device, reading_workers
 from utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         pca_paths = pca_images(options, model.descriptor_dim)
         load_checkpoint(model, path)
         model.to(device).eval()
+        if options.compile:
+            model.backbone.compile_blocks()
         run_log.log_parameters(model)
         if model.encoder is not None:
             logger.info(
@@ -204,7 +206,7 @@ def extracted(
             transform=evaluation_transform(options.resize, options.antialias, test_method),
             # single_query keeps each photo's shape; crops are as many images.
             batch_size=1 if test_method == "single_query" else max(1, batch_size // CROPS[test_method]),
-            num_workers=options.num_workers,
+            num_workers=reading_workers(device) if options.num_workers is None else options.num_workers,
             device=device,
             progress=f"{task.dataset.name} {name}",
         )

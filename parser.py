@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -22,12 +21,6 @@ def option(default: Any, help: str, **argparse_settings: Any) -> Any:
     """A field with its sentence; the flag's type is that of the default unless `type` is given."""
     factory = {"default_factory": default} if callable(default) else {"default": default}
     return field(**factory, metadata={"help": help, **argparse_settings})
-
-
-def usable_cores() -> int:
-    """Cores for this process: of those that it may run on, its share among the processes that torchrun started here."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def freeze_te(text: str) -> int | None:
@@ -58,7 +51,13 @@ class Options:
     given: tuple[str, ...] = field(default=(), compare=False, repr=False)  # the options that were set
 
     device: str = option("auto", "auto is cuda where there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
-    num_workers: int = option(lambda: min(8, usable_cores()), "processes that read images")
+    num_workers: int | None = option(
+        None,
+        "processes that read images; by default one for each CPU core, 16 at most, and one for four cores where the "
+        "model needs them too; 0 reads in the main process",
+        type=int,
+    )
+    compile: bool = option(False, "compile the backbone by torch.compile; it gains nothing on a CPU")
     seed: int = option(0, "seed of every random draw")
 
     @property
@@ -79,7 +78,7 @@ class Options:
                 object.__setattr__(self, "resize", rounded)
         _require_patches("--resize", self.resize)
         _require_positive(self, "infer_batch_size", "supervlad_clusters")
-        if min(self.ghost_clusters, self.num_workers, self.seed, self.extraction_batch_size) < 0:
+        if min(self.ghost_clusters, self.num_workers or 0, self.seed, self.extraction_batch_size) < 0:
             raise ValueError(
                 "--ghost_clusters, --num_workers, --seed and --extraction_batch_size cannot be negative; use 0 or above"
             )
@@ -228,7 +227,7 @@ class TrainOptions(Options):
         """The options that decide what a training run computes; the others may change when it goes on."""
         free = {"resume", "save_dir", "epochs_num", "patience", "device", "num_workers", "checkpoint_every"}
         free |= {"extraction_batch_size", "mixed_precision"}
-        free |= {"activation_checkpointing", "grad_cache_chunk"}  # they only round differently
+        free |= {"activation_checkpointing", "grad_cache_chunk", "compile"}  # they only round differently
         free |= {"given"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}
         return {f"--{name}": value for name, value in values.items() if not isinstance(value, Path)}

@@ -23,7 +23,7 @@ from datasets.database_queries import DatabaseQueries, ImageList
 from datasets.transforms import CROPS, Transform, transform_sizes
 from utils import distributed, search
 from utils.descriptor_store import DescriptorStore
-from utils.device import autocast
+from utils.device import autocast, to_cpu, to_device
 from utils.search import Chunk
 
 CHUNK_BYTES = 2**26  # of descriptors in memory at a time, about
@@ -80,7 +80,7 @@ def image_batches(
     Args:
         paths: the images.
         transform: bytes B x 3 x H x W to what the model takes, B x (crops x) 3 x H' x W', of one size unless the batch
-            size is 1. It runs where the images are read, or on the device where that is a GPU.
+            size is 1. It runs where the images are read, or on the device where that is no CPU.
         batch_size: images at a time.
         num_workers: processes that read images; 0 reads them in this one.
         device: where the batches go.
@@ -99,9 +99,8 @@ def image_batches(
         generator=torch.Generator(),  # of its own, so that evaluating moves nobody's random numbers
     )
     with tqdm(total=len(paths), desc=progress, unit="image", disable=not distributed.is_main()) as bar:
-        for images in loader:
-            if on_device:
-                images = transform_sizes(transform, [image.to(device, non_blocking=True) for image in images])
+        batches = (transform_sizes(transform, images) for images in to_device(loader, device)) if on_device else loader
+        for images in batches:
             yield images
             bar.update(len(images))
 
@@ -129,13 +128,17 @@ def extract(
     missing = store.missing()
     distributed.barrier()  # all have seen the same
     missing = missing[distributed.shares(len(missing))[distributed.rank()]]
+
+    def vectors() -> Iterator[Tensor]:
+        for images in read_images([paths[index] for index in missing]):
+            with autocast(images.device, precision):
+                of_crops = model.cluster_vectors(images.flatten(0, -4))  # (B*crops, K, D)
+            yield of_crops.float().view(len(images), *store.shape[1:])
+
     start = 0
-    for images in read_images([paths[index] for index in missing]):
-        with autocast(images.device, precision):
-            vectors = model.cluster_vectors(images.flatten(0, -4))  # (B*crops, K, D)
-        rows = vectors.float().cpu().numpy().reshape(len(images), *store.shape[1:])
-        store.write(missing[start : start + len(images)], rows)
-        start += len(images)
+    for rows in to_cpu(vectors()):
+        store.write(missing[start : start + len(rows)], rows.numpy())
+        start += len(rows)
     distributed.barrier()
 
 

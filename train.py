@@ -22,7 +22,16 @@ from model.weights import FOUNDATION_FILES, fetch_foundation, load_checkpoint, l
 from parser import TrainOptions, parse
 from test import evaluate, format_recalls, image_batches
 from utils import checkpoint, distributed, report, run_log
-from utils.device import allow_tf32, autocast, estimated_hours, extraction_batch_size, peak_memory, pick_device
+from utils.device import (
+    allow_tf32,
+    autocast,
+    estimated_hours,
+    extraction_batch_size,
+    peak_memory,
+    pick_device,
+    reading_workers,
+    to_device,
+)
 from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 from utils.preemption import Preemption
@@ -61,12 +70,13 @@ def run(options: TrainOptions) -> dict[int, float]:
                 "processes; use as many places or more"
             )
         batches = PlaceBatches(places, batch_size=options.train_batch_size, place_order=options.place_order)
+        num_workers = reading_workers(device) if options.num_workers is None else options.num_workers
         loader = DataLoader(
             places,
             batch_sampler=batches,
-            num_workers=options.num_workers,
+            num_workers=num_workers,
             pin_memory=device.type == "cuda",
-            persistent_workers=options.num_workers > 0,
+            persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # of its own: how often it draws depends on workers and resumes
         )
         val, test = (
@@ -80,7 +90,7 @@ def run(options: TrainOptions) -> dict[int, float]:
                 paths,
                 transform=evaluation_transform(options.resize, options.antialias),
                 batch_size=options.extraction_batch_size or extraction_batch_size(device),
-                num_workers=options.num_workers,
+                num_workers=num_workers,
                 device=device,
                 progress=progress,
             ):
@@ -104,6 +114,8 @@ def run(options: TrainOptions) -> dict[int, float]:
         model.backbone.activation_checkpointing = options.activation_checkpointing
         model.grad_cache_chunk = options.grad_cache_chunk
         model.to(device)
+        if options.compile:
+            model.backbone.compile_blocks()
         optimization = Optimization(
             model,
             optim=options.optim,
@@ -241,13 +253,11 @@ def train_one_epoch(
         initial=len(progress.losses),
         disable=not distributed.is_main(),
     )
-    for images, labels in bar:
+    for images, labels in to_device(bar, device):
         waited += time.perf_counter() - waiting
         counts = [places * images.shape[1] for places in batches.shares(progress.steps)]  # of each process
-        labels = labels.repeat_interleave(images.shape[1]).to(device, non_blocking=True)  # (P,) -> (P*K,)
-        images = normalize(
-            to_unit(images.flatten(0, 1).to(device, non_blocking=True))
-        )  # (P, K, 3, H, W) -> (P*K, 3, H, W)
+        labels = labels.repeat_interleave(images.shape[1])  # (P,) -> (P*K,)
+        images = normalize(to_unit(images.flatten(0, 1)))  # (P, K, 3, H, W) -> (P*K, 3, H, W)
         with autocast(device, precision):
             descriptors = distributed.gather_with_gradient(replica(images), counts)
             loss = criterion(descriptors, distributed.gather_with_gradient(labels, counts))

@@ -8,7 +8,7 @@ default included), a batch size of 16.
 
 import argparse
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from benchmarks.photos import made_photos
 from datasets.database_queries import list_images
 from datasets.transforms import evaluation_transform
 from model import SuperVLADNet, build_model
-from parser import BACKBONES, usable_cores
+from parser import BACKBONES
 from test import image_batches
-from utils.device import autocast, peak_memory, pick_device
+from utils.device import autocast, peak_memory, pick_device, reading_workers, to_cpu, usable_cores
 from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help="images at a time, ours (GPU: 64, CPU: 4)")
     parser.add_argument("--places", type=int, help="places of a training step (GPU: 120, CPU: 4)")
     parser.add_argument("--count", type=int, help="photos to evaluate (GPU: 2048, CPU: 32)")
-    parser.add_argument("--num_workers", type=int, default=usable_cores())
+    parser.add_argument("--num_workers", type=int, help="processes that read images (ours: train.py's default)")
+    parser.add_argument("--compile", action="store_true", help="compile our backbone")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--photos", type=Path, help="JPEGs to read instead of made ones, searched below")
     parser.add_argument("--no_record", action="store_true", help="do not add to results.jsonl")
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_gpu = device.type == "cuda"
     batch, places = settings.batch or (64 if on_gpu else 4), settings.places or (120 if on_gpu else 4)
     count, size = settings.count or (2048 if on_gpu else 32), tuple(settings.size)
+    num_workers = reading_workers(device) if settings.num_workers is None else settings.num_workers
     photos = list_images(settings.photos) if settings.photos else made_photos(PHOTOS, count=48)
     photos = (photos * (count // len(photos) + 1))[:count]
 
@@ -82,12 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     ours = build_model(backbone=settings.backbone).to(device)
     released = as_released(build_model(backbone=settings.backbone).to(device))
     released.load_state_dict(ours.state_dict())
+    if settings.compile:
+        ours.backbone.compile_blocks()
 
     @torch.inference_mode()
     def evaluate_released() -> Tensor:
-        loader = DataLoader(
-            ReleasedImages(photos, size), batch_size=16, num_workers=settings.num_workers, pin_memory=on_gpu
-        )
+        loader = DataLoader(ReleasedImages(photos, size), batch_size=16, num_workers=usable_cores(), pin_memory=on_gpu)
         return torch.cat([released.eval()(images.to(device)).cpu() for images in loader])
 
     @torch.inference_mode()
@@ -96,15 +98,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             photos,
             transform=evaluation_transform(size),
             batch_size=batch,
-            num_workers=settings.num_workers,
+            num_workers=num_workers,
             device=device,
             progress="ours",
         )
-        found = []
-        for images in read:
-            with autocast(device, settings.precision):
-                found.append(ours.eval().cluster_vectors(images).float().flatten(1).cpu())
-        return torch.cat(found)
+
+        def vectors() -> Iterator[Tensor]:
+            for images in read:
+                with autocast(device, settings.precision):
+                    yield ours.eval().cluster_vectors(images).float().flatten(1)
+
+        return torch.cat(list(to_cpu(vectors())))
 
     similarity = (evaluate_released() * evaluate_ours()).sum(dim=1).min().item()
     seconds = medians({"released": evaluate_released, "ours": evaluate_ours}, device=device)

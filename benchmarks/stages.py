@@ -8,22 +8,23 @@ counts its own products only. Training is the recipe's step: --places places of 
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import medians, record, synchronize
+from benchmarks.measuring import medians, record
 from benchmarks.photos import made_photos
 from datasets.transforms import evaluation_transform, read_pixels, transform_sizes
 from model import build_model
-from parser import BACKBONES, usable_cores
+from parser import BACKBONES
 from test import image_batches
 from utils import search
-from utils.device import allow_tf32, autocast, peak_memory, pick_device
+from utils.device import allow_tf32, autocast, peak_memory, pick_device, reading_workers, to_cpu
 from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 
@@ -40,7 +41,8 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 
 def operations(step) -> float:
     """Floating-point operations of the matrix products of a call."""
-    with FlopCounterMode(display=False) as counter:
+    # What is compiled hides its products.
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
@@ -54,17 +56,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--places", type=int, help="places of a training step (GPU: 120, CPU: 4)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--num_workers", type=int, default=usable_cores())
+    parser.add_argument("--num_workers", type=int, help="processes that read images (train.py's and eval.py's default)")
+    parser.add_argument("--compile", action="store_true", help="compile the backbone")
     parser.add_argument("--no_record", action="store_true", help="do not add to results.jsonl")
     settings = parser.parse_args(argv)
     device = pick_device(settings.device)
     on_gpu = device.type == "cuda"
     allow_tf32(settings.precision == "tf32")
     batch, places = settings.batch or (64 if on_gpu else 4), settings.places or (120 if on_gpu else 4)
+    num_workers = reading_workers(device) if settings.num_workers is None else settings.num_workers
     photos = made_photos(PHOTOS, count=48)
     transform = evaluation_transform(tuple(settings.size))
     torch.manual_seed(0)
     model = build_model(backbone=settings.backbone, crossimage_encoder=True).to(device).eval()
+    if settings.compile:
+        model.backbone.compile_blocks()
     rate = matrix_rate(device, settings.precision)
     rows: list[tuple[str, float, float]] = []  # stage, images a second, share of the ceiling (0: no products)
 
@@ -94,23 +100,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         ):
             measure(stage, batch, step, operations(step))
 
-    def evaluate_all() -> None:
-        with torch.inference_mode():
-            read = image_batches(
-                photos,
-                transform=transform,
-                batch_size=batch,
-                num_workers=settings.num_workers,
-                device=device,
-                progress="whole",
-            )
-            for some in read:
-                with context:
-                    model.cluster_vectors(some).float().cpu()
+    def evaluate(paths: Sequence[str]) -> float:
+        """Backbone and layer over photos; the share of the time spent waiting for them, once all workers have begun."""
+        waited = began = 0.0
+        read = image_batches(
+            paths, transform=transform, batch_size=batch, num_workers=num_workers, device=device, progress="whole"
+        )
 
-    measure("evaluation, whole", len(photos), evaluate_all)
-    waited = data_wait(model, photos, transform, batch, settings.num_workers, device, context)
+        def vectors() -> Iterator[Tensor]:
+            nonlocal waited, began
+            for index in range(-(-len(paths) // batch)):
+                started = time.perf_counter()
+                images = next(read)
+                waited += time.perf_counter() - started
+                if index == 1:
+                    waited, began = 0.0, time.perf_counter()
+                with context:
+                    yield model.cluster_vectors(images).float()
+
+        with torch.inference_mode():
+            for _ in to_cpu(vectors()):
+                pass
+        return waited / (time.perf_counter() - began)
+
+    many = (photos * (24 * batch // len(photos) + 1))[: max(len(photos), 24 * batch)]
+    measure("evaluation, whole", len(many), lambda: evaluate(many))
+    waited = evaluate(many)
+    peak_of_evaluation = peak_memory(device)
     print(f"{'  waiting for data':34} {waited:12.1%}")
+    print(f"{'  peak memory':34} {peak_of_evaluation:12.2f} GB")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
 
     # The training step.
     model.train().backbone.freeze(min(8, len(model.backbone.blocks)))
@@ -135,14 +155,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimization.backward(loss)
         optimization.step()
 
-    def forward_backward() -> None:
-        with context:
-            loss = criterion(model(images), labels)
-        loss.backward()
+    with context:
+        loss = criterion(model(images), labels)
+    backward = partial(loss.backward, retain_graph=True)
+    measure("training: backward", places * 4, backward, operations(backward))
+    del loss, backward
+    trained = [(p, p.grad) for p in model.parameters() if p.grad is not None]
 
-    measure("training: forward and backward", places * 4, forward_backward, operations(forward_backward))
-    model.zero_grad()
-    measure("training: whole step", places * 4, step, operations(forward_backward))
+    def optimize() -> None:
+        for parameter, gradient in trained:
+            parameter.grad = gradient  # a step drops it
+        optimization.optimizer.step()
+
+    measure("training: optimiser", places * 4, optimize)
+    trained.clear()
+    measure("training: whole step", places * 4, step, operations(step))
     print(f"{'  peak memory':34} {peak_memory(device):12.2f} GB")
 
     database = np.random.default_rng(0).standard_normal((10_000, 3072)).astype(np.float32)
@@ -152,35 +179,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not settings.no_record:
         figures = {stage: {"images/s": speed, "share of the ceiling": share} for stage, speed, share in rows}
         facts = {name: value for name, value in vars(settings).items() if name not in ("no_record", "device")}
-        summary = {"matrix products, TFLOP/s": rate / 1e12, "waiting for data": waited, "peak GB": peak_memory(device)}
-        record("stages", {"settings": {**facts, "batch": batch, "places": places}, **summary, **figures}, device)
-
-
-def data_wait(
-    model: nn.Module, photos: Sequence[str], transform, batch: int, num_workers: int, device: torch.device, context
-) -> float:
-    """The share of an evaluation's time, once it runs, that the model spends waiting for photos."""
-    read = iter(
-        image_batches(
-            [*photos] * 4,
-            transform=transform,
-            batch_size=batch,
-            num_workers=num_workers,
-            device=device,
-            progress="waiting",
+        summary = {
+            "matrix products, TFLOP/s": rate / 1e12,
+            "waiting for data": waited,
+            "peak GB of evaluation": peak_of_evaluation,
+            "peak GB": peak_memory(device),
+        }
+        record(
+            "stages",
+            {"settings": {**facts, "batch": batch, "places": places, "num_workers": num_workers}, **summary, **figures},
+            device,
         )
-    )
-    waited, began = 0.0, time.perf_counter()
-    for index in range(4 * len(photos) // batch):
-        started = time.perf_counter()
-        images = next(read)
-        waited += time.perf_counter() - started
-        with torch.inference_mode(), context:
-            model.cluster_vectors(images).float().cpu()  # type: ignore[operator]
-        if index == 1:  # the workers have started
-            waited, began = 0.0, time.perf_counter()
-    synchronize(device)
-    return waited / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

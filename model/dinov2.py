@@ -89,14 +89,14 @@ class SwiGlu(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each channel."""
+    """Adds a branch to the residual stream, with a learned factor for each channel."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        return torch.addcmul(x, branch, self.gamma)  # x + branch * gamma, with one pass over memory
 
 
 class Block(nn.Module):
@@ -112,8 +112,8 @@ class Block(nn.Module):
         self.ls2 = LayerScale(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = self.ls1(x, self.attn(self.norm1(x)))
+        return self.ls2(x, self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -182,6 +182,11 @@ class DINOv2(nn.Module):
         if freeze_te is not None:
             self.blocks[freeze_te:].requires_grad_(True)
         self.mask_token.requires_grad_(False)
+
+    def compile_blocks(self) -> None:
+        """Compiles the blocks by torch.compile, once for all since they are alike, when they are first called."""
+        for block in self.blocks:
+            block.compile(dynamic=True)  # one program for the short last batch, too
 
     def position_embedding(self, h: int, w: int) -> Tensor:
         """The position embedding resampled to h x w patches, with the class token's in front: 1 x (1+h*w) x C."""

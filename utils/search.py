@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any
 
 import faiss
 import numpy as np
@@ -49,8 +51,16 @@ def _knn(
     queries: NDArray[np.float32], descriptors: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     if getattr(faiss, "get_num_gpus", int)():
-        return faiss.knn_gpu(faiss.StandardGpuResources(), queries, descriptors, k)
+        return faiss.knn_gpu(_gpu_resources(), queries, descriptors, k)
     return faiss.knn(queries, descriptors, k)
+
+
+@cache
+def _gpu_resources() -> Any:
+    """What FAISS needs to search on a GPU, set up once: chunks are small, and so is what they need beside them."""
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(2**28)  # in bytes
+    return resources
 
 
 def _require_finite(descriptors: NDArray[np.float32]) -> None:

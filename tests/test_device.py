@@ -1,0 +1,91 @@
+"""The way to the device and back, and what needs a CUDA GPU."""
+
+import csv
+import shutil
+
+import pytest
+import torch
+
+import eval as eval_script
+import train as train_script
+from model import build_model
+from parser import EvalOptions, parse
+from utils import device as device_module
+from utils.device import reading_workers, to_cpu, to_device
+
+CPU = torch.device("cpu")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
+TOY = "--eval_dataset_name=toy_city --backbone=dino_tiny --num_workers=0 --resize 56 56".split()
+
+
+def test_batches_arrive_in_order():
+    batches = [[torch.full((3, 2), n), torch.tensor(n)] for n in range(4)]
+    moved = list(to_device(batches, CPU))
+    assert [[t.tolist() for t in batch] for batch in moved] == [[t.tolist() for t in batch] for batch in batches]
+    assert [tensor.item() for tensor in to_cpu(torch.tensor(n) for n in range(4))] == [0, 1, 2, 3]
+
+
+def test_reading_workers_leave_the_cores_to_a_model_on_the_cpu(monkeypatch):
+    for cores, on_cpu, beside_gpu in ((2, 0, 2), (16, 4, 16), (64, 16, 16)):
+        monkeypatch.setattr(device_module, "usable_cores", lambda cores=cores: cores)
+        assert reading_workers(CPU) == on_cpu and reading_workers(torch.device("cuda")) == beside_gpu
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_compute_the_same():
+    torch.manual_seed(0)
+    model = build_model(backbone="dino_tiny").eval()
+    names = list(model.state_dict())
+    batches = [torch.randn(count, 3, 56, 56) for count in (3, 2)]
+    with torch.inference_mode():
+        plain = [model(images) for images in batches]
+        model.backbone.compile_blocks()
+        for images, expected in zip(batches, plain, strict=True):
+            torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-5)
+    assert list(model.state_dict()) == names, "checkpoints do not change"
+
+
+@on_gpu
+def test_nothing_is_overtaken_on_a_gpu():
+    """Each batch is used after its copy, and handed back after its computation, with the GPU kept busy all along."""
+    cuda = torch.device("cuda")
+    heavy = torch.randn(2048, 2048, device=cuda)
+    batches = ([torch.full((64, 3, 128, 128), n, dtype=torch.uint8).pin_memory()] for n in range(60))
+
+    def results():
+        for (images,) in to_device(batches, cuda):
+            for _ in range(4):
+                heavy @ heavy
+            yield images.flatten(1).float().mean(dim=1)
+
+    for number, result in enumerate(to_cpu(results())):
+        assert result.tolist() == [number] * 64
+
+
+@on_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluation_on_a_gpu_finds_what_the_cpu_finds(city, tmp_path, precision):
+    torch.save(build_model(backbone="dino_tiny").state_dict(), tmp_path / "weights.pth")
+    flags = [*TOY, f"--eval_datasets_folder={city}", f"--resume={tmp_path}/weights.pth", f"--save_dir={tmp_path}/run"]
+    found = []
+    for device in (["--device=cpu"], ["--device=cuda", f"--precision={precision}"]):
+        found += eval_script.run(parse(EvalOptions, [*flags, *device])).values()
+    one_query = 100 / 15 + 0.1
+    for n, recall in found[0]["file_order"].items():
+        assert found[1]["file_order"][n] == pytest.approx(recall, abs=one_query)
+
+
+@on_gpu
+@pytest.mark.parametrize("flags", ["", "--precision=tf32", "--precision=bf16", "--precision=fp16", "--compile"])
+def test_training_on_a_gpu_ends_near_the_cpu(city, tmp_path, flags):
+    losses = {}
+    for device, extra in (("cpu", []), ("cuda", flags.split())):
+        folder = tmp_path / device
+        train_script.main(
+            [*TOY, f"--eval_datasets_folder={city}", "--train_resize", "56", "56", "--epochs_num=2", "--lr=0.0005"]
+            + ["--train_batch_size=4", f"--device={device}", f"--save_dir={folder}", "--randaugment_ops=0", *extra]
+        )
+        (run,) = folder.iterdir()
+        with open(run / "metrics.csv", newline="") as file:
+            losses[device] = float(list(csv.DictReader(file))[-1]["loss"])
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05)
