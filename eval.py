@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from datasets.database_queries import DatabaseQueries, image_key, list_images
 from datasets.protocols import protocol_of, warn_of_counts
-from datasets.transforms import CROPS, evaluation_transform
+from datasets.transforms import CROPS, evaluation_transform, read_pixels
 from model import SuperVLADNet, build_model
-from model.weights import RELEASED, fetch_released, load_checkpoint, read_file
+from model.weights import find_checkpoint, load_checkpoint, model_of, read_file
 from parser import EvalOptions, parse
 from test import Search, extract, format_recalls, image_batches
 from utils import distributed, match_page, report, run_log, search
+from utils.assignments import AssignedPhoto, draw_assignments
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import allow_tf32, extraction_batch_size, pick_device, reading_workers
 from utils.seed import seed_everything
@@ -58,10 +59,13 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
 
         found = list(datasets(options))
         distances = [positive_distance(options, name) for name, _ in found]
-        path, options = checkpoint_of(options)
+        path = distributed.on_main(lambda: find_checkpoint(options.resume))
+        content = read_file(path)
+        options = completed(options, model_of(options.resume, content))
         model = build_model(**options.model)
         pca_paths = pca_images(options, model.descriptor_dim)
-        load_checkpoint(model, path)
+        load_checkpoint(model, path, content)
+        del content
         model.to(device).eval()
         if options.compile:
             model.backbone.compile_blocks()
@@ -98,23 +102,18 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
     return table
 
 
-def checkpoint_of(options: EvalOptions) -> tuple[Path, EvalOptions]:
-    """The file to evaluate, and the options with its clusters and encoder if the command line says nothing of them."""
-    name, path = str(options.resume), options.resume
-    if name in RELEASED and not path.exists():
-        path = distributed.on_main(lambda: fetch_released(name))
-    if {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*options.given}:
-        return path, options
-    written = RELEASED[name].model if path != options.resume else read_file(path).get("model", {})
-    if "clusters" not in written:
-        return path, options
-    logger.info("from the file: %s", ", ".join(f"{key} {value}" for key, value in written.items()))
-    return path, replace(
-        options,
-        supervlad_clusters=written["clusters"],
-        ghost_clusters=written["ghost_clusters"],
-        crossimage_encoder=written.get("crossimage_encoder", False),
-    )
+def completed(options: EvalOptions, written: dict[str, Any]) -> EvalOptions:
+    """The options with the checkpoint's own backbone, and clusters and encoder, where the command line says nothing of
+    them."""
+    found: dict[str, Any] = {}
+    if written and "backbone" not in options.given:
+        found["backbone"] = written["backbone"]
+    if written and not {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*options.given}:
+        found["supervlad_clusters"] = written["clusters"]
+        found |= {name: written[name] for name in ("ghost_clusters", "crossimage_encoder")}
+    if found:
+        logger.info("from the checkpoint: %s", ", ".join(f"--{name} {value}" for name, value in found.items()))
+    return replace(options, **found)
 
 
 def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
@@ -127,7 +126,12 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
     if options.database_folder is not None and options.queries_folder is not None:
         name = f"{options.queries_folder.name} in {options.database_folder.name}"
         found = [
-            (name, DatabaseQueries.from_folders(options.database_folder, options.queries_folder, name=name, **settings))
+            (
+                name,
+                DatabaseQueries.from_folders(
+                    options.database_folder, options.queries_folder, name=name, exif=True, **settings
+                ),
+            )
         ]
     else:
         found = [
@@ -192,6 +196,7 @@ def extracted(
                 "test_method": test_method,
                 "resize": list(options.resize),
                 "antialias": options.antialias,
+                "upright": options.plain_folders,
                 "precision": options.precision,
             }
         stores[name] = DescriptorStore(
@@ -209,6 +214,7 @@ def extracted(
             num_workers=reading_workers(device) if options.num_workers is None else options.num_workers,
             device=device,
             progress=f"{task.dataset.name} {name}",
+            upright=options.plain_folders,
         )
         extract(model, paths, stores[name], read_images, options.precision)
     return stores
@@ -238,6 +244,8 @@ def evaluate(
     lines = []
     task.folder.mkdir(parents=True, exist_ok=True)
     contexts = options.encoder_context if model.encoder is not None else ("file_order",)
+    if positives is None:
+        contexts = contexts[:1]  # there is nothing to compare
     for context in contexts:
         found = []
         for order in range(options.context_seeds if context == "shuffled" else 1):
@@ -260,6 +268,8 @@ def evaluate(
             correct = None if positives is None else search.correct_among(predictions, positives)
             if context == contexts[0] and order == 0:
                 write_matches(task, options, predictions, distances, correct)
+                if options.save_assignments:
+                    write_assignments(model, task, options, predictions, correct, device)
                 if options.save_descriptors:
                     searched.save(
                         task.folder / "descriptors", database=dataset.database_paths, queries=dataset.queries_paths
@@ -321,6 +331,39 @@ def write_matches(
             metres=None if metres is None else metres[first],
         )
         logger.info("matches to look at: %s", page)
+
+
+@torch.inference_mode()
+def write_assignments(
+    model: SuperVLADNet,
+    task: Task,
+    options: EvalOptions,
+    predictions: NDArray[np.int64],
+    correct: NDArray[np.bool_] | None,
+    device: torch.device,
+) -> None:
+    """Draws what the layer looks at in some queries, spread over all of them, and in their first matches."""
+    dataset, folder = task.dataset, task.folder / "assignments"
+    folder.mkdir()
+    transform = evaluation_transform(options.resize, options.antialias)
+    count = min(options.save_assignments, len(predictions))
+    for query in np.linspace(0, len(predictions) - 1, count).round().astype(int):
+        match = predictions[query, 0]
+        shown = [(f"query {query}", dataset.queries_paths[query])]
+        if match >= 0:  # an approximate index may find nothing
+            verdict = "" if correct is None else ", correct" if correct[query, 0] else ", wrong"
+            shown.append((f"first match{verdict}", dataset.database_paths[match]))
+        photos = []
+        for title, path in shown:
+            pixels = read_pixels(path, upright=options.plain_folders)
+            assignment = model.assignments(transform(pixels[None]).to(device))[0]
+            photos.append(
+                AssignedPhoto(
+                    title=title, pixels=pixels.permute(1, 2, 0).numpy(), assignment=assignment.float().cpu().numpy()
+                )
+            )
+        draw_assignments(folder / f"{query:06d}.png", photos, ghost_clusters=options.ghost_clusters)
+    logger.info("soft assignments of %d queries: %s", count, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -41,7 +41,6 @@ class Options:
     crossimage_encoder: bool = option(False, "encode across the images of a batch")
 
     resize: tuple[int, int] = option((322, 322), "height and width of evaluated images, in pixels", nargs=2, type=int)
-    antialias: bool = option(False, "antialias the evaluation resize (the published protocol does not)")
     infer_batch_size: int = option(16, "images that share a batch in the cross-image encoder: part of the protocol")
     extraction_batch_size: int = option(
         0, "images at a time in the backbone: speed and memory, never recall; 0 takes 4 on a CPU and 16 elsewhere"
@@ -96,6 +95,12 @@ class EvalOptions(Options):
         nargs="+",
         type=str,
     )
+    antialias: bool = option(
+        None,
+        "antialias the resize; by default it is for plain folders, whose photos may be large, and not for datasets, as "
+        "published",
+        action=argparse.BooleanOptionalAction,
+    )
     database_folder: Path | None = option(None, "with --queries_folder: two plain folders instead", type=Path)
     queries_folder: Path | None = option(None, "with --database_folder: two plain folders instead", type=Path)
     no_labels: bool = option(False, "file names hold no positions: search only, no recall")
@@ -147,12 +152,20 @@ class EvalOptions(Options):
     index_parameters: str = option("", "of its search, e.g. nprobe=32")
 
     save_predictions: int = option(0, "a page of each query and its first so many matches; 0 for none")
+    save_assignments: int = option(0, "pictures of what the VLAD layer looks at, of so many queries; 0 for none")
     save_descriptors: bool = option(False, "write descriptors and paths into the run's folder")
     save_submission: bool = option(False, "write the file that the MSLS challenge takes")
+
+    @property
+    def plain_folders(self) -> bool:
+        """Whether two folders of anyone's photos are searched, rather than a dataset."""
+        return self.database_folder is not None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         plain = (self.database_folder is not None) + (self.queries_folder is not None)
+        if self.antialias is None:
+            object.__setattr__(self, "antialias", self.plain_folders)
         if plain == 1:
             raise ValueError("--database_folder and --queries_folder go together; give both")
         if self.eval_datasets_folder is None and (not plain or self.pca_dim):
@@ -170,7 +183,7 @@ class EvalOptions(Options):
             raise ValueError(f"--eval_dataset_name {' '.join(self.eval_dataset_name)} names a dataset twice")
         if self.val_positive_dist_threshold is not None and self.positive_frames is not None:
             raise ValueError("--val_positive_dist_threshold and --positive_frames say the same; give one of the two")
-        for name in ("pca_dim", "save_predictions", "majority_weight", "positive_frames"):
+        for name in ("pca_dim", "save_predictions", "save_assignments", "majority_weight", "positive_frames"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} is negative; use 0 for none")
         _require_positive(self, "context_seeds")
@@ -198,6 +211,7 @@ class TrainOptions(Options):
     )
     cities: tuple[str, ...] = option((), "GSV-Cities to train on; by default all that are there", nargs="+", type=str)
     images_per_place: int = option(4, "images of a place in a batch; places with fewer are left out")
+    antialias: bool = option(False, "antialias the evaluation resize (the published protocol does not)")
     train_resize: tuple[int, int] = option((224, 224), "height and width of training images", nargs=2, type=int)
     randaugment_ops: int = option(3, "RandAugment operations an image; 0 for none")
     place_order: str = option("fixed", "keep the first epoch's order, or not", choices=("fixed", "reshuffled"))
@@ -287,7 +301,8 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
         if isinstance(default, bool):
             settings["action"] = "store_true"
         else:
-            settings.setdefault("type", type(default))
+            if "action" not in settings:
+                settings.setdefault("type", type(default))
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             settings["help"] += f" (default: {shown})" if shown not in (None, "") else ""
         parser.add_argument(f"--{entry.name}", default=argparse.SUPPRESS, **settings)

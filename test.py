@@ -74,6 +74,7 @@ def image_batches(
     num_workers: int,
     device: torch.device,
     progress: str,
+    upright: bool = False,
 ) -> Iterator[Tensor]:
     """Reads images in order, under a progress bar.
 
@@ -85,13 +86,14 @@ def image_batches(
         num_workers: processes that read images; 0 reads them in this one.
         device: where the batches go.
         progress: the bar's name.
+        upright: turn the images as their EXIF data says.
 
     Yields:
         B x (crops x) 3 x H x W on the device.
     """
     on_device = device.type != "cpu"
     loader: DataLoader[Tensor] = DataLoader(
-        ImageList(paths, None if on_device else transform),
+        ImageList(paths, None if on_device else transform, upright=upright),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list if on_device else None,

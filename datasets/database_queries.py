@@ -15,29 +15,36 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.metrics.pairwise import haversine_distances
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .exif import gps_positions
 from .transforms import Transform, read_pixels
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+EARTH_RADIUS = 6_371_009.0  # the mean one, in metres
 
 
 class ImageList(Dataset[Tensor]):
-    """The images at the given paths, in that order, each through the transform; bytes 3 x H x W without one."""
+    """The images at the given paths, in that order, each through the transform; bytes 3 x H x W without one.
 
-    def __init__(self, paths: Sequence[str], transform: Transform | None = None):
+    With `upright`, they are turned as their EXIF data says.
+    """
+
+    def __init__(self, paths: Sequence[str], transform: Transform | None = None, *, upright: bool = False):
         self.paths = paths
         self.transform = transform
+        self.upright = upright
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        pixels = read_pixels(self.paths[index])
+        pixels = read_pixels(self.paths[index], upright=self.upright)
         return pixels if self.transform is None else self.transform(pixels[None])[0]
 
 
@@ -59,7 +66,9 @@ def list_images(folder: Path) -> list[str]:
         if name.lower().endswith(IMAGE_SUFFIXES)
     ]
     if not paths:
-        raise ValueError(f"no image ({', '.join(IMAGE_SUFFIXES)}) in {folder}; put the photos there")
+        raise ValueError(
+            f"no image ({', '.join(IMAGE_SUFFIXES)}) in {folder}; put the photos there, other formats (HEIC) converted"
+        )
     return sorted(paths)
 
 
@@ -69,18 +78,57 @@ def utm_positions(paths: Sequence[str]) -> NDArray[np.float64]:
     Raises:
         ValueError: a name has no coordinates.
     """
+    positions = _named_positions(paths)
+    nowhere = _first_nowhere(positions)
+    if nowhere is not None:
+        raise ValueError(
+            f"no UTM coordinates in the file name {paths[nowhere]}; name it @<UTM east>@<UTM north>@...@.jpg"
+        )
+    return positions
+
+
+def _named_positions(paths: Sequence[str]) -> NDArray[np.float64]:
+    """As `utm_positions`, but not a number where a name has none."""
     positions = np.full((len(paths), 2), np.nan)
     for row, path in enumerate(paths):
         with suppress(ValueError):
             # The name alone: a folder above may hold an @ too.
             _, east, north, *_ = os.path.basename(path).split("@")
             positions[row] = float(east), float(north)
-    nowhere = np.flatnonzero(~np.isfinite(positions).all(axis=1))
-    if len(nowhere):
-        raise ValueError(
-            f"no UTM coordinates in the file name {paths[nowhere[0]]}; name it @<UTM east>@<UTM north>@...@.jpg"
-        )
     return positions
+
+
+def _first_nowhere(positions: NDArray[np.float64]) -> int | None:
+    nowhere = np.flatnonzero(~np.isfinite(positions).all(axis=1))
+    return int(nowhere[0]) if len(nowhere) else None
+
+
+def photo_positions(
+    database: Sequence[str], queries: Sequence[str]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
+    """Positions of photos from their names or, where one has none, of all photos from their EXIF data.
+
+    Returns:
+        Of the N database photos and the Q queries, N x 2 and Q x 2; and whether these are latitude and longitude in
+        degrees, rather than UTM east and north in metres.
+
+    Raises:
+        ValueError: a photo has no position of the kind that the others have.
+    """
+    named = [_named_positions(paths) for paths in (database, queries)]
+    if all(_first_nowhere(positions) is None for positions in named):
+        return named[0], named[1], False
+    taken = [gps_positions(paths) for paths in (database, queries)]
+    for what, paths, positions in (("database", database, taken[0]), ("query", queries, taken[1])):
+        nowhere = _first_nowhere(positions)
+        if nowhere is not None:
+            missing = int((~np.isfinite(positions).all(axis=1)).sum())
+            raise ValueError(
+                f"{missing} of {len(paths)} {what} photos have no GPS position in their EXIF data, and not all names "
+                f"have UTM coordinates, e.g. {paths[nowhere]}; leave such photos out, name all of them "
+                "@<UTM east>@<UTM north>@...@.jpg, or search without positions by --no_labels"
+            )
+    return taken[0], taken[1], True
 
 
 def read_positives(path: Path, database_paths: Sequence[str], queries_paths: Sequence[str]) -> list[NDArray[np.int64]]:
@@ -173,6 +221,7 @@ class DatabaseQueries:
         queries_paths: Q images.
         database_positions: N x 2 UTM east and north, in metres; None where nothing is known of them.
         queries_positions: Q x 2, likewise.
+        geographic: whether positions are latitude and longitude, in degrees, instead.
         known_positives: for each query the indices of its correct database images, where a file says so.
     """
 
@@ -181,6 +230,7 @@ class DatabaseQueries:
     queries_paths: list[str]
     database_positions: NDArray[np.float64] | None = None
     queries_positions: NDArray[np.float64] | None = None
+    geographic: bool = False
     known_positives: list[NDArray[np.int64]] | None = None
 
     @classmethod
@@ -197,6 +247,7 @@ class DatabaseQueries:
         *,
         name: str,
         labelled: bool = True,
+        exif: bool = False,
         positives_file: Path | None = None,
         query_keys: Path | None = None,
     ) -> "DatabaseQueries":
@@ -207,11 +258,12 @@ class DatabaseQueries:
             queries_folder: likewise.
             name: to show.
             labelled: whether the file names hold positions; without them and a file, nothing is known to be correct.
+            exif: whether photos whose names hold none have them in their EXIF data.
             positives_file: says which images are correct, see `read_positives`.
             query_keys: a text file; of the queries, those whose `image_key` stands in it are kept.
 
         Raises:
-            FileNotFoundError, ValueError: as `list_images`, `utm_positions` and `read_positives`.
+            FileNotFoundError, ValueError: as `list_images`, `utm_positions`, `photo_positions` and `read_positives`.
         """
         database, queries = list_images(database_folder), list_images(queries_folder)
         if query_keys is not None:
@@ -219,12 +271,19 @@ class DatabaseQueries:
         if positives_file is not None:
             positives = read_positives(positives_file, database, queries)
             return cls(name=name, database_paths=database, queries_paths=queries, known_positives=positives)
+        if not labelled:
+            return cls(name=name, database_paths=database, queries_paths=queries)
+        if exif:
+            of_database, of_queries, geographic = photo_positions(database, queries)
+        else:
+            of_database, of_queries, geographic = utm_positions(database), utm_positions(queries), False
         return cls(
             name=name,
             database_paths=database,
             queries_paths=queries,
-            database_positions=utm_positions(database) if labelled else None,
-            queries_positions=utm_positions(queries) if labelled else None,
+            database_positions=of_database,
+            queries_positions=of_queries,
+            geographic=geographic,
         )
 
     def __str__(self) -> str:
@@ -250,14 +309,23 @@ class DatabaseQueries:
         metres of it (closed ball)."""
         if self.known_positives is not None:
             return self.known_positives
-        index = NearestNeighbors().fit(self.database_positions)
-        return list(index.radius_neighbors(self.queries_positions, radius=distance, return_distance=False))
+        assert self.database_positions is not None and self.queries_positions is not None
+        if not self.geographic:
+            index = NearestNeighbors().fit(self.database_positions)
+            return list(index.radius_neighbors(self.queries_positions, radius=distance, return_distance=False))
+        index = NearestNeighbors(algorithm="ball_tree", metric="haversine").fit(np.radians(self.database_positions))
+        queries, radius = np.radians(self.queries_positions), distance / EARTH_RADIUS
+        return list(index.radius_neighbors(queries, radius=radius, return_distance=False))
 
     def metres(self, predictions: NDArray[np.int64]) -> NDArray[np.float64] | None:
         """How far each query is from its predicted database images, Q x k; None without positions."""
         if self.database_positions is None or self.queries_positions is None:
             return None
-        return np.linalg.norm(self.database_positions[predictions] - self.queries_positions[:, None], axis=2)
+        found = self.database_positions[predictions]  # (Q, k, 2)
+        if not self.geographic:
+            return np.linalg.norm(found - self.queries_positions[:, None], axis=2)
+        pairs = zip(np.radians(self.queries_positions), np.radians(found), strict=True)
+        return EARTH_RADIUS * np.concatenate([haversine_distances(query[None], row) for query, row in pairs])
 
 
 def _with_keys(paths: list[str], keys_file: Path) -> list[str]:

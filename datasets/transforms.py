@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import decode_jpeg, read_file
@@ -26,36 +26,44 @@ Size = tuple[int, int]  # height, width in pixels
 Transform = Callable[[Tensor], Tensor]
 
 
-def open_image(path: Path | str) -> Image.Image:
-    """Reads an image file as RGB.
+def open_image(path: Path | str, *, upright: bool = False) -> Image.Image:
+    """Reads an image file as RGB, turned as its EXIF data says if `upright`.
 
     Raises:
         ValueError: it cannot be read; the message names the file.
     """
     try:
         with Image.open(path) as image:
+            if upright:
+                image.getexif()  # cached by this; the raw data goes, since Pillow would rewrite it and fail on odd tags
+                image.info.pop("exif", None)
+                ImageOps.exif_transpose(image, in_place=True)
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {path} ({error}); replace or remove it") from error
 
 
-def read_pixels(path: Path | str) -> Tensor:
+def read_pixels(path: Path | str, *, upright: bool = False) -> Tensor:
     """Reads an image file as RGB: bytes, 3 x H x W.
 
     JPEGs in colour or grey go through torchvision, which gives the same bytes as Pillow in less time. All else, and
     what it does not manage, goes through Pillow.
+
+    Args:
+        path: of the file.
+        upright: turn the image as its EXIF data says.
 
     Raises:
         ValueError: it cannot be read; the message names the file.
     """
     if os.fspath(path).lower().endswith((".jpg", ".jpeg")):
         try:
-            pixels = decode_jpeg(read_file(os.fspath(path)))
+            pixels = decode_jpeg(read_file(os.fspath(path)), apply_exif_orientation=upright)
             if len(pixels) in (1, 3):  # four are CMYK, which they convert differently
                 return pixels.expand(3, -1, -1)
         except RuntimeError:
             pass  # Pillow reads it, or says what is wrong
-    return TF.pil_to_tensor(open_image(path))
+    return TF.pil_to_tensor(open_image(path, upright=upright))
 
 
 def normalize(image: Tensor) -> Tensor:

@@ -54,6 +54,10 @@ class SuperVLADNet(nn.Module):
     def _encode(self, images: Tensor) -> Tensor:
         return self.aggregation(self.backbone(images))
 
+    def assignments(self, images: Tensor) -> Tensor:
+        """How far each patch belongs to each cluster: normalised images B x 3 x H x W to B x (K+G) x h x w."""
+        return self.aggregation.assign(F.normalize(self.backbone(images), dim=1))
+
     def describe(self, vectors: Tensor, group: int | None = None) -> Tensor:
         """What depends on the batch: cluster vectors to descriptors of unit L2 norm.
 

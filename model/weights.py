@@ -1,5 +1,6 @@
 """Weight files, loaded without running code from them: DINOv2's, released checkpoints, ours, bare state dicts."""
 
+import json
 import logging
 import pickle
 import struct
@@ -108,6 +109,23 @@ def fetch_released(name: str) -> Path:
     return path
 
 
+def find_checkpoint(name: Path) -> Path:
+    """A checkpoint's file: `name` itself, or where it is a name of `RELEASED`, that one, fetched the first time."""
+    return name if name.exists() or str(name) not in RELEASED else fetch_released(str(name))
+
+
+def model_of(name: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """What `build_model` takes for a checkpoint; nothing of a file that does not say.
+
+    Args:
+        name: as given to `find_checkpoint`.
+        content: of its file.
+    """
+    if str(name) in RELEASED and not name.exists():
+        return {"backbone": "dino", "crossimage_encoder": False, **RELEASED[str(name)].model}
+    return content.get("model", {})
+
+
 def cached(file: str) -> Path:
     """Where torch.hub keeps a weight file; its folder is made if missing."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -138,7 +156,7 @@ def _foreign_objects(path: Path) -> list[str]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Reads a `torch.save`d dict onto the CPU; nothing in the file is executed.
+    """Reads a `torch.save`d dict, or a `.safetensors` file, onto the CPU; nothing in the file is executed.
 
     Raises:
         FileNotFoundError: no such file.
@@ -146,7 +164,10 @@ def read_file(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weight file at {path}; check the path")
+        names = "" if path.parent.name or path.suffix else f", and the released ones are called {', '.join(RELEASED)}"
+        raise FileNotFoundError(f"no weight file at {path}; check the path{names}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     with torch.serialization.safe_globals(_numpy_globals()):
         try:
             # torch.load does not compare checksums: a flipped bit would pass for a weight.
@@ -165,6 +186,19 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ValueError(f"reading {path} takes the package safetensors; pip install safetensors") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            return {"model_state_dict": state, "model": json.loads((file.metadata() or {}).get("model", "{}"))}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch or write it again") from error
+
+
 def load_foundation(backbone: DINOv2, path: Path) -> None:
     """Loads an official DINOv2 file, every key of which must fit.
 
@@ -176,8 +210,13 @@ def load_foundation(backbone: DINOv2, path: Path) -> None:
     _load(backbone, state, path)
 
 
-def load_checkpoint(model: SuperVLADNet, path: Path) -> dict[str, Any]:
+def load_checkpoint(model: SuperVLADNet, path: Path, content: dict[str, Any] | None = None) -> dict[str, Any]:
     """Loads a checkpoint (released, ours, or a bare state dict), every key of which must fit.
+
+    Args:
+        model: gets the weights.
+        path: of the file.
+        content: what `read_file` gave, if it was read before.
 
     Returns:
         The file's other contents; empty for a bare state dict.
@@ -185,7 +224,7 @@ def load_checkpoint(model: SuperVLADNet, path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: as `read_file`, or the file fits another model; the message names the option.
     """
-    content = read_file(path)
+    content = dict(read_file(path) if content is None else content)
     state = content.pop("model_state_dict", None)
     if state is None:
         state, content = content, {}

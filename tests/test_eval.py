@@ -180,6 +180,16 @@ def test_several_datasets_make_a_table(city, weights, tmp_path, capsys):
     assert [line.split()[0] for line in table[1:3]] == ["toy_city", "another"] and "R@20" in table[0]
 
 
+def test_pictures_of_assignments(evaluated, capsys):
+    folder = evaluated("--save_assignments=3")
+    assert [path.name for path in sorted((folder / "assignments").iterdir())] == [
+        "000000.png",
+        "000007.png",
+        "000014.png",
+    ]
+    assert f"soft assignments of 3 queries: {folder}/assignments" in capsys.readouterr().err
+
+
 def test_two_plain_folders_without_labels(city, evaluated, tmp_path, capsys):
     for side in ("database", "queries"):
         (tmp_path / side / "deep").mkdir(parents=True)
@@ -195,7 +205,9 @@ def test_two_plain_folders_without_labels(city, evaluated, tmp_path, capsys):
     assert all((row["correct"] == "1") == (row["query"][-5] == row["database"][-5]) for row in rows)
     with pytest.raises(SystemExit):
         evaluated(*folders, dataset=False)
-    assert "no UTM coordinates in the file name" in capsys.readouterr().err
+    assert (
+        "6 of 6 database photos have no GPS position in their EXIF data, and not all names" in capsys.readouterr().err
+    )
 
 
 def object_array(rows):

@@ -1,0 +1,171 @@
+"""Writes a checkpoint for programs without this repository: ONNX, or safetensors.
+
+    python -m model.export --resume SuperVLAD --resize 322 322 --output supervlad.onnx
+    python -m model.export --resume best_model.pth --output supervlad.safetensors
+
+The ONNX file takes `images`, B x 3 x H x W in [0, 1] with ImageNet's mean and standard deviation taken out, of any B and
+of the one size that it was written for, and gives `descriptors`, B x K*D. It is compared with PyTorch before it is put
+into place.
+The safetensors file is another form of the checkpoint, which eval.py and train.py read.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import BACKBONES, build_model
+from .dinov2 import PATCH_SIZE
+from .network import SuperVLADNet
+from .weights import find_checkpoint, load_checkpoint, model_of, read_file
+
+TOLERANCE = 1e-4  # between a number of a descriptor from ONNX Runtime and from PyTorch
+ONE_FILE = 1_800_000_000  # bytes of weights; what is larger goes into a second file, since protobuf ends at 2 GiB
+
+
+def export_onnx(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metadata: dict[str, str]) -> float:
+    """Writes a model in evaluation mode as ONNX with a dynamic batch.
+
+    Args:
+        model: on the CPU.
+        path: to write; a model of 1.8 GB and more keeps its weights in `<path>.data` beside it.
+        size: height and width of the images, in pixels; the position embedding is resampled for it here.
+        metadata: plain text, goes into the file.
+
+    Returns:
+        The largest difference between the descriptors of ONNX Runtime and of PyTorch, over batches of 1 and 3 images.
+
+    Raises:
+        ValueError: that difference is above 1e-4, or a package is missing; nothing is written.
+    """
+    ort, *_ = (_needed(name, "pip install onnx onnxscript onnxruntime") for name in ("onnxruntime", "onnxscript"))
+    height, width = size
+    backbone = model.backbone
+    with torch.no_grad():
+        positions = backbone.position_embedding(height // PATCH_SIZE, width // PATCH_SIZE)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(count, 3, height, width, generator=generator) for count in (3, 1)]
+    with tempfile.TemporaryDirectory(dir=path.parent) as name, torch.no_grad():
+        written = Path(name) / path.name
+        backbone.position_embedding = lambda h, w: positions  # type: ignore[method-assign, assignment]
+        try:
+            with warnings.catch_warnings(action="ignore"):  # the exporter's own
+                program = torch.onnx.export(
+                    model,
+                    (batches[0],),
+                    dynamo=True,
+                    input_names=["images"],
+                    output_names=["descriptors"],
+                    dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                    verbose=False,
+                )
+        finally:
+            del backbone.position_embedding
+        assert program is not None
+        program.model.metadata_props.update(metadata)
+        weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+        program.save(written, external_data=weights > ONE_FILE)
+        session = ort.InferenceSession(str(written), providers=["CPUExecutionProvider"])
+        difference = max(
+            (torch.from_numpy(session.run(["descriptors"], {"images": images.numpy()})[0]) - model(images)).abs().max()
+            for images in batches
+        ).item()
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"{path} was not written: its descriptors differ by {difference:.1e} from PyTorch's, and "
+                f"{TOLERANCE:.0e} is allowed; use other versions of torch, onnxscript or onnxruntime"
+            )
+        for file in sorted(Path(name).iterdir(), reverse=True):  # the data, if any, before what refers to it
+            file.replace(path.parent / file.name)
+    return difference
+
+
+def export_safetensors(model: SuperVLADNet, path: Path, *, metadata: dict[str, str]) -> float:
+    """Writes a model's weights as safetensors, and reads them back.
+
+    Args:
+        model: whose state dict is written.
+        path: to write.
+        metadata: plain text, goes into the file; `model`, as JSON, is what `build_model` takes.
+
+    Returns:
+        The largest difference between a weight read back and the model's, which is 0.
+
+    Raises:
+        ValueError: the package is missing.
+    """
+    save: Callable[..., bytes] = _needed("safetensors.torch", "pip install safetensors").save
+    content = save({name: value.contiguous() for name, value in model.state_dict().items()}, metadata)
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        written = Path(name) / path.name
+        written.write_bytes(content)  # safetensors' own way of writing a file makes it its owner's alone
+        written.replace(path)
+    state: dict[str, Tensor] = read_file(path)["model_state_dict"]
+    return max((value - state[name]).abs().max().item() for name, value in model.state_dict().items())
+
+
+def _needed(package: str, remedy: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        name = package.split(".")[0]
+        raise ValueError(f"this export takes the package {name}, which is missing; {remedy}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; exit status 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", type=Path, required=True, help="checkpoint: a file, or the name of a released one")
+    parser.add_argument("--output", type=Path, required=True, help="file to write, .onnx or .safetensors")
+    parser.add_argument("--resize", type=int, nargs=2, default=(322, 322), help="height and width of the images")
+    parser.add_argument("--backbone", choices=tuple(BACKBONES), help="by default the file's own, else dino")
+    parser.add_argument("--supervlad_clusters", type=int, help="by default the file's own, else 4")
+    parser.add_argument("--ghost_clusters", type=int, help="by default the file's own, else 1")
+    parser.add_argument("--crossimage_encoder", action="store_true", default=None, help="if the file does not tell")
+    options = parser.parse_args(argv)
+    try:
+        if options.output.suffix not in (".onnx", ".safetensors"):
+            raise ValueError(f"--output {options.output} is neither .onnx nor .safetensors; name it one of the two")
+        if not options.output.parent.is_dir():
+            raise ValueError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
+        if any(side < PATCH_SIZE or side % PATCH_SIZE for side in options.resize):
+            raise ValueError(
+                f"--resize {' '.join(map(str, options.resize))} is not a multiple of the {PATCH_SIZE}-pixel patch; "
+                "use e.g. 322 322"
+            )
+        path = find_checkpoint(options.resume)
+        content = read_file(path)
+        asked = {
+            "backbone": options.backbone,
+            "clusters": options.supervlad_clusters,
+            "ghost_clusters": options.ghost_clusters,
+            "crossimage_encoder": options.crossimage_encoder,
+        }
+        settings = {**model_of(options.resume, content), **{k: v for k, v in asked.items() if v is not None}}
+        settings = {"backbone": "dino", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": False, **settings}
+        model = build_model(**settings).eval()
+        load_checkpoint(model, path, content)
+        metadata = {"model": json.dumps(settings), "source": path.name}
+        if options.output.suffix == ".onnx":
+            metadata |= {"resize": json.dumps(list(options.resize)), "mean": "[0.485, 0.456, 0.406]"}
+            metadata |= {"std": "[0.229, 0.224, 0.225]", "antialias": "false"}
+            difference = export_onnx(model, options.output, size=tuple(options.resize), metadata=metadata)
+            print(f"{options.output}: descriptors differ by {difference:.1e} at most from PyTorch's")
+        else:
+            difference = export_safetensors(model, options.output, metadata=metadata)
+            print(f"{options.output}: weights read back, largest difference {difference:g}")
+    except (ValueError, OSError) as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

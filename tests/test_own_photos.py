@@ -1,0 +1,186 @@
+"""Anyone's photos: positions from EXIF data, held the right way up, antialiased."""
+
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+import eval as eval_script
+from datasets.database_queries import DatabaseQueries, ImageList
+from datasets.exif import gps_position, gps_positions
+from datasets.transforms import open_image, read_pixels
+from model import build_model
+from parser import EvalOptions, parse
+
+SMALL = "--backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56".split()
+
+
+def gps_exif(latitude, longitude, **tags):
+    """EXIF data as a phone writes it: whole degrees and minutes, hundredths of a second, and a letter for the sign.
+
+    Tags given by name replace these, None removes one.
+    """
+
+    def sexagesimal(value):
+        minutes, seconds = divmod(round(abs(value) * 360_000), 6000)
+        return (float(minutes // 60), float(minutes % 60), seconds / 100)
+
+    exif = Image.Exif()
+    written = {
+        "GPSLatitudeRef": "N" if latitude >= 0 else "S",
+        "GPSLatitude": sexagesimal(latitude),
+        "GPSLongitudeRef": "E" if longitude >= 0 else "W",
+        "GPSLongitude": sexagesimal(longitude),
+        **tags,
+    }
+    exif[ExifTags.IFD.GPSInfo] = {ExifTags.GPS[name]: value for name, value in written.items() if value is not None}
+    return exif
+
+
+def turned_exif(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """Writes a photo of noise and returns its path."""
+
+    def write(name, *, exif=None, size=(160, 120), seed=0, **settings):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+        if exif is not None:
+            settings["exif"] = exif
+        Image.fromarray(pixels).resize(size).save(path, **settings)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.parametrize(
+    ("latitude", "longitude"), [(48.858222, 2.2945), (-33.856784, 151.215297), (40.689249, -74.0445), (-0.000278, 0.0)]
+)
+def test_gps(photo, name, latitude, longitude):
+    found = gps_position(photo(name, exif=gps_exif(latitude, longitude)))
+    assert found == pytest.approx((latitude, longitude), abs=0.006 / 3600)  # half of a hundredth of a second
+
+
+def test_no_gps(photo):
+    without = gps_exif(48.0, 2.0, GPSLongitudeRef=None)
+    letters = gps_exif(48.0, 2.0, GPSLatitudeRef="X")
+    no_fix = gps_exif(0.0, 0.0)
+    nowhere_on_earth = gps_exif(95.0, 2.0)
+    short = gps_exif(48.0, 2.0, GPSLatitude=(48.0, 30.0))
+    paths = [
+        photo(f"{n}.jpg", exif=exif) for n, exif in enumerate((None, without, letters, no_fix, nowhere_on_earth, short))
+    ]
+    assert np.isnan(gps_positions(paths)).all()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_photos_are_turned_as_exif_says_for_plain_folders_only(photo, suffix):
+    for orientation in range(1, 9):
+        path = photo(f"{orientation}.{suffix}", exif=turned_exif(orientation), quality=95)
+        as_stored = read_pixels(path)
+        assert as_stored.shape == (3, 120, 160)
+        upright = read_pixels(path, upright=True)
+        assert upright.shape == ((3, 120, 160) if orientation < 5 else (3, 160, 120))
+        expected = np.asarray(open_image(path, upright=True))
+        assert np.array_equal(upright.permute(1, 2, 0).numpy(), expected)
+        assert torch.equal(ImageList([path])[0], as_stored)
+        assert torch.equal(ImageList([path], upright=True)[0], upright)
+    exif = turned_exif(6)
+    exif[ExifTags.Base.Make] = "maker"
+    # The maker's tag turned into the image's width: text where a number belongs.
+    odd = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x00\x00\x02")
+    assert read_pixels(photo(f"odd.{suffix}", exif=odd), upright=True).shape == (3, 160, 120)
+    # Turned by hand: 6 is a camera held upright, whose stored columns are the rows of the scene.
+    path = photo(f"6.{suffix}", exif=turned_exif(6), quality=95)
+    turned = read_pixels(path, upright=True).permute(1, 2, 0).numpy()
+    assert np.array_equal(turned, np.rot90(read_pixels(path).permute(1, 2, 0).numpy(), -1))
+
+
+# A street of Paris: a database photo every 20 m northwards, and queries 4 m beside the first two and far away.
+METRE = 1 / 111_195.0  # in degrees of latitude
+HOME = (48.8584, 2.2945)
+
+
+@pytest.fixture
+def walk(photo, tmp_path):
+    for n in range(5):
+        photo(f"map/IMG_{n}.jpg", exif=gps_exif(HOME[0] + 20 * n * METRE, HOME[1]), seed=n)
+    for n in range(2):
+        east = 4 * METRE / math.cos(math.radians(HOME[0]))
+        photo(f"today/IMG_{n}.jpg", exif=gps_exif(HOME[0] + 20 * n * METRE, HOME[1] + east), seed=n)
+    photo("today/IMG_2.jpg", exif=gps_exif(HOME[0] + 1, HOME[1]), seed=7)
+    return tmp_path / "map", tmp_path / "today"
+
+
+def test_positives_and_distances_by_gps(walk):
+    dataset = DatabaseQueries.from_folders(*walk, name="walk", exif=True)
+    assert dataset.geographic
+    assert [sorted(found.tolist()) for found in dataset.positives(25.0)] == [[0, 1], [0, 1, 2], []]
+    metres = dataset.metres(np.array([[0, 1], [4, 1], [0, 0]]))
+    # A degree is 111,195 m of latitude on the mean sphere; GPS as written is within 0.4 m.
+    expected = [[4, math.hypot(4, 20)], [math.hypot(4, 60), 4], [111_195, 111_195]]
+    np.testing.assert_allclose(metres, expected, atol=0.6)
+
+
+def test_names_come_before_exif(photo, tmp_path):
+    for side in ("map", "today"):
+        photo(f"{side}/@100.5@200@.jpg", exif=gps_exif(*HOME))
+    dataset = DatabaseQueries.from_folders(tmp_path / "map", tmp_path / "today", name="both", exif=True)
+    assert not dataset.geographic and dataset.database_positions.tolist() == [[100.5, 200.0]]
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    torch.manual_seed(1)
+    torch.save(build_model(backbone="dino_tiny").state_dict(), tmp_path / "weights.pth")
+
+    def run(*flags):
+        save_dir = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        eval_script.main([*SMALL, f"--resume={tmp_path}/weights.pth", f"--save_dir={save_dir}", *map(str, flags)])
+        (folder,) = save_dir.iterdir()
+        return folder
+
+    return run
+
+
+def test_a_walk_is_evaluated(walk, evaluated):
+    folder = evaluated(f"--database_folder={walk[0]}", f"--queries_folder={walk[1]}", "--save_predictions=3")
+    results = json.loads((folder / "results.json").read_text())
+    # The first two queries are the database's own photos, the third one is nowhere near.
+    assert results["recalls"]["1"] == pytest.approx(200 / 3) and results["positive_distance"] == 25.0
+    assert results["options"]["antialias"] is True
+    with open(folder / "predictions.csv", newline="") as file:
+        first = [row for row in csv.DictReader(file) if row["rank"] == "1"]
+    assert [row["correct"] for row in first] == ["1", "1", "0"]
+    page = (folder / "matches" / "index.html").read_text()
+    assert re.search(r"</i> [34]\.\d m<", page) and "</i> 111.2 km<" in page
+
+
+def test_a_photo_without_a_position(walk, photo, evaluated, capsys):
+    photo("today/sub/nowhere.jpg")
+    folders = f"--database_folder={walk[0]}", f"--queries_folder={walk[1]}"
+    with pytest.raises(SystemExit):
+        evaluated(*folders)
+    assert "1 of 4 query photos have no GPS position" in (shown := capsys.readouterr().err)
+    assert "nowhere.jpg" in shown and "--no_labels" in shown
+    assert not (evaluated(*folders, "--no_labels") / "recalls.png").exists()
+
+
+def test_antialias_is_for_plain_folders():
+    folders = ["--database_folder=a", "--queries_folder=b"]
+    assert parse(EvalOptions, ["--resume=x", *folders]).antialias is True
+    assert parse(EvalOptions, ["--resume=x", "--no-antialias", *folders]).antialias is False
+    assert parse(EvalOptions, ["--resume=x", "--eval_datasets_folder=d"]).antialias is False
+    assert parse(EvalOptions, ["--resume=x", "--eval_datasets_folder=d", "--antialias"]).antialias is True
