@@ -13,7 +13,7 @@ from PIL import Image
 
 # Told apart by colour-blind eyes too (Okabe and Ito 2008); more clusters than these share a rainbow.
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
-GHOST = (24, 24, 28)
+GHOST = (72, 72, 80)
 SHOWN_SIDE = 480  # the photo's longer one, in pixels
 MOST_MAPS = 8  # soft assignments drawn beside the photo
 
