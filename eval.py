@@ -24,6 +24,7 @@ from utils import distributed, match_page, report, run_log, search
 from utils.assignments import AssignedPhoto, draw_assignments
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import allow_tf32, extraction_batch_size, pick_device, reading_workers
+from utils.preemption import exits_on_sigterm
 from utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
     Raises:
         SystemExit: bad input; the message is in the log and on the terminal.
     """
-    with distributed.processes(), run_log.RunLog() as log:
+    with distributed.processes(), exits_on_sigterm(), run_log.RunLog() as log:
         device = pick_device(options.device)
         run_log.log_header(asdict(options), device)
         seed_everything(options.seed)
@@ -66,6 +67,8 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         pca_paths = pca_images(options, model.descriptor_dim)
         load_checkpoint(model, path, content)
         del content
+        if options.index is not None:  # a mistake in it should not wait for the search
+            search.new_index(options.pca_dim or model.descriptor_dim, options.index, options.index_parameters)
         model.to(device).eval()
         if options.compile:
             model.backbone.compile_blocks()

@@ -194,7 +194,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _read_npy(path: Path) -> NDArray[Any]:
     try:
         return np.load(path)
-    except ValueError:
+    except (ValueError, EOFError):
         pass  # an object array, which NumPy would read by running whatever it says
     try:
         with open(path, "rb") as file:

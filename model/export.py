@@ -3,9 +3,9 @@
     python -m model.export --resume SuperVLAD --resize 322 322 --output supervlad.onnx
     python -m model.export --resume best_model.pth --output supervlad.safetensors
 
-The ONNX file takes `images`, B x 3 x H x W in [0, 1] with ImageNet's mean and standard deviation taken out, of any B and
-of the one size that it was written for, and gives `descriptors`, B x K*D. It is compared with PyTorch before it is put
-into place.
+The ONNX file takes `images`, B x 3 x H x W in [0, 1] with ImageNet's mean and standard deviation taken out, of any B
+and of the one size that it was written for, and gives `descriptors`, B x K*D. It is compared with PyTorch before it is
+put into place.
 The safetensors file is another form of the checkpoint, which eval.py and train.py read.
 """
 

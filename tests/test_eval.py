@@ -166,6 +166,30 @@ def test_an_approximate_index(evaluated, capsys):
     assert "index IVF2,Flat finds the nearest image of 100.0%" in capsys.readouterr().err
 
 
+def test_an_index_that_cannot_be_is_refused_at_once(evaluated, capsys, monkeypatch):
+    monkeypatch.setattr(eval_script, "extract", None)
+    for flags in (["--index=IVX"], ["--index=IVF2,Flat", "--index_parameters=probes=2"]):
+        with pytest.raises(SystemExit) as exit_:
+            evaluated(*flags)
+        assert exit_.value.code == 2 and f"FAISS cannot make {flags[0].split('=')[0]} " in capsys.readouterr().err
+
+
+def test_sigterm_leaves_nothing_temporary(evaluated, tmp_path, monkeypatch):
+    real = eval_script.extract
+
+    def killed_after(*args):
+        real(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(eval_script, "extract", killed_after)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit_:
+        evaluated()
+    assert exit_.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    (folder,) = tmp_path.glob("run*/*")
+    assert {path.name for path in folder.iterdir()} == {"info.log", "debug.log"}
+
+
 def test_several_datasets_make_a_table(city, weights, tmp_path, capsys):
     for name in ("toy_city", "another"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -245,9 +269,10 @@ def test_positives_that_do_not_fit(tmp_path):
     np.save(tmp_path / "p.npy", np.zeros((5, 1), dtype=int))
     with pytest.raises(ValueError, match="5 rows for 2 queries"):
         read_positives(tmp_path / "p.npy", *paths)
-    (tmp_path / "p.npy").write_text("no array")
-    with pytest.raises(ValueError, match="not a .npy file"):
-        read_positives(tmp_path / "p.npy", *paths)
+    for text in ("no array", ""):
+        (tmp_path / "p.npy").write_text(text)
+        with pytest.raises(ValueError, match="not a .npy file"):
+            read_positives(tmp_path / "p.npy", *paths)
     with pytest.raises(FileNotFoundError, match="check --positives_file"):
         read_positives(tmp_path / "none.npy", *paths)
 

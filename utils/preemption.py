@@ -1,6 +1,9 @@
 """Stopping in good order when a scheduler, or Ctrl-C, asks for it."""
 
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -39,3 +42,17 @@ class Preemption:
         """Ends the program if a signal has come here, with the exit status that a shell gives for it: 128 + signal."""
         if self.signum is not None:
             raise SystemExit(128 + self.signum)
+
+
+@contextmanager
+def exits_on_sigterm() -> Iterator[None]:
+    """Within the block, SIGTERM ends the program as an exception does, with status 143: `finally` cleans up."""
+
+    def leave(signum: int, _: FrameType | None) -> None:
+        sys.exit(128 + signum)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

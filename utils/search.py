@@ -68,6 +68,33 @@ def _require_finite(descriptors: NDArray[np.float32]) -> None:
         raise ValueError("descriptors are not finite, so the model's weights are of no use; use another checkpoint")
 
 
+def new_index(dim: int, factory: str, parameters: str = "") -> Any:
+    """An empty FAISS index of descriptors of `dim` numbers.
+
+    Args:
+        dim: numbers in a descriptor.
+        factory: FAISS's description, e.g. "IVF4096,PQ64".
+        parameters: of its search, e.g. "nprobe=32".
+
+    Raises:
+        ValueError: FAISS does not understand it.
+    """
+    try:
+        index = faiss.index_factory(dim, factory)
+        if parameters:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise ValueError(
+            f"FAISS cannot make --index {factory!r} {parameters!r} for descriptors of {dim} numbers: "
+            f"{_reason(error)}; see FAISS's page on the index factory"
+        ) from error
+    return index
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).split("Error: ")[-1]
+
+
 def nearest_by_index(
     queries: NDArray[np.float32],
     chunks: Callable[[], Iterable[Chunk]],
@@ -92,22 +119,17 @@ def nearest_by_index(
         ("nearest") and among its first k ("first_k"), with the number of queries this was seen on, in percent.
 
     Raises:
-        ValueError: FAISS does not understand the factory or the parameters, or the database is too small to train on.
+        ValueError: as `new_index`, or the database is too small to train on.
     """
     _require_finite(queries)
     k = min(k, count)
     dim = queries.shape[1]
     step = -(-count * dim * 4 // TRAINING_BYTES)
+    index = new_index(dim, factory, parameters)
     try:
-        index = faiss.index_factory(dim, factory)
         index.train(np.concatenate([descriptors[::step].copy() for _, descriptors in chunks()]))
-        if parameters:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]
     except RuntimeError as error:
-        reason = str(error).split("Error: ")[-1]
-        raise ValueError(
-            f"FAISS cannot make --index {factory!r} {parameters!r} for {count} descriptors of {dim} numbers: {reason}"
-        ) from error
+        raise ValueError(f"FAISS cannot train --index {factory!r} on {count} descriptors: {_reason(error)}") from error
     checked = queries[:: -(-len(queries) // CHECKED_QUERIES)]
     order = []
 
