@@ -108,12 +108,11 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
 def completed(options: EvalOptions, written: dict[str, Any]) -> EvalOptions:
     """The options with the checkpoint's own backbone, and clusters and encoder, where the command line says nothing of
     them."""
-    found: dict[str, Any] = {}
-    if written and "backbone" not in options.given:
-        found["backbone"] = written["backbone"]
-    if written and not {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*options.given}:
-        found["supervlad_clusters"] = written["clusters"]
-        found |= {name: written[name] for name in ("ghost_clusters", "crossimage_encoder")}
+    found = {"supervlad_clusters" if name == "clusters" else name: value for name, value in written.items()}
+    if "backbone" in options.given:
+        found.pop("backbone", None)
+    if {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*options.given}:
+        found = {name: value for name, value in found.items() if name == "backbone"}
     if found:
         logger.info("from the checkpoint: %s", ", ".join(f"--{name} {value}" for name, value in found.items()))
     return replace(options, **found)
@@ -251,7 +250,7 @@ def evaluate(
         contexts = contexts[:1]  # there is nothing to compare
     for context in contexts:
         found = []
-        for order in range(options.context_seeds if context == "shuffled" else 1):
+        for order in range(options.context_seeds if context == "shuffled" and positives is not None else 1):
             searched = Search(
                 model,
                 stores,

@@ -152,7 +152,9 @@ class EvalOptions(Options):
     index_parameters: str = option("", "of its search, e.g. nprobe=32")
 
     save_predictions: int = option(0, "a page of each query and its first so many matches; 0 for none")
-    save_assignments: int = option(0, "pictures of what the VLAD layer looks at, of so many queries; 0 for none")
+    save_assignments: int = option(
+        0, "pictures of what the VLAD layer looks at, of so many queries (by hard_resize); 0 for none"
+    )
     save_descriptors: bool = option(False, "write descriptors and paths into the run's folder")
     save_submission: bool = option(False, "write the file that the MSLS challenge takes")
 
@@ -179,6 +181,10 @@ class EvalOptions(Options):
             raise ValueError("--pca_dim and --pca_dataset_folder go together; give both")
         if not plain and len(self.eval_dataset_name) > 1 and (self.positives_file or self.query_keys):
             raise ValueError("--positives_file and --query_keys are of one dataset; give one --eval_dataset_name")
+        if plain and "eval_dataset_name" in self.given:
+            raise ValueError("--eval_dataset_name and --database_folder both say what to search; give one of the two")
+        if self.index_parameters and self.index is None:
+            raise ValueError(f"--index_parameters {self.index_parameters} are of an --index; give that too")
         if len(set(self.eval_dataset_name)) < len(self.eval_dataset_name):
             raise ValueError(f"--eval_dataset_name {' '.join(self.eval_dataset_name)} names a dataset twice")
         if self.val_positive_dist_threshold is not None and self.positive_frames is not None:

@@ -86,12 +86,13 @@ def image_batches(
         num_workers: processes that read images; 0 reads them in this one.
         device: where the batches go.
         progress: the bar's name.
-        upright: turn the images as their EXIF data says.
+        upright: turn the images as their EXIF data says. Such photos can be large, and are resized where they are
+            read: whole ones would fill the memory that processes share.
 
     Yields:
         B x (crops x) 3 x H x W on the device.
     """
-    on_device = device.type != "cpu"
+    on_device = device.type != "cpu" and not upright
     loader: DataLoader[Tensor] = DataLoader(
         ImageList(paths, None if on_device else transform, upright=upright),
         batch_size=batch_size,
@@ -101,8 +102,9 @@ def image_batches(
         generator=torch.Generator(),  # of its own, so that evaluating moves nobody's random numbers
     )
     with tqdm(total=len(paths), desc=progress, unit="image", disable=not distributed.is_main()) as bar:
-        batches = (transform_sizes(transform, images) for images in to_device(loader, device)) if on_device else loader
-        for images in batches:
+        moved = to_device(loader if on_device else ([images] for images in loader), device)
+        for batch in moved:
+            images = transform_sizes(transform, batch) if on_device else batch[0]
             yield images
             bar.update(len(images))
 

@@ -116,17 +116,19 @@ def photo_positions(
         ValueError: a photo has no position of the kind that the others have.
     """
     named = [_named_positions(paths) for paths in (database, queries)]
-    if all(_first_nowhere(positions) is None for positions in named):
+    unnamed = [_first_nowhere(positions) for positions in named]
+    if unnamed == [None, None]:
         return named[0], named[1], False
+    example = queries[unnamed[1]] if unnamed[0] is None and unnamed[1] is not None else database[unnamed[0] or 0]
     taken = [gps_positions(paths) for paths in (database, queries)]
     for what, paths, positions in (("database", database, taken[0]), ("query", queries, taken[1])):
         nowhere = _first_nowhere(positions)
         if nowhere is not None:
             missing = int((~np.isfinite(positions).all(axis=1)).sum())
             raise ValueError(
-                f"{missing} of {len(paths)} {what} photos have no GPS position in their EXIF data, and not all names "
-                f"have UTM coordinates, e.g. {paths[nowhere]}; leave such photos out, name all of them "
-                "@<UTM east>@<UTM north>@...@.jpg, or search without positions by --no_labels"
+                f"{missing} of {len(paths)} {what} photos have no GPS position in their EXIF data, e.g. "
+                f"{paths[nowhere]}, and not all names have UTM coordinates, e.g. {example}; leave such photos out, "
+                "name all of them @<UTM east>@<UTM north>@...@.jpg, or search without positions by --no_labels"
             )
     return taken[0], taken[1], True
 

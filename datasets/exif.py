@@ -1,5 +1,6 @@
-"""What a camera wrote beside the pixels: where a photo was taken."""
+"""What a camera wrote beside the pixels: how it was held, and where."""
 
+import os
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,24 +8,50 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from torch import Tensor
 
 # What Pillow, or the arithmetic, makes of tags that are absent or not as the standard says.
 _NOT_AS_IT_SHOULD_BE = (
     LookupError, ValueError, TypeError, ArithmeticError, AttributeError, SyntaxError, struct.error,
 )  # fmt: skip
 
+_SIGNS = {"N": 1, "S": -1, "E": 1, "W": -1}
+
+
+def orientation(path: str | os.PathLike[str]) -> int:
+    """How the stored image is to be turned, 1 to 8 as in the EXIF standard; 1, not at all, where it does not say.
+
+    Raises:
+        OSError, PIL.Image.DecompressionBombError: no image can be recognised in the file, or one too large.
+    """
+    with Image.open(path) as image:
+        try:
+            found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        except _NOT_AS_IT_SHOULD_BE:
+            return 1
+    return found if 1 <= found <= 8 else 1
+
+
+def turned(pixels: Tensor, orientation: int) -> Tensor:
+    """Stored pixels, C x H x W, as they are to be seen: C x H x W, or C x W x H for orientations above 4."""
+    if orientation > 4:
+        pixels = pixels.transpose(1, 2)
+    # Now the first stored row is at the top or the bottom, and the first column at the left or the right.
+    axes = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
+    return pixels.flip(axes).contiguous() if orientation != 1 else pixels
+
 
 def gps_position(path: str) -> tuple[float, float]:
     """Latitude and longitude in degrees, north and east positive; not a number where the photo does not say.
 
     Raises:
-        OSError: no image can be recognised in the file.
+        OSError, PIL.Image.DecompressionBombError: as `orientation`.
     """
     with Image.open(path) as image:
         try:
             gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
-            latitude = _degrees(gps[ExifTags.GPS.GPSLatitude], gps[ExifTags.GPS.GPSLatitudeRef], "NS")
-            longitude = _degrees(gps[ExifTags.GPS.GPSLongitude], gps[ExifTags.GPS.GPSLongitudeRef], "EW")
+            latitude = _degrees(gps[ExifTags.GPS.GPSLatitude], gps[ExifTags.GPS.GPSLatitudeRef])
+            longitude = _degrees(gps[ExifTags.GPS.GPSLongitude], gps[ExifTags.GPS.GPSLongitudeRef])
         except _NOT_AS_IT_SHOULD_BE:
             return np.nan, np.nan
     if not (abs(latitude) <= 90 and abs(longitude) <= 180) or latitude == longitude == 0:  # no fix: some write zeros
@@ -32,23 +59,22 @@ def gps_position(path: str) -> tuple[float, float]:
     return latitude, longitude
 
 
-def _degrees(sexagesimal: Sequence[float], reference: str, positive_negative: str) -> float:
+def _degrees(sexagesimal: Sequence[float], reference: str) -> float:
     degrees, minutes, seconds = map(float, sexagesimal)
-    sign = 1 - 2 * positive_negative.index(reference.strip("\0 ").upper())
-    return sign * (degrees + minutes / 60 + seconds / 3600)
+    return _SIGNS[reference.strip("\0 ").upper()] * (degrees + minutes / 60 + seconds / 3600)
 
 
 def gps_positions(paths: Sequence[str]) -> NDArray[np.float64]:
     """`gps_position` of each photo, N x 2.
 
     Raises:
-        ValueError: no image can be recognised in one of the files; the message names it.
+        ValueError: no image can be recognised in one of the files, or one too large; the message names it.
     """
 
     def of(path: str) -> tuple[float, float]:
         try:
             return gps_position(path)
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read the image {path} ({error}); replace or remove it") from error
 
     with ThreadPoolExecutor() as pool:

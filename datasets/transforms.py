@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as TF
 
+from .exif import orientation, turned
 from .randaugment import RandAugment
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -26,18 +27,14 @@ Size = tuple[int, int]  # height, width in pixels
 Transform = Callable[[Tensor], Tensor]
 
 
-def open_image(path: Path | str, *, upright: bool = False) -> Image.Image:
-    """Reads an image file as RGB, turned as its EXIF data says if `upright`.
+def open_image(path: Path | str) -> Image.Image:
+    """Reads an image file as RGB.
 
     Raises:
         ValueError: it cannot be read; the message names the file.
     """
     try:
         with Image.open(path) as image:
-            if upright:
-                image.getexif()  # cached by this; the raw data goes, since Pillow would rewrite it and fail on odd tags
-                image.info.pop("exif", None)
-                ImageOps.exif_transpose(image, in_place=True)
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {path} ({error}); replace or remove it") from error
@@ -56,14 +53,19 @@ def read_pixels(path: Path | str, *, upright: bool = False) -> Tensor:
     Raises:
         ValueError: it cannot be read; the message names the file.
     """
-    if os.fspath(path).lower().endswith((".jpg", ".jpeg")):
+    pixels = _decoded(os.fspath(path))
+    return turned(pixels, orientation(path)) if upright else pixels
+
+
+def _decoded(path: str) -> Tensor:
+    if path.lower().endswith((".jpg", ".jpeg")):
         try:
-            pixels = decode_jpeg(read_file(os.fspath(path)), apply_exif_orientation=upright)
+            pixels = decode_jpeg(read_file(path))
             if len(pixels) in (1, 3):  # four are CMYK, which they convert differently
-                return pixels.expand(3, -1, -1)
+                return pixels.expand(3, -1, -1).contiguous()  # what channels share cannot be pinned
         except RuntimeError:
             pass  # Pillow reads it, or says what is wrong
-    return TF.pil_to_tensor(open_image(path, upright=upright))
+    return TF.pil_to_tensor(open_image(path))
 
 
 def normalize(image: Tensor) -> Tensor:

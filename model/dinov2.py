@@ -184,9 +184,13 @@ class DINOv2(nn.Module):
         self.mask_token.requires_grad_(False)
 
     def compile_blocks(self) -> None:
-        """Compiles the blocks by torch.compile, once for all since they are alike, when they are first called."""
+        """Compiles the blocks by torch.compile when they are first called; blocks that are alike share a program.
+
+        A program of its own have inference, frozen blocks and trained ones, batches of one, and each precision.
+        """
+        torch._dynamo.config.recompile_limit = 32  # beyond which blocks would run as if not compiled
         for block in self.blocks:
-            block.compile(dynamic=True)  # one program for the short last batch, too
+            block.compile(dynamic=True)
 
     def position_embedding(self, h: int, w: int) -> Tensor:
         """The position embedding resampled to h x w patches, with the class token's in front: 1 x (1+h*w) x C."""

@@ -74,15 +74,17 @@ def export_onnx(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metad
         weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
         program.save(written, external_data=weights > ONE_FILE)
         session = ort.InferenceSession(str(written), providers=["CPUExecutionProvider"])
-        difference = max(
-            (torch.from_numpy(session.run(["descriptors"], {"images": images.numpy()})[0]) - model(images)).abs().max()
+        differences = [
+            torch.from_numpy(session.run(["descriptors"], {"images": images.numpy()})[0]) - model(images)
             for images in batches
-        ).item()
+        ]
+        difference = torch.cat(differences).abs().max().item()
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"{path} was not written: its descriptors differ by {difference:.1e} from PyTorch's, and "
                 f"{TOLERANCE:.0e} is allowed; use other versions of torch, onnxscript or onnxruntime"
             )
+        path.with_name(path.name + ".data").unlink(missing_ok=True)  # of a larger model that was here before
         for file in sorted(Path(name).iterdir(), reverse=True):  # the data, if any, before what refers to it
             file.replace(path.parent / file.name)
     return difference
@@ -100,16 +102,20 @@ def export_safetensors(model: SuperVLADNet, path: Path, *, metadata: dict[str, s
         The largest difference between a weight read back and the model's, which is 0.
 
     Raises:
-        ValueError: the package is missing.
+        ValueError: it is not, or the package is missing; nothing is written.
     """
     save: Callable[..., bytes] = _needed("safetensors.torch", "pip install safetensors").save
     content = save({name: value.contiguous() for name, value in model.state_dict().items()}, metadata)
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         written = Path(name) / path.name
         written.write_bytes(content)  # safetensors' own way of writing a file makes it its owner's alone
+        state: dict[str, Tensor] = read_file(written)["model_state_dict"]
+        differences = [(value - state[name]).abs().max() for name, value in model.state_dict().items()]
+        difference = torch.stack(differences).max().item()
+        if difference != 0:
+            raise ValueError(f"{path} was not written: weights read back differ by {difference:.1e}; try again")
         written.replace(path)
-    state: dict[str, Tensor] = read_file(path)["model_state_dict"]
-    return max((value - state[name]).abs().max().item() for name, value in model.state_dict().items())
+    return difference
 
 
 def _needed(package: str, remedy: str) -> Any:
@@ -162,8 +168,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             difference = export_safetensors(model, options.output, metadata=metadata)
             print(f"{options.output}: weights read back, largest difference {difference:g}")
-    except (ValueError, OSError) as error:
-        print(f"ERROR: {error}", file=sys.stderr)
+    except (ValueError, OSError, torch.onnx.OnnxExporterError) as error:
+        message = str(error)
+        if not isinstance(error, (ValueError, FileNotFoundError)):
+            message = f"{options.output} could not be written ({error}); free space, or use other versions of torch"
+        print(f"ERROR: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

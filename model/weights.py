@@ -111,19 +111,21 @@ def fetch_released(name: str) -> Path:
 
 def find_checkpoint(name: Path) -> Path:
     """A checkpoint's file: `name` itself, or where it is a name of `RELEASED`, that one, fetched the first time."""
-    return name if name.exists() or str(name) not in RELEASED else fetch_released(str(name))
+    return name if name.is_file() or str(name) not in RELEASED else fetch_released(str(name))
 
 
 def model_of(name: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """What `build_model` takes for a checkpoint; nothing of a file that does not say.
+    """What `build_model` takes for a checkpoint; nothing where a file does not say, as all but ours do not.
 
     Args:
         name: as given to `find_checkpoint`.
         content: of its file.
     """
-    if str(name) in RELEASED and not name.exists():
+    if str(name) in RELEASED and not name.is_file():
         return {"backbone": "dino", "crossimage_encoder": False, **RELEASED[str(name)].model}
-    return content.get("model", {})
+    written = content.get("model")
+    known = {"backbone", "clusters", "ghost_clusters", "crossimage_encoder"}
+    return written if isinstance(written, dict) and written.keys() <= known else {}
 
 
 def cached(file: str) -> Path:
@@ -205,7 +207,8 @@ def load_foundation(backbone: DINOv2, path: Path) -> None:
     Raises:
         FileNotFoundError, ValueError: as `read_file`, or the file is of another backbone.
     """
-    state = read_file(path)
+    content = read_file(path)
+    state = content.get("model_state_dict", content)
     _require_backbone(backbone, state, path)
     _load(backbone, state, path)
 
@@ -230,7 +233,7 @@ def load_checkpoint(model: SuperVLADNet, path: Path, content: dict[str, Any] | N
         state, content = content, {}
     # DataParallel, which the released training used, puts "module." before every name.
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    _require_options(model, state, content.get("model", {}), path)
+    _require_options(model, state, model_of(path, content), path)
     _load(model, state, path)
     return content
 

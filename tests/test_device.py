@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 import eval as eval_script
 import train as train_script
+from datasets.transforms import evaluation_transform
 from model import build_model
 from parser import EvalOptions, parse
+from test import image_batches
 from utils import device as device_module
 from utils.device import reading_workers, to_cpu, to_device
 
@@ -47,19 +50,33 @@ def test_compiled_blocks_compute_the_same():
 
 @on_gpu
 def test_nothing_is_overtaken_on_a_gpu():
-    """Each batch is used after its copy, and handed back after its computation, with the GPU kept busy all along."""
+    """Each batch is used after its copy, which is late, and handed back after its computation, which is long."""
     cuda = torch.device("cuda")
     heavy = torch.randn(2048, 2048, device=cuda)
-    batches = ([torch.full((64, 3, 128, 128), n, dtype=torch.uint8).pin_memory()] for n in range(60))
+
+    def batches():
+        for n in range(60):
+            with torch.cuda.stream(device_module._copy_stream(cuda)):
+                torch.cuda._sleep(5_000_000)  # clock cycles, some milliseconds
+            yield [torch.full((64, 3, 128, 128), n, dtype=torch.uint8).pin_memory()]
 
     def results():
-        for (images,) in to_device(batches, cuda):
+        for (images,) in to_device(batches(), cuda):
+            means = images.flatten(1).float().mean(dim=1)
             for _ in range(4):
-                heavy @ heavy
-            yield images.flatten(1).float().mean(dim=1)
+                means = means + 0 * (heavy @ heavy).sum()
+            yield means
 
     for number, result in enumerate(to_cpu(results())):
         assert result.tolist() == [number] * 64
+
+
+@on_gpu
+def test_grey_photos_reach_a_gpu(tmp_path):
+    Image.new("L", (64, 48), 90).save(tmp_path / "grey.jpg")
+    settings = {"batch_size": 1, "num_workers": 0, "device": torch.device("cuda"), "progress": ""}
+    (images,) = image_batches([str(tmp_path / "grey.jpg")], transform=evaluation_transform((56, 56)), **settings)
+    assert images.shape == (1, 3, 56, 56)
 
 
 @on_gpu

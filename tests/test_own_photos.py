@@ -4,16 +4,17 @@ import csv
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 import eval as eval_script
-from datasets.database_queries import DatabaseQueries, ImageList
+from datasets.database_queries import DatabaseQueries, ImageList, photo_positions
 from datasets.exif import gps_position, gps_positions
-from datasets.transforms import open_image, read_pixels
+from datasets.transforms import read_pixels
 from model import build_model
 from parser import EvalOptions, parse
 
@@ -76,11 +77,13 @@ def test_gps(photo, name, latitude, longitude):
 def test_no_gps(photo):
     without = gps_exif(48.0, 2.0, GPSLongitudeRef=None)
     letters = gps_exif(48.0, 2.0, GPSLatitudeRef="X")
+    blank = gps_exif(-33.0, 151.0, GPSLatitudeRef=" ")
     no_fix = gps_exif(0.0, 0.0)
     nowhere_on_earth = gps_exif(95.0, 2.0)
     short = gps_exif(48.0, 2.0, GPSLatitude=(48.0, 30.0))
     paths = [
-        photo(f"{n}.jpg", exif=exif) for n, exif in enumerate((None, without, letters, no_fix, nowhere_on_earth, short))
+        photo(f"{n}.jpg", exif=exif)
+        for n, exif in enumerate((None, without, letters, blank, no_fix, nowhere_on_earth, short))
     ]
     assert np.isnan(gps_positions(paths)).all()
 
@@ -93,19 +96,33 @@ def test_photos_are_turned_as_exif_says_for_plain_folders_only(photo, suffix):
         assert as_stored.shape == (3, 120, 160)
         upright = read_pixels(path, upright=True)
         assert upright.shape == ((3, 120, 160) if orientation < 5 else (3, 160, 120))
-        expected = np.asarray(open_image(path, upright=True))
+        with Image.open(path) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         assert np.array_equal(upright.permute(1, 2, 0).numpy(), expected)
         assert torch.equal(ImageList([path])[0], as_stored)
         assert torch.equal(ImageList([path], upright=True)[0], upright)
-    exif = turned_exif(6)
-    exif[ExifTags.Base.Make] = "maker"
-    # The maker's tag turned into the image's width: text where a number belongs.
-    odd = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x00\x00\x02")
-    assert read_pixels(photo(f"odd.{suffix}", exif=odd), upright=True).shape == (3, 160, 120)
     # Turned by hand: 6 is a camera held upright, whose stored columns are the rows of the scene.
     path = photo(f"6.{suffix}", exif=turned_exif(6), quality=95)
     turned = read_pixels(path, upright=True).permute(1, 2, 0).numpy()
     assert np.array_equal(turned, np.rot90(read_pixels(path).permute(1, 2, 0).numpy(), -1))
+
+
+def test_odd_exif(photo):
+    exif = turned_exif(6)
+    exif[ExifTags.Base.Make] = "maker"
+    # The maker's tag turned into the image's width: text where a number belongs.
+    odd = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x00\x00\x02")
+    for suffix in ("jpg", "png"):
+        assert read_pixels(photo(f"odd.{suffix}", exif=odd), upright=True).shape == (3, 160, 120)
+        garbage = photo(f"garbage.{suffix}", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
+        assert read_pixels(garbage, upright=True).shape == (3, 120, 160)
+        assert read_pixels(photo(f"none.{suffix}", exif=turned_exif(9)), upright=True).shape == (3, 120, 160)
+    # XMP data in front of the EXIF data, as some programs write it.
+    path = Path(photo("xmp.jpg", exif=turned_exif(6)))
+    xmp = b"http://ns.adobe.com/xap/1.0/\0<x/>"
+    stored = path.read_bytes()
+    path.write_bytes(stored[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp + stored[2:])
+    assert read_pixels(path, upright=True).shape == (3, 160, 120)
 
 
 # A street of Paris: a database photo every 20 m northwards, and queries 4 m beside the first two and far away.
@@ -175,6 +192,8 @@ def test_a_photo_without_a_position(walk, photo, evaluated, capsys):
         evaluated(*folders)
     assert "1 of 4 query photos have no GPS position" in (shown := capsys.readouterr().err)
     assert "nowhere.jpg" in shown and "--no_labels" in shown
+    with pytest.raises(ValueError, match=r"1 of 1 database photos .* coordinates, e.g. .*/b/oops.jpg; leave"):
+        photo_positions([photo("a/@1@2@.jpg")], [photo("b/oops.jpg")])
     assert not (evaluated(*folders, "--no_labels") / "recalls.png").exists()
 
 

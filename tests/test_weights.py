@@ -168,6 +168,14 @@ def test_missing_or_surplus_tensors(tmp_path):
         load_checkpoint(tiny(), tmp_path / "file.pth")
 
 
+def test_files_with_a_model_entry_of_another_kind(tmp_path):
+    """Other projects keep the state dict itself there."""
+    torch.save({"model": {"pos_embed": torch.zeros(1)}, "epoch": 3}, tmp_path / "other.pth")
+    assert weights.model_of(tmp_path / "other.pth", read_file(tmp_path / "other.pth")) == {}
+    with pytest.raises(ValueError, match="holds no DINOv2 backbone"):
+        load_checkpoint(tiny(), tmp_path / "other.pth")
+
+
 def test_foundation_file(tmp_path):
     saved, model = tiny(), tiny()
     torch.save(saved.backbone.state_dict(), tmp_path / "dinov2.pth")

@@ -4,6 +4,7 @@ import os
 import resource
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def to_device(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iter
         for batch in batches:
             yield [tensor.to(device) for tensor in batch]
         return
-    copies = torch.cuda.Stream(device)
+    copies = _copy_stream(device)
     for batch in batches:
         with torch.cuda.stream(copies):
             moved = [tensor.to(device, non_blocking=True) for tensor in batch]
@@ -78,6 +79,11 @@ def to_device(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iter
         for tensor in moved:
             tensor.record_stream(current)  # their memory is not for the next copy while this stream reads them
         yield moved
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all: freed memory is kept for the stream it was used by
 
 
 def to_cpu(results: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -159,9 +160,7 @@ def _write_thumbnail(path: str, folder: Path) -> str:
     try:
         with Image.open(path) as image:
             image.draft("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE))  # a JPEG is decoded no larger than needed
-            image.getexif()  # cached by this; the raw EXIF goes, since Pillow would rewrite it and fail on odd tags
-            image.info.pop("exif", None)
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = _upright(image).convert("RGB")
         small = ImageOps.contain(upright, (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {path} ({error}); replace or remove it") from error
@@ -169,6 +168,17 @@ def _write_thumbnail(path: str, folder: Path) -> str:
     source = f"thumbnails/{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.jpg"
     small.save(folder / source, quality=80)
     return f'<img src="{source}" width="{small.width}" height="{small.height}" loading="lazy" alt="">'
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data says, if that can be understood."""
+    try:
+        image.getexif()  # cached by this; the raw EXIF goes, since Pillow would rewrite it and fail on odd tags
+        for name in ("exif", "Raw profile type exif"):
+            image.info.pop(name, None)
+        return ImageOps.exif_transpose(image)
+    except (ValueError, TypeError, SyntaxError, struct.error):
+        return image
 
 
 def _figure(path: str, image: str, frame: str, caption: str) -> str:

@@ -126,10 +126,15 @@ def nearest_by_index(
     dim = queries.shape[1]
     step = -(-count * dim * 4 // TRAINING_BYTES)
     index = new_index(dim, factory, parameters)
+    sample = np.concatenate([descriptors[::step].copy() for _, descriptors in chunks()])
     try:
-        index.train(np.concatenate([descriptors[::step].copy() for _, descriptors in chunks()]))
+        index.train(sample)
     except RuntimeError as error:
-        raise ValueError(f"FAISS cannot train --index {factory!r} on {count} descriptors: {_reason(error)}") from error
+        raise ValueError(
+            f"FAISS cannot train --index {factory!r} on {len(sample)} descriptors: {_reason(error)}; "
+            "use fewer lists, or no --index"
+        ) from error
+    del sample
     checked = queries[:: -(-len(queries) // CHECKED_QUERIES)]
     order = []
 
