@@ -61,8 +61,11 @@ def _decoded(path: str) -> Tensor:
     if path.lower().endswith((".jpg", ".jpeg")):
         try:
             pixels = decode_jpeg(read_file(path))
-            if len(pixels) in (1, 3):  # four are CMYK, which they convert differently
-                return pixels.expand(3, -1, -1).contiguous()  # what channels share cannot be pinned
+            if len(pixels) == 3:
+                return pixels
+            if len(pixels) == 1:  # copied, since memory that channels share cannot be pinned
+                return pixels.repeat(3, 1, 1)
+            # Four are CMYK, which Pillow converts differently.
         except RuntimeError:
             pass  # Pillow reads it, or says what is wrong
     return TF.pil_to_tensor(open_image(path))
