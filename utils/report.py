@@ -29,7 +29,7 @@ def draw_training(folder: Path) -> None:
         if column.startswith("R@"):
             recall.plot(epochs, [float(row[column]) for row in rows], marker="o", markersize=3, label=column)
     recall.set(xlabel="epoch", ylabel="recall@N (%)", ylim=(0, 103), title="validation")
-    recall.legend(loc="lower right")
+    recall.legend(loc="best")
     for axes in (loss, recall):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
@@ -45,7 +45,7 @@ def draw_recalls(folder: Path, title: str, curves: Mapping[str, Sequence[float]]
     axes.set(xlabel="N", ylabel="recall@N (%)", ylim=(0, 103), title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     figure.savefig(folder / "recalls.png", dpi=120)
 
 
