@@ -63,6 +63,10 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         path = distributed.on_main(lambda: find_checkpoint(options.resume))
         content = read_file(path)
         options = completed(options, model_of(options.resume, content))
+        validated_at = content.get("resize", list(options.resize))
+        if list(options.resize) != validated_at:
+            size = " ".join(map(str, validated_at))
+            logger.warning("the model was validated at %s, and --resize is %d %d", size, *options.resize)
         model = build_model(**options.model)
         pca_paths = pca_images(options, model.descriptor_dim)
         load_checkpoint(model, path, content)

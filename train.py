@@ -137,7 +137,11 @@ def run(options: TrainOptions) -> dict[int, float]:
             folder,
             model,
             optimization,
-            facts={"model": options.model, "encoder_training": options.encoder_training},
+            facts={
+                "model": options.model,
+                "encoder_training": options.encoder_training,
+                "resize": list(options.resize),
+            },
             decisive={**options.decisive, "the number of places": len(places)},
             read_every=1 if device.type == "cpu" else 20,
         )

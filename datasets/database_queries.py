@@ -57,7 +57,8 @@ def list_images(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no folder {folder}; check --eval_datasets_folder and --eval_dataset_name, or what named it"
+            f"no folder {folder}; check --eval_datasets_folder and --eval_dataset_name, or --database_folder and "
+            "--queries_folder"
         )
     paths = [
         os.path.join(parent, name)
