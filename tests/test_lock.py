@@ -1,0 +1,78 @@
+"""A folder belongs to one live process."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils import lock
+from utils.lock import FolderLock, is_held
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from utils.lock import FolderLock
+held = FolderLock(Path({folder!r}), "--save_dir")
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has the folder `tmp_path/run`."""
+    code = HOLDER.format(root=str(Path(__file__).parents[1]), folder=str(tmp_path / "run"))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_process_is_told_who_has_the_folder(holder, tmp_path):
+    assert is_held(tmp_path / "run")
+    pattern = rf"run is in use by process {holder.pid} on {os.uname().nodename} since 20..-..-.. .*another --save_dir"
+    with pytest.raises(ValueError, match=pattern):
+        FolderLock(tmp_path / "run", "--save_dir")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert not is_held(tmp_path / "run")
+    with FolderLock(tmp_path / "run", "--save_dir"):
+        assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on")
+
+
+def test_the_same_process_counts_too_until_it_lets_go(tmp_path):
+    with FolderLock(tmp_path, "--save_dir"):
+        (tmp_path / "link").symlink_to(tmp_path)
+        assert is_held(tmp_path / "link")
+        with pytest.raises(ValueError, match=rf"in use by this process \({os.getpid()}\)"):
+            FolderLock(tmp_path / "link", "--save_dir")
+    assert not is_held(tmp_path) and not is_held(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    FolderLock(tmp_path, "--save_dir").release()
+
+
+def test_a_forked_process_does_not_keep_the_folder(tmp_path):
+    held = FolderLock(tmp_path, "--save_dir")
+    ends, begins = os.pipe()
+    if (child := os.fork()) == 0:
+        os.read(ends, 1)
+        os._exit(0)
+    held.release()
+    code = HOLDER.format(root=str(Path(__file__).parents[1]), folder=str(tmp_path)).replace("sleep(60)", "sleep(0)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    os.write(begins, b"x")
+    os.waitpid(child, 0)
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    with FolderLock(tmp_path, "--save_dir"):
+        assert "cannot be locked (No locks available): nothing keeps a second run out" in caplog.text
