@@ -24,7 +24,7 @@ from utils import distributed, match_page, report, run_log, search
 from utils.assignments import AssignedPhoto, draw_assignments
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import allow_tf32, extraction_batch_size, pick_device, reading_workers
-from utils.preemption import exits_on_sigterm
+from utils.preemption import Preemption
 from utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
     Raises:
         SystemExit: bad input; the message is in the log and on the terminal.
     """
-    with distributed.processes(), exits_on_sigterm(), run_log.RunLog() as log:
+    with distributed.processes(), run_log.RunLog() as log, Preemption(at_once=True) as preemption:
         device = pick_device(options.device)
         run_log.log_header(asdict(options), device)
         seed_everything(options.seed)
@@ -83,6 +83,11 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                 model.encoder.layer_difference(),
             )
         folder = log.open(options.save_dir)
+        preemption.advice = (
+            "--descriptors_folder would have kept what was computed"
+            if options.descriptors_folder is None
+            else "the same command goes on from what is in --descriptors_folder"
+        )
         tasks = [
             Task(
                 dataset=dataset,
