@@ -385,6 +385,16 @@ def test_an_error_in_another_process_has_a_log_and_a_line_of_its_own(tmp_path, m
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["rank3.log"]
 
 
+def test_an_error_that_only_says_that_another_process_ended_is_one_line(tmp_path, monkeypatch, capsys):
+    for error in ("[gloo/transport/tcp/pair.cc] Connection closed by peer [::1]", "NCCL: remote process exited"):
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as exit_, run_log.RunLog() as log:
+            folder = log.open(tmp_path)
+            patched.setattr(distributed, "world_size", lambda: 2)
+            raise RuntimeError(error)
+        assert exit_.value.code == 1 and error in (folder / "debug.log").read_text()
+        assert capsys.readouterr().err == "ERROR: another process of the run has ended, and this one ends with it\n"
+
+
 def test_a_line_moves_the_progress_bar_out_of_its_way(capsys):
     with run_log.RunLog(), tqdm(total=9, desc="epoch 1", file=sys.stderr, mininterval=0) as bar:
         bar.update(3)

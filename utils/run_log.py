@@ -140,6 +140,9 @@ class RunLog:
             logger.debug("the run ended here", exc_info=error)
         if isinstance(error, (ValueError, OSError)):
             logger.error("%s", _message(error))
+        lost = isinstance(error, RuntimeError) and distributed.is_of_a_lost_process(error)
+        if lost:
+            logger.error("another process of the run has ended, and this one ends with it")
         if isinstance(error, Exception) and not distributed.is_main() and self._folder is not None:
             with suppress(OSError):
                 self._folder.mkdir(parents=True, exist_ok=True)  # on another machine's disk
@@ -153,6 +156,8 @@ class RunLog:
         self._locks.close()
         if isinstance(error, (ValueError, OSError)):
             raise SystemExit(2) from None
+        if lost:
+            raise SystemExit(1) from None
 
 
 def _message(error: Exception) -> str:
