@@ -29,6 +29,7 @@ from utils.device import (
     peak_memory,
     pick_device,
     reading_workers,
+    reset_peak_memory,
     to_device,
 )
 from utils.multi_similarity import MinedMultiSimilarity
@@ -269,6 +270,7 @@ def train_one_epoch(
     criterion = MinedMultiSimilarity()
     model.train()
     replica = distributed.replicate(model)
+    reset_peak_memory(device)
     started = waiting = time.perf_counter()
     waited, seen, mined = 0.0, 0, 0
     skipped = optimization.skipped

@@ -177,6 +177,20 @@ def test_a_step_that_overflowed_does_not_retire_the_encoder():
     assert optimization.encoder_retired
 
 
+def test_the_machine_says_which_kernels_step_not_the_file():
+    """A checkpoint of a CPU is gone on from with fused steps on a GPU, and the other way round."""
+    settings = {"lr": 5e-5, "lr_encoder": 1e-4, "steps_per_epoch": 10, "encoder_training": "every_step"}
+    for fused_there, fused_here in ((True, None), (None, True)):
+        there, here = (Optimization(Small(), **settings) for _ in range(2))
+        for optimization, fused in ((there, fused_there), (here, fused_here)):
+            for group in optimization.optimizer.param_groups:
+                group["fused"] = fused
+        state = there.state_dict()
+        here.load_state_dict(state)
+        assert [group["fused"] for group in here.optimizer.param_groups] == [fused_here] * 2
+        assert [group["fused"] for group in state["optimizer"]["param_groups"]] == [fused_there] * 2
+
+
 def test_a_skipped_step_is_counted_and_is_none_of_the_schedule(caplog, recwarn):
     model = Small()
     settings = {"lr": 5e-5, "lr_encoder": 1e-4, "steps_per_epoch": 1, "scale_gradients": True}
@@ -413,6 +427,43 @@ def test_generators_go_on_where_they_stood():
     seed_everything(4)
     restore_generators(states)
     assert draw() == expected
+
+
+def test_a_gpu_keeps_the_state_of_its_own_generator(monkeypatch):
+    """Of the process's own GPU, whatever the number of GPUs of the machine; one that is not there is told."""
+    assert generator_states()["cuda"] is None and restore_generators(generator_states())
+    state, put_back = torch.arange(16, dtype=torch.uint8), []
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        gpu.setattr(torch.cuda, "get_rng_state", lambda: state)
+        gpu.setattr(torch.cuda, "set_rng_state", put_back.append)
+        gpu.setattr(distributed, "local_rank", lambda: 1)
+        states = generator_states()
+        assert restore_generators(states) and torch.equal(put_back[0], state)
+        assert restore_generators({**states, "cuda": [state[:8], state[8:]]}) and torch.equal(put_back[1], state[8:])
+        assert not restore_generators({**states, "cuda": [state]}), "an earlier version's file, of one GPU"
+        assert not restore_generators({**states, "cuda": None}) and len(put_back) == 2
+    assert not restore_generators(states)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee ..."),
+            "Tried to allocate 2 GiB.); in",
+        ),
+        (MemoryError(), "out of memory (of the main memory); in training, --precision bf16, --activation"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--extraction_batch_size 4"),
+    ],
+)
+def test_out_of_memory_is_one_line(tmp_path, capsys, error, words):
+    with pytest.raises(SystemExit) as exit_, run_log.RunLog() as log:
+        folder = log.open(tmp_path)
+        raise error
+    shown = capsys.readouterr().err
+    assert exit_.value.code == 1 and shown.startswith("ERROR: out of memory (") and shown.count("\n") == 1
+    assert words in shown and "Traceback" in (folder / "debug.log").read_text()
 
 
 def test_gradients_are_clipped_to_their_norm():
