@@ -238,6 +238,7 @@ class TrainOptions(Options):
     optim: str = option("adam", "optimiser", choices=("adam", "adamw", "sgd"))
     precision: str = option("fp32", "arithmetic of the training step", choices=("fp32", "tf32", "bf16", "fp16"))
     mixed_precision: bool = option(False, "the released name of --precision fp16")
+    deterministic: bool = option(False, "the same bits from run to run on a GPU too, by slower kernels")
     clip_grad_norm: float = option(0.0, "largest L2 norm of all gradients together; 0 does not clip")
     activation_checkpointing: bool = option(False, "compute trained blocks twice rather than keep their activations")
     grad_cache_chunk: int = option(0, "images in memory at a time in the backbone's backward pass; 0 for all of them")
@@ -247,7 +248,8 @@ class TrainOptions(Options):
         """The options that decide what a training run computes; the others may change when it goes on."""
         free = {"resume", "save_dir", "epochs_num", "patience", "device", "num_workers", "checkpoint_every"}
         free |= {"extraction_batch_size", "mixed_precision"}
-        free |= {"activation_checkpointing", "grad_cache_chunk", "compile"}  # they only round differently
+        # These only round differently.
+        free |= {"activation_checkpointing", "grad_cache_chunk", "compile", "deterministic"}
         free |= {"given"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}
         return {f"--{name}": value for name, value in values.items() if not isinstance(value, Path)}

@@ -29,6 +29,7 @@ from utils.device import (
     peak_memory,
     pick_device,
     reading_workers,
+    require_determinism,
     reset_peak_memory,
     to_device,
 )
@@ -56,6 +57,7 @@ def run(options: TrainOptions) -> dict[int, float]:
         run_log.log_header(asdict(options), device)
         seed_everything(options.seed)
         allow_tf32(options.precision == "tf32")
+        require_determinism(options.deterministic)
 
         # The data: places to train on, and the splits that judge.
         places = GSVCities(

@@ -198,14 +198,23 @@ class DINOv2(nn.Module):
         if (h, w) == (grid, grid):
             return self.pos_embed
         cls_position, positions = self.pos_embed.float().split([1, grid**2], dim=1)
-        positions = positions.view(1, grid, grid, -1).permute(0, 3, 1, 2)  # (1, C, grid, grid)
-        if self.size.registers:
-            positions = F.interpolate(positions, size=(h, w), mode="bicubic", antialias=True)
+        if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled() and self.pos_embed.requires_grad:
+            # On a GPU the resampling's gradient is added up in no fixed order; a matrix product's is.
+            basis = torch.eye(grid**2, device=positions.device).view(1, grid**2, grid, grid)
+            resampled = self._resample(basis, h, w).flatten(2).transpose(1, 2) @ positions  # (1, h*w, C)
         else:
-            # The weights were trained with this 0.1: it shifts the sampling positions, so size= gives other features.
-            scale = ((h + 0.1) / grid, (w + 0.1) / grid)
-            positions = F.interpolate(positions, scale_factor=scale, mode="bicubic")
-        return torch.cat((cls_position, positions.flatten(2).transpose(1, 2)), dim=1).to(self.pos_embed.dtype)
+            positions = positions.view(1, grid, grid, -1).permute(0, 3, 1, 2)  # (1, C, grid, grid)
+            resampled = self._resample(positions, h, w).flatten(2).transpose(1, 2)
+        return torch.cat((cls_position, resampled), dim=1).to(self.pos_embed.dtype)
+
+    def _resample(self, positions: Tensor, h: int, w: int) -> Tensor:
+        """1 x C x grid x grid to 1 x C x h x w."""
+        grid = positions.shape[-1]
+        if self.size.registers:
+            return F.interpolate(positions, size=(h, w), mode="bicubic", antialias=True)
+        # The weights were trained with this 0.1: it shifts the sampling positions, so size= gives other features.
+        scale = ((h + 0.1) / grid, (w + 0.1) / grid)
+        return F.interpolate(positions, scale_factor=scale, mode="bicubic")
 
     def tokens(self, images: Tensor) -> Tensor:
         """The final-norm tokens of normalised images B x 3 x H x W: B x T x C, class token and registers in front.

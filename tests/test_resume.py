@@ -153,6 +153,16 @@ def read_late(monkeypatch):
     )
 
 
+def test_deterministic_kernels_are_asked_for(flags, uninterrupted, tmp_path):
+    """On a CPU they are the same, with the position embedding frozen."""
+    try:
+        train_script.main([*flags, f"--save_dir={tmp_path}", "--deterministic"])
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(outcome(tmp_path), uninterrupted)
+
+
 def test_reading_losses_late_changes_nothing(flags, uninterrupted, read_late, tmp_path):
     train_script.main([*flags, f"--save_dir={tmp_path}"])
     assert_same(outcome(tmp_path), uninterrupted)

@@ -158,6 +158,17 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def require_determinism(required: bool) -> None:
+    """Whether a GPU is to compute the same bits every time, which is slower; a CPU does so anyway.
+
+    To be called before anything runs on the GPU: cuBLAS reads its setting once.
+    """
+    if required:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(required)
+    torch.backends.cudnn.benchmark = False
+
+
 def peak_memory(device: torch.device) -> float:
     """The most memory in use so far, in GB: of the CUDA device since `reset_peak_memory`, else of this process."""
     if device.type == "cuda":
