@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import eval as eval_script
@@ -113,6 +114,19 @@ def test_options_are_readable_on_the_terminal_and_whole_in_the_debug_log(evaluat
     assert " --no_labels --no-antialias " in shown and "{" not in shown.split("options given")[1].split("\n")[0]
     assert '"context_seeds": 5' not in shown + (folder / "info.log").read_text()
     assert '"context_seeds": 5' in (folder / "debug.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "marked"), [((1, 5, 10, 20), [1, 5, 10, 15]), ((3,), [3]), ((7, 2, 2), [2, 7]), ((99,), [15])]
+)
+def test_the_curve_is_marked_at_the_recall_values(evaluated, monkeypatch, values, marked):
+    """Of 15 database images; a recall at more is the recall at 15."""
+    figures = []
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **settings: figures.append(self) or real(self, *args))
+    evaluated("--recall_values", *values)
+    (axes,) = figures[0].axes
+    assert axes.get_xticks().tolist() == marked
 
 
 def test_bars_with_nothing_to_do_are_hidden(evaluated, tmp_path, capsys):

@@ -177,3 +177,17 @@ def test_a_finished_run_is_only_evaluated_again(flags, tmp_path, caplog):
     before = outcome(tmp_path)
     train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1", "--resume=auto"])
     assert_same(outcome(tmp_path), before)
+
+
+def test_an_epoch_without_a_step_left_shows_no_bar(flags, uninterrupted, tmp_path, monkeypatch, capsys):
+    """Stopped in its validation: the epoch's steps are all in the checkpoint."""
+    flags = [*flags, f"--save_dir={tmp_path}", "--resume=auto"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train_script, "evaluate", lambda *_, **__: sys.exit(3))
+        with pytest.raises(SystemExit):
+            train_script.main(flags)
+    assert "epoch 1: 100%" in capsys.readouterr().err
+    train_script.main(flags)
+    shown = capsys.readouterr().err
+    assert "going on from" in shown and "epoch 1:" not in shown and "epoch 2: 100%" in shown
+    assert_same(outcome(tmp_path), uninterrupted)
