@@ -15,6 +15,7 @@ in the plane z = 0 and the camera south of it, so a heading of 0 degrees looks s
 import csv
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -758,8 +759,8 @@ def write_toy_city(
     return targets
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, or 2 for bad input, raised as SystemExit."""
     parser = Parser(
         prog="python -m datasets.toy_city",
         usage="%(prog)s [--option value ...]; --help lists all options",
@@ -785,7 +786,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"wrote {gsv} and {trees}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

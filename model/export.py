@@ -60,6 +60,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     missing = [f"--{name}" for name in ("resume", "output") if getattr(found, name) is None]
     if missing:
         parser.error(f"{' and '.join(missing)} missing; name the checkpoint to read and the file to write")
+    if found.output.suffix not in (".onnx", ".safetensors"):
+        parser.error(f"--output {found.output} is neither .onnx nor .safetensors; name it one of the two")
+    if not found.output.parent.is_dir():
+        parser.error(f"--output {found.output}: there is no folder {found.output.parent}; make it first")
+    if found.resize and any(side < PATCH_SIZE or side % PATCH_SIZE for side in found.resize):
+        parser.error(
+            f"--resize {' '.join(map(str, found.resize))} is not a multiple of the {PATCH_SIZE}-pixel patch; "
+            "use e.g. 322 322"
+        )
     return found
 
 
@@ -179,19 +188,14 @@ def _needed(package: str, remedy: str) -> Any:
         raise ValueError(f"this export takes the package {name}, which is missing; {remedy}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; exit status 2 for bad input."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        The exit status, 0; 2 is raised as SystemExit for bad input.
+    """
     options = arguments(argv)
     try:
-        if options.output.suffix not in (".onnx", ".safetensors"):
-            raise ValueError(f"--output {options.output} is neither .onnx nor .safetensors; name it one of the two")
-        if not options.output.parent.is_dir():
-            raise ValueError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
-        if options.resize and any(side < PATCH_SIZE or side % PATCH_SIZE for side in options.resize):
-            raise ValueError(
-                f"--resize {' '.join(map(str, options.resize))} is not a multiple of the {PATCH_SIZE}-pixel patch; "
-                "use e.g. 322 322"
-            )
         path = find_checkpoint(options.resume)
         content = read_file(path)
         asked = {
@@ -227,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             message = f"{options.output} could not be written ({error}); free space, or use other versions of torch"
         print(f"ERROR: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -63,7 +63,7 @@ def test_onnx(saved, tmp_path, capsys, monkeypatch):
 
 def test_safetensors(saved, tmp_path, city, capsys):
     model, settings, path = saved
-    export.main(f"--resume {path} --output {tmp_path}/model.safetensors".split())
+    assert export.main(f"--resume {path} --output {tmp_path}/model.safetensors".split()) == 0
     assert "weights read back, largest difference 0" in capsys.readouterr().out
     with safe_open(tmp_path / "model.safetensors", framework="np") as file:
         facts = file.metadata()

@@ -29,6 +29,8 @@ def run(*command):
         ("-m model.export --outptu=x.onnx", 2, "unknown option --outptu=x.onnx, did you mean --output?"),
         ("-m model.export --resume=x --output=y --backbone=dino_tyni", 2, "invalid choice: 'dino_tyni'"),
         ("-m model.export", 2, "--resume and --output missing"),
+        ("-m model.export --resume=x --output=model.pt", 2, "neither .onnx nor .safetensors"),
+        ("-m model.export --resume=x --output=y.onnx --resize 56 57", 2, "--resize 56 57 is not a multiple of the 14"),
         ("-m datasets.check data --treshold=3", 2, "unknown option --treshold=3, did you mean --threshold?"),
         ("-m datasets.check --help", 0, ""),
         ("-m datasets.toy_city --ouput=x", 2, "unknown option --ouput=x, did you mean --output?"),
