@@ -218,11 +218,19 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            written = {"model": "{}", **(file.metadata() or {})}
-            facts = {name: json.loads(written[name]) for name in ("model", "resize") if name in written}
+            written = file.metadata() or {}
+            facts = {name: _parsed(written[name]) for name in ("model", "resize") if name in written}
             return {"model_state_dict": state, **facts}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch or write it again") from error
+
+
+def _parsed(text: str) -> Any:
+    """What JSON says; None where the text is none, as in files of other projects."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def load_foundation(backbone: DINOv2, path: Path) -> None:

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import eval as eval_script
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -136,6 +137,15 @@ def test_what_is_refused(refused, tmp_path, monkeypatch):
     for package, output in (("onnxscript", "model.onnx"), ("safetensors.torch", "model.safetensors")):
         monkeypatch.setitem(sys.modules, package, None)
         assert f"takes the package {package.split('.')[0]}, which is missing" in refused("", tmp_path / output)
+
+
+def test_safetensors_of_other_projects_say_nothing_of_ours(tmp_path):
+    for number, metadata in enumerate((None, {"model": "vit", "resize": "322x322"}, {"model": "[1]", "resize": "322"})):
+        path = tmp_path / f"{number}.safetensors"
+        save_file({"pos_embed": torch.zeros(1)}, path, metadata)
+        content = read_file(path)
+        assert weights.model_of(path, content) == {} and weights.size_of(content) is None
+        assert "pos_embed" in content["model_state_dict"]
 
 
 def test_safetensors_that_cannot_be_read(tmp_path, monkeypatch):
