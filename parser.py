@@ -101,6 +101,9 @@ class EvalOptions(Options):
         nargs="+",
         type=str,
     )
+    resize: tuple[int, int] = option(
+        (322, 322), "height and width of images, in pixels, where the checkpoint does not say", nargs=2, type=int
+    )
     antialias: bool = option(
         None,
         "antialias the resize; by default it is for plain folders, whose photos may be large, and not for datasets, as "
