@@ -225,7 +225,9 @@ class TrainOptions(Options):
     )
     checkpoint_every: int = option(0, "steps between checkpoints within an epoch; 0 writes one an epoch")
     foundation_model_path: Path | None = option(
-        None, "official DINOv2 weights of the backbone; by default fetched once", type=Path
+        None,
+        "official DINOv2 weights of the backbone, or a checkpoint to take its backbone from; by default fetched once",
+        type=Path,
     )
     cities: tuple[str, ...] = option((), "GSV-Cities to train on; by default all that are there", nargs="+", type=str)
     images_per_place: int = option(4, "images of a place in a batch; places with fewer are left out")

@@ -234,13 +234,16 @@ def _parsed(text: str) -> Any:
 
 
 def load_foundation(backbone: DINOv2, path: Path) -> None:
-    """Loads an official DINOv2 file, every key of which must fit.
+    """Loads an official DINOv2 file, or the backbone of a checkpoint; every key must fit.
 
     Raises:
         FileNotFoundError, ValueError: as `read_file`, or the file is of another backbone.
     """
     content = read_file(path)
     state = content.get("model_state_dict", content)
+    names = {name: name.removeprefix("module.") for name in state}
+    if any(name.startswith("backbone.") for name in names.values()):
+        state = {n.removeprefix("backbone."): state[name] for name, n in names.items() if n.startswith("backbone.")}
     _require_backbone(backbone, state, path)
     _load(backbone, state, path)
 

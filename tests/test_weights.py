@@ -209,6 +209,17 @@ def test_foundation_file(tmp_path):
         load_foundation(base.backbone, tmp_path / "dinov2.pth")
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_backbone_of_a_checkpoint_is_a_foundation_too(tmp_path, prefix):
+    """Of ours and of the released form; its layer and encoder are left behind."""
+    saved, model = tiny(clusters=2, crossimage_encoder=True), tiny()
+    layer = model.aggregation.conv.weight.clone()
+    state = {prefix + name: value for name, value in saved.state_dict().items()}
+    torch.save({"model_state_dict": state, "resize": [56, 56]}, tmp_path / "best_model.pth")
+    load_foundation(model.backbone, tmp_path / "best_model.pth")
+    assert same_weights(model.backbone, saved.backbone) and torch.equal(model.aggregation.conv.weight, layer)
+
+
 def test_where_foundation_weights_are_published():
     base = "https://dl.fbaipublicfiles.com/dinov2/"
     assert foundation_address("dino") == base + "dinov2_vitb14/dinov2_vitb14_pretrain.pth"
