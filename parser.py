@@ -368,6 +368,7 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(_unknown(unknown, flags, EvalOptions if options_class is TrainOptions else TrainOptions))
+    logger.disabled = parser.silent
     values: dict[str, Any] = vars(given)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:

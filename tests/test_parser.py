@@ -135,7 +135,7 @@ def test_a_misspelt_option_names_its_neighbour(options_class, flags, message, ca
     assert usage.startswith("usage: ") and "--help lists all options" in usage
 
 
-def test_one_process_a_machine_speaks(capsys, monkeypatch):
+def test_one_process_a_machine_speaks(capsys, caplog, monkeypatch):
     """Of those of torchrun; a rank that another launcher left in the environment silences nobody."""
     monkeypatch.setattr(parser.time, "sleep", lambda _: None)
     for launched, local, speaks in (("job", "0", True), ("job", "1", False), (None, "1", True)):
@@ -149,6 +149,9 @@ def test_one_process_a_machine_speaks(capsys, monkeypatch):
             assert exit_.value.code == status
             shown = capsys.readouterr()
             assert bool(shown.out + shown.err) == speaks, flags
+        caplog.clear()
+        parse(EvalOptions, "--eval_datasets_folder=D --resume=x --resize 480 640".split())
+        assert ("is rounded to whole patches" in caplog.text) == speaks
 
 
 def test_plain_folders_are_searched_photo_by_photo():
