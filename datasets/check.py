@@ -7,7 +7,27 @@ Each fault is one line on stdout, `<kind>: <path>: <what and what to do>`. The e
 there is any, 2 for a folder that is neither.
 """
 
-import argparse
+from pathlib import Path
+
+from utils.command_line import Parser
+
+
+def command_line() -> Parser:
+    """What the command takes."""
+    parser = Parser(
+        prog="python -m datasets.check",
+        usage="%(prog)s FOLDER [FOLDER ...] [--option value ...]; --help lists all options",
+        description="Verify data without a model.",
+    )
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="evaluation dataset, or GSV-Cities")
+    parser.add_argument("--threshold", type=float, default=25.0, help="metres from a query to a positive (default: 25)")
+    parser.add_argument("--workers", type=int, help="processes to read with (default: one for each core)")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse()  # before the seconds of importing the rest: a mistake is answered at once
+
 import csv
 import hashlib
 import os
@@ -16,7 +36,6 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -70,7 +89,7 @@ def read_images(paths: Sequence[str], *, workers: int | None, name: str) -> list
     """
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         results = pool.map(read_image, paths, chunksize=IMAGES_PER_TASK)
-        return list(tqdm(results, total=len(paths), unit="image", desc=name))
+        return list(tqdm(results, total=len(paths), unit="image", desc=name, disable=not paths))
 
 
 def images_below(folder: Path) -> list[str]:
@@ -312,11 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 1 if there is any fault.
     """
-    parser = argparse.ArgumentParser(prog="python -m datasets.check", description="Verify data without a model.")
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="evaluation dataset, or GSV-Cities")
-    parser.add_argument("--threshold", type=float, default=25.0, help="metres from a query to a positive (default: 25)")
-    parser.add_argument("--workers", type=int, help="processes to read with (default: one for each core)")
-    args = parser.parse_args(argv)
+    parser = command_line()
+    args = parser.parse(argv)
     if not args.threshold >= 0:
         parser.error(f"--threshold {args.threshold} is not a distance; give metres, 0 or more")
     if args.workers is not None and args.workers < 1:

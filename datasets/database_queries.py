@@ -15,13 +15,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics.pairwise import haversine_distances
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .exif import gps_positions
-from .transforms import Transform, read_pixels
+from .transforms import Transform, prepare, read_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +42,9 @@ class ImageList(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        pixels = read_pixels(self.paths[index], upright=self.upright)
-        return pixels if self.transform is None else self.transform(pixels[None])[0]
+        if self.transform is None:
+            return read_pixels(self.paths[index], upright=self.upright)
+        return prepare(self.paths[index], self.transform, upright=self.upright)
 
 
 def list_images(folder: Path) -> list[str]:
@@ -208,6 +207,14 @@ def _read_npy(path: Path) -> NDArray[Any]:
         raise ValueError(f"{path} is not a .npy file of index arrays ({error}); give one, or a .csv") from error
 
 
+def haversine_metres(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distances over the mean sphere, in metres, between latitudes and longitudes in degrees, ... x 2 each."""
+    a, b = np.radians(a), np.radians(b)
+    squared = np.sin((b - a) / 2) ** 2  # of half the chord, along each axis
+    along = squared[..., 0] + np.cos(a[..., 0]) * np.cos(b[..., 0]) * squared[..., 1]
+    return 2 * EARTH_RADIUS * np.arcsin(np.sqrt(along.clip(0, 1)))
+
+
 def image_key(path: str) -> str:
     """The image's own key, e.g. MSLS's: the seventh field of `@east@north@zone@letter@lat@lon@key@...`; "" without."""
     fields = os.path.basename(path).split("@")
@@ -313,6 +320,8 @@ class DatabaseQueries:
         if self.known_positives is not None:
             return self.known_positives
         assert self.database_positions is not None and self.queries_positions is not None
+        from sklearn.neighbors import NearestNeighbors  # nearly a second to import: not at every start
+
         if not self.geographic:
             index = NearestNeighbors().fit(self.database_positions)
             return list(index.radius_neighbors(self.queries_positions, radius=distance, return_distance=False))
@@ -327,8 +336,7 @@ class DatabaseQueries:
         found = self.database_positions[predictions]  # (Q, k, 2)
         if not self.geographic:
             return np.linalg.norm(found - self.queries_positions[:, None], axis=2)
-        pairs = zip(np.radians(self.queries_positions), np.radians(found), strict=True)
-        return EARTH_RADIUS * np.concatenate([haversine_distances(query[None], row) for query, row in pairs])
+        return haversine_metres(self.queries_positions[:, None], found)
 
 
 def _with_keys(paths: list[str], keys_file: Path) -> list[str]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as TF
 
-from .exif import orientation, turned
+from .exif import orientation, orientation_of, turned
 from .randaugment import RandAugment
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -40,21 +40,24 @@ def open_image(path: Path | str) -> Image.Image:
         raise ValueError(f"cannot read the image {path} ({error}); replace or remove it") from error
 
 
-def read_pixels(path: Path | str, *, upright: bool = False) -> Tensor:
-    """Reads an image file as RGB: bytes, 3 x H x W.
+def read_pixels(photo: Path | str | Image.Image, *, upright: bool = False) -> Tensor:
+    """Reads an image as RGB: bytes, 3 x H x W.
 
     JPEGs in colour or grey go through torchvision, which gives the same bytes as Pillow in less time. All else, and
     what it does not manage, goes through Pillow.
 
     Args:
-        path: of the file.
+        photo: path of a file, or an image that Pillow has opened.
         upright: turn the image as its EXIF data says.
 
     Raises:
         ValueError: it cannot be read; the message names the file.
     """
-    pixels = _decoded(os.fspath(path))
-    return turned(pixels, orientation(path)) if upright else pixels
+    if isinstance(photo, Image.Image):
+        pixels = TF.pil_to_tensor(photo.convert("RGB"))
+        return turned(pixels, orientation_of(photo)) if upright else pixels
+    pixels = _decoded(os.fspath(photo))
+    return turned(pixels, orientation(photo)) if upright else pixels
 
 
 def _decoded(path: str) -> Tensor:
@@ -145,6 +148,27 @@ CROPS = {name: 5 if transform is five_crops else 1 for name, transform in TEST_M
 def evaluation_transform(size: Size, antialias: bool = False, test_method: str = "hard_resize") -> Transform:
     """A test method with its `size` (height, width): bytes B x 3 x H x W, on any device, to what the model takes."""
     return partial(TEST_METHODS[test_method], size=size, antialias=antialias)
+
+
+def prepare(photo: Path | str | Image.Image, transform: Transform | None = None, *, upright: bool = True) -> Tensor:
+    """A photo as the model takes it. eval.py and torch.hub's `prepare` call this, so that descriptors are the same.
+
+    By default that is what eval.py does with plain folders. A benchmark's photo, as published, is
+    `prepare(photo, evaluation_transform((322, 322)), upright=False)`: neither antialiased nor turned.
+
+    Args:
+        photo: path of a file, or an image that Pillow has opened.
+        transform: of `evaluation_transform`; by default both sides to 322 pixels, antialiased.
+        upright: turn the photo as its EXIF data says.
+
+    Returns:
+        What the transform makes of the photo, normalised: (crops x) 3 x H x W.
+
+    Raises:
+        ValueError: it cannot be read; the message names the file.
+    """
+    transform = transform or evaluation_transform((322, 322), antialias=True)
+    return transform(read_pixels(photo, upright=upright)[None])[0]
 
 
 def transform_sizes(transform: Transform, images: Sequence[Tensor]) -> Tensor:

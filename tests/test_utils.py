@@ -508,6 +508,23 @@ def test_an_index_that_cannot_be_made(factory, parameters):
         nearest_by_index(database, lambda: in_chunks(database, [300]), 300, 5, factory=factory, parameters=parameters)
 
 
+@pytest.mark.parametrize(("name", "photos"), [("queries", "query"), ("database", "database"), ("pca", "PCA")])
+def test_what_changed_since_descriptors_were_kept_is_said_in_words(tmp_path, name, photos):
+    """No digests, and no shapes that follow from them."""
+    was = {"weights": "1f", "images": "2e", "upright": False, "resize": [56, 56]}
+    DescriptorStore(tmp_path, name, (9, 1, 4, 8), fingerprint=was)
+
+    def said(count, **change):
+        with pytest.raises(ValueError) as error:
+            DescriptorStore(tmp_path, name, (count, 1, 4, 8), fingerprint={**was, **change})
+        return str(error.value).split("made otherwise: ")[1].split("; give the same")[0]
+
+    assert said(9, images="3d") == said(8, images="3d") == f"the {photos} photos have changed"
+    assert said(9, weights="0a", images="3d") == f"the weights are another model's; the {photos} photos have changed"
+    assert said(9, upright=True) == f"the {photos} photos were not turned as EXIF says and are now"
+    assert said(9, resize=[56, 70]) == "--resize was 56 56 and is 56 70 now"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_store_gives_back_what_was_written(tmp_path, dtype):
     rows = np.random.default_rng(0).standard_normal((9, 2, 3)).astype(dtype).astype("f")
@@ -522,8 +539,12 @@ def test_a_store_gives_back_what_was_written(tmp_path, dtype):
         np.testing.assert_array_equal(again.read(np.array(indices)), rows[indices])
     np.testing.assert_array_equal(np.load(tmp_path / "s" / "database.npy"), rows)
     assert np.load(tmp_path / "s" / "database.npy").dtype == dtype
-    for change in ({"shape": (8, 2, 3)}, {"dtype": "int8"}, {"fingerprint": {"weights": "b"}}):
-        with pytest.raises(ValueError, match="database.npy was made otherwise: (shape|dtype|weights) was"):
+    for change, words in (
+        ({"shape": (8, 2, 3)}, "the shape was 9 2 3 and is 8 2 3 now"),
+        ({"dtype": "int8"}, f"--descriptor_dtype was {dtype} and is int8 now"),
+        ({"fingerprint": {"weights": "b"}}, "the weights are another model's"),
+    ):
+        with pytest.raises(ValueError, match=f"database.npy was made otherwise: {words}; give the same"):
             DescriptorStore(tmp_path / "s", "database", **{**settings, **change})
     assert not DescriptorStore(tmp_path / "s", "database", **settings).missing().size, "refusing touched nothing"
 

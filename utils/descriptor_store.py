@@ -98,16 +98,29 @@ class DescriptorStore:
 
 
 def _require_same(written: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
-    differing = [
-        f"{key} was {written.get(key)} and is {asked.get(key)} now"
-        for key in asked | written
-        if written.get(key) != asked.get(key)
-    ]
-    if differing:
+    keys = [key for key in asked | written if written.get(key) != asked.get(key)]
+    if "images" in keys or "weights" in keys:
+        keys = [key for key in keys if key != "shape"]  # which follows from them
+    if keys:
+        differences = [_in_words(key, written.get(key), asked.get(key), path) for key in keys]
         raise ValueError(
-            f"{path} was made otherwise: {'; '.join(differing)}; "
+            f"{path} was made otherwise: {'; '.join(differences)}; "
             "give the same weights and options, or another --descriptors_folder"
         )
+
+
+def _in_words(key: str, was: Any, now: Any, path: Path) -> str:
+    """How a store differs from what is wanted; nobody can read the digest of a thousand photos."""
+    photos = {"queries": "query", "pca": "PCA"}.get(path.stem, path.stem) + " photos"
+    if key == "images":
+        return f"the {photos} have changed"
+    if key == "weights":
+        return "the weights are another model's"
+    if key == "upright":
+        return f"the {photos} were {'' if was else 'not '}turned as EXIF says and are {'' if now else 'not '}now"
+    name = {"dtype": "--descriptor_dtype", "shape": "the shape"}.get(key, f"--{key}")
+    shown = [" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in (was, now)]
+    return f"{name} was {shown[0]} and is {shown[1]} now"
 
 
 def digest(content: Iterable[str] | Mapping[str, Tensor]) -> str:

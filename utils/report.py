@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from . import metrics
@@ -18,6 +16,9 @@ TRAINING = "training.png"
 
 def draw_training(folder: Path) -> None:
     """Draws the loss and the validation recalls of `metrics.csv`, epoch by epoch, into `training.png` beside it."""
+    from matplotlib.figure import Figure  # not before a picture is drawn: it takes a quarter of a second
+    from matplotlib.ticker import MaxNLocator
+
     with open(folder / metrics.FILE, newline="") as file:
         rows = list(csv.DictReader(file))
     epochs = [int(row["epoch"]) for row in rows]
@@ -39,14 +40,26 @@ def draw_training(folder: Path) -> None:
     (folder / TRAINING).write_bytes(picture.getvalue())
 
 
-def draw_recalls(folder: Path, title: str, curves: Mapping[str, Sequence[float]]) -> None:
-    """Draws recall@N for N = 1, 2, ... of each named curve, in percent, into `recalls.png`."""
+def draw_recalls(
+    folder: Path, title: str, curves: Mapping[str, Sequence[float]], ticks: Sequence[int] = (1, 5, 10, 20)
+) -> None:
+    """Draws recall@N for N = 1, 2, ... of each named curve, in percent, into `recalls.png`.
+
+    Args:
+        folder: the run's.
+        title: stands above.
+        curves: by name.
+        ticks: the N to mark; those beyond the curves' end mark the end, which is their recall.
+    """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():
         axes.plot(range(1, 1 + len(curve)), curve, marker="o", markersize=3, label=name)
     axes.set(xlabel="N", ylabel="recall@N (%)", ylim=(0, 103), title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    longest = max(map(len, curves.values()))
+    axes.set_xticks(sorted({min(n, longest) for n in ticks}))
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
     figure.savefig(folder / "recalls.png", dpi=120)

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -217,11 +218,25 @@ def git_revision() -> str:
     return found or "unknown"
 
 
-def log_header(settings: dict[str, Any], device: torch.device) -> None:
-    """Writes the command line, the options, the versions and the device at the top of the log."""
+def log_header(settings: dict[str, Any], device: torch.device, *, given: Sequence[str] = ()) -> None:
+    """Writes the command line, the options, the versions and the device at the top of the log.
+
+    Args:
+        settings: every option by its name; for debug.log.
+        device: what is computed on.
+        given: names of the options that were set, which are what a reader wants to see.
+    """
     logger.info("command: %s", " ".join([Path(sys.executable).name, *sys.argv]))
-    logger.info("options: %s", json.dumps(settings, default=str))
+    logger.info("options given: %s", " ".join(as_flag(name, settings[name]) for name in given) or "none")
+    logger.debug("options: %s", json.dumps(settings, default=str))
     logger.info("environment: %s", json.dumps(environment(device)))
+
+
+def as_flag(name: str, value: Any) -> str:
+    """An option as it is written on a command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
 
 
 def log_parameters(model: torch.nn.Module) -> None:
