@@ -70,6 +70,7 @@ def write_predictions(
     predictions: NDArray[np.int64],
     distances: NDArray[np.float32],
     correct: NDArray[np.bool_] | None,
+    judged: NDArray[np.bool_] | None = None,
 ) -> None:
     """Writes `predictions.csv`: query, rank from 1, database image, squared L2 distance, correct (1, 0 or empty).
 
@@ -80,6 +81,7 @@ def write_predictions(
         predictions: Q x k database indices, best first; -1 is left out.
         distances: of the descriptors, Q x k.
         correct: Q x k, None where it is not known.
+        judged: of which of them it is known, Q x k; None for all.
     """
     with open(folder / "predictions.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -87,7 +89,8 @@ def write_predictions(
         for query, path in enumerate(queries):
             for rank, image in enumerate(predictions[query]):
                 if image >= 0:
-                    right = "" if correct is None else int(correct[query, rank])
+                    unknown = correct is None or (judged is not None and not judged[query, rank])
+                    right = "" if correct is None or unknown else int(correct[query, rank])
                     writer.writerow([path, rank + 1, database[image], f"{distances[query, rank]:.6g}", right])
 
 
