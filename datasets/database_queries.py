@@ -25,7 +25,7 @@ from utils import distributed
 from .exif import gps_positions
 from .photo_files import PHOTO_SUFFIXES, identity, list_images, unreadable
 from .pixel_modes import Depth
-from .positives import read_positives
+from .positives import read_positives, read_text
 from .transforms import Transform, read_noted, read_pixels
 
 logger = logging.getLogger(__name__)
@@ -474,7 +474,7 @@ def readable(paths: Sequence[str], folder: Path, *, upright: bool) -> NDArray[np
 def _with_keys(paths: list[str], keys_file: Path) -> list[str]:
     if not keys_file.is_file():
         raise FileNotFoundError(f"no file {keys_file}; check --query_keys")
-    keys = set(keys_file.read_text().replace(",", " ").split())
+    keys = set(read_text(keys_file).replace(",", " ").replace(";", " ").split())
     kept = [path for path in paths if image_key(path) in keys]
     if not kept:
         raise ValueError(

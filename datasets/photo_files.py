@@ -116,11 +116,14 @@ def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[
     left_out = listing.left_out
     if not listing.paths:
         raise ValueError(
-            f"no image ({', '.join(suffixes)}) in {folder}{f', but {left_out}' if left_out else ''}; put the photos "
-            "there, other formats (HEIC) converted"
+            f"no image ({', '.join(suffixes[:3])}{', ...' if len(suffixes) > 3 else ''}) in {folder}"
+            f"{f', but {left_out}' if left_out else ''}; put the photos there, other formats (HEIC) converted"
         )
     if left_out:
-        logger.warning("%s: left out %s; only %s are read here", folder, left_out, " ".join(suffixes))
+        advice = (
+            "of datasets, .jpg, .jpeg and .png are read" if suffixes == IMAGE_SUFFIXES else "convert photos to JPEG"
+        )
+        logger.warning("%s: left out %s; %s", folder, left_out, advice)
     return listing.paths
 
 

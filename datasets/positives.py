@@ -156,13 +156,21 @@ def _placed(rows: Sequence[NDArray[np.int64]], database: _Side, queries: _Side) 
     return placed
 
 
-def _from_text(path: Path, database: _Side, queries: _Side) -> list[NDArray[np.int64]]:
+def read_text(path: Path) -> str:
+    """Text that names files or keys, without a byte order mark; bytes that are not UTF-8 are read as in file names.
+
+    Raises:
+        ValueError: it is no text.
+    """
     content = path.read_bytes()
     if b"\0" in content:
         line = 1 + content.count(b"\n", 0, content.index(b"\0"))
         raise ValueError(f"{path}, line {line}: not text in UTF-8, but perhaps UTF-16; save it as UTF-8")
-    # Bytes that are not UTF-8 are read as they are in file names.
-    text = content.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
+    return content.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
+
+
+def _from_text(path: Path, database: _Side, queries: _Side) -> list[NDArray[np.int64]]:
+    text = read_text(path)
     table: list[tuple[int, list[str]]] = []
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text), strict=True)
     try:

@@ -133,7 +133,7 @@ def test_left_out_files_are_counted_by_suffix(tmp_path, photo, caplog):
     (line,) = caplog.messages
     assert line.startswith(f"{tmp_path}: left out 6 files (2 .heic, 1 ")
     assert all(f"1 {kind}" in line for kind in (".mov", ".json", ".txt", "without suffix"))
-    assert f" and 1 link to what is listed already, e.g. {tmp_path}/again; only .jpg .jpeg .png .jpe " in line
+    assert f" and 1 link to what is listed already, e.g. {tmp_path}/again; convert photos to JPEG" in line
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(ValueError, match=r"no image .* in .*, but 6 files \(2 .heic, .*converted"):
         list_images(tmp_path, PHOTO_SUFFIXES)
@@ -151,14 +151,14 @@ def test_every_format_of_photos_is_read_in_plain_folders_only(tmp_path, photo, e
     assert len(first) == len(kinds)
     assert all(row["query"].lower()[-6:] == row["database"][-6:] for row in first if "gif" not in row["query"].lower())
     (line,) = [line for line in shown.splitlines() if "left out" in line]
-    assert f"{tmp_path}/asked: left out 1 file (1 .mp4); only .jpg" in line
+    assert f"{tmp_path}/asked: left out 1 file (1 .mp4); convert photos to JPEG" in line
 
     for side in ("database", "queries"):
         photo(f"data/town/images/test/{side}/@0@0@.jpg")
         photo(f"data/town/images/test/{side}/@0@0@.webp")
     shown, folder = evaluated(f"--eval_datasets_folder={tmp_path}/data", "--eval_dataset_name=town", database=None)
     assert "Recalls on town test (1 database, 1 queries)" in shown
-    assert shown.count("left out 1 file (1 .webp); only .jpg .jpeg .png are read here") == 2
+    assert shown.count("left out 1 file (1 .webp); of datasets, .jpg, .jpeg and .png are read") == 2
 
 
 @pytest.fixture
