@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datasets.database_queries import DatabaseQueries, image_key, list_images
+from datasets.database_queries import DatabaseQueries, image_key, list_images, readable
 from datasets.protocols import protocol_of, warn_of_counts
 from datasets.transforms import CROPS, evaluation_transform, read_pixels
 from model import SuperVLADNet, build_model
@@ -128,6 +128,8 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
         "labelled": not options.no_labels,
         "positives_file": options.positives_file,
         "query_keys": options.query_keys,
+        "labels_where_known": options.labels_where_known,
+        "skip_unreadable": options.skip_unreadable,
     }
     if options.database_folder is not None and options.queries_folder is not None:
         name = f"{options.queries_folder.name} in {options.database_folder.name}"
@@ -168,14 +170,16 @@ def pca_images(options: EvalOptions, descriptor_dim: int) -> list[str]:
     """The images that a PCA is fitted on, in random order; none where none is asked for."""
     if options.pca_dataset_folder is None:
         return []
-    found = list_images(options.eval_datasets_folder / options.pca_dataset_folder)
-    chosen: list[str] = np.random.default_rng(options.seed).permutation(found)[:PCA_IMAGES].tolist()
+    folder = options.eval_datasets_folder / options.pca_dataset_folder
+    chosen = np.random.default_rng(options.seed).permutation(list_images(folder))[:PCA_IMAGES]
+    if options.skip_unreadable:
+        chosen = chosen[readable(chosen.tolist(), folder, upright=options.plain_folders)]
     if options.pca_dim > min(len(chosen), descriptor_dim):
         raise ValueError(
             f"--pca_dim {options.pca_dim}: descriptors have {descriptor_dim} numbers and {options.pca_dataset_folder} "
             f"has {len(chosen)} images; use no more than the smaller of the two"
         )
-    return chosen
+    return list(chosen.tolist())
 
 
 def extracted(
@@ -283,7 +287,7 @@ def evaluate(
                 if options.index is not None:
                     results["index_agreement"] = searched.agreement
             if correct is not None:
-                found.append(search.recall_of(correct, range(1, k + 1)))
+                found.append(search.recall_of(correct[dataset.judged_queries], range(1, k + 1)))
         if found:
             mean = {n: float(np.mean([recall[n] for recall in found])) for n in found[0]}
             deviation = {n: float(np.std([recall[n] for recall in found])) for n in found[0]}
@@ -320,7 +324,8 @@ def write_matches(
     """Writes `predictions.csv`, and the page and the submission if asked for; all Q x k."""
     dataset = task.dataset
     paths: tuple[Sequence[str], Sequence[str]] = (dataset.queries_paths, dataset.database_paths)
-    report.write_predictions(task.folder, *paths, predictions, distances, correct)
+    judged = None if correct is None else dataset.judged(predictions)
+    report.write_predictions(task.folder, *paths, predictions, distances, correct, judged)
     if options.save_submission:
         query_keys, database_keys = ([image_key(path) for path in side] for side in paths)
         report.write_submission(task.folder, query_keys, database_keys, predictions)
@@ -334,6 +339,7 @@ def write_matches(
             database=paths[1],
             predictions=predictions[first],
             correct=None if correct is None else correct[first],
+            judged=None if judged is None else judged[first],
             metres=None if metres is None else metres[first],
         )
         logger.info("matches to look at: %s", page)
@@ -357,7 +363,8 @@ def write_assignments(
         match = predictions[query, 0]
         shown = [(f"query {query}", dataset.queries_paths[query])]
         if match >= 0:  # an approximate index may find nothing
-            verdict = "" if correct is None else ", correct" if correct[query, 0] else ", wrong"
+            judged = correct is not None and dataset.judged(predictions[:, :1])[query, 0]
+            verdict = "" if correct is None or not judged else ", correct" if correct[query, 0] else ", wrong"
             shown.append((f"first match{verdict}", dataset.database_paths[match]))
         photos = []
         for title, path in shown:

@@ -107,6 +107,10 @@ class EvalOptions(Options):
     positives_file: Path | None = option(
         None, "each query's correct database images, .npy or .csv, instead of positions", type=Path
     )
+    labels_where_known: bool = option(
+        False, "search photos without a position too, but count only queries that have one, and as correct likewise"
+    )
+    skip_unreadable: bool = option(False, "leave out photos that cannot be read, after reading all; the log names them")
     query_keys: Path | None = option(
         None, "text file of keys: evaluate these queries only (MSLS's official ones)", type=Path
     )
@@ -183,6 +187,11 @@ class EvalOptions(Options):
             raise ValueError("--positives_file and --query_keys are of one dataset; give one --eval_dataset_name")
         if plain and "eval_dataset_name" in self.given:
             raise ValueError("--eval_dataset_name and --database_folder both say what to search; give one of the two")
+        if self.labels_where_known and (self.no_labels or self.positives_file is not None):
+            raise ValueError(
+                "--labels_where_known is of labels by positions, which --no_labels and --positives_file do without; "
+                "give one of them"
+            )
         if self.index_parameters and self.index is None:
             raise ValueError(f"--index_parameters {self.index_parameters} are of an --index; give that too")
         if len(set(self.eval_dataset_name)) < len(self.eval_dataset_name):

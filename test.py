@@ -93,8 +93,9 @@ def image_batches(
         B x (crops x) 3 x H x W on the device.
     """
     on_device = device.type != "cpu" and not upright
+    images_at = ImageList(paths, None if on_device else transform, upright=upright)
     loader: DataLoader[Tensor] = DataLoader(
-        ImageList(paths, None if on_device else transform, upright=upright),
+        images_at,
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list if on_device else None,
@@ -107,6 +108,7 @@ def image_batches(
             images = transform_sizes(transform, batch) if on_device else batch[0]
             yield images
             bar.update(len(images))
+    images_at.log_depths(progress)
 
 
 @torch.inference_mode()

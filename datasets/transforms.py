@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as TF
 
-from .exif import orientation, turned
+from .exif import cannot_read, orientation, turned
+from .pixel_modes import Depth, to_rgb
 from .randaugment import RandAugment
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -28,16 +29,21 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """Reads an image file as RGB.
+    """Reads an image file of any mode as RGB, as `pixel_modes` says.
 
     Raises:
         ValueError: it cannot be read; the message names the file.
     """
+    return open_noted(path)[0]
+
+
+def open_noted(path: Path | str) -> tuple[Image.Image, Depth, str]:
+    """As `open_image`, and how the image came to have 8 bits a channel, see `pixel_modes.to_rgb`."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path} ({error}); replace or remove it") from error
+            return to_rgb(image)
+    except Exception as error:  # decoders stumble over a damaged file in many ways
+        raise cannot_read(path, error) from error
 
 
 def read_pixels(path: Path | str, *, upright: bool = False) -> Tensor:
@@ -53,22 +59,33 @@ def read_pixels(path: Path | str, *, upright: bool = False) -> Tensor:
     Raises:
         ValueError: it cannot be read; the message names the file.
     """
-    pixels = _decoded(os.fspath(path))
-    return turned(pixels, orientation(path)) if upright else pixels
+    return read_noted(path, upright=upright)[0]
 
 
-def _decoded(path: str) -> Tensor:
+def read_noted(path: Path | str, *, upright: bool = False) -> tuple[Tensor, Depth]:
+    """As `read_pixels`, and how the image came to have 8 bits a channel."""
+    pixels, depth = _decoded(os.fspath(path))
+    if upright:
+        try:
+            pixels = turned(pixels, orientation(path))
+        except Exception as error:  # Pillow refuses some files that torchvision reads
+            raise cannot_read(path, error) from error
+    return pixels, depth
+
+
+def _decoded(path: str) -> tuple[Tensor, Depth]:
     if path.lower().endswith((".jpg", ".jpeg")):
         try:
             pixels = decode_jpeg(read_file(path))
             if len(pixels) == 3:
-                return pixels
+                return pixels, Depth.STORED
             if len(pixels) == 1:  # copied, since memory that channels share cannot be pinned
-                return pixels.repeat(3, 1, 1)
+                return pixels.repeat(3, 1, 1), Depth.STORED
             # Four are CMYK, which Pillow converts differently.
         except RuntimeError:
             pass  # Pillow reads it, or says what is wrong
-    return TF.pil_to_tensor(open_image(path))
+    image, depth, _ = open_noted(path)
+    return TF.pil_to_tensor(image), depth
 
 
 def normalize(image: Tensor) -> Tensor:

@@ -296,7 +296,7 @@ def test_keys_select_queries_and_make_a_submission(city, weights, tmp_path, caps
             fields = path.name.split("@")
             fields[7] = f"{side[0]}{number:02d}"
             shutil.copy(path, folder / side / "@".join(fields))
-    (tmp_path / "keys.txt").write_text("q03\nq05,q11\nq99\n")
+    (tmp_path / "keys.txt").write_text("\ufeffq03\nq05,q11\nq99\n")
     flags = [*SMALL, f"--resume={weights}/plain.pth", f"--eval_datasets_folder={tmp_path}/data"]
     flags += [f"--query_keys={tmp_path}/keys.txt", "--save_submission", "--recall_values", "1", "5"]
     eval_script.main([*flags, f"--save_dir={tmp_path}/run", "--eval_dataset_name=msls"])
@@ -315,6 +315,10 @@ def test_keys_select_queries_and_make_a_submission(city, weights, tmp_path, caps
         (tmp_path / "keys.txt").write_text("nobody")
         eval_script.main([*flags, f"--save_dir={tmp_path}/run2", "--eval_dataset_name=msls"])
     assert "none of the 1 keys" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        (tmp_path / "keys.txt").write_bytes("q03\nq05\n".encode("utf-16"))
+        eval_script.main([*flags, f"--save_dir={tmp_path}/run2", "--eval_dataset_name=msls"])
+    assert "keys.txt, line 1: not text in UTF-8" in capsys.readouterr().err
 
 
 def test_protocols(monkeypatch, city, caplog):

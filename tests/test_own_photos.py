@@ -197,6 +197,81 @@ def test_a_photo_without_a_position(walk, photo, evaluated, capsys):
     assert not (evaluated(*folders, "--no_labels") / "recalls.png").exists()
 
 
+def csv_rows(folder):
+    with open(folder / "predictions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_labels_where_they_are_known(walk, photo, evaluated, capsys):
+    """The walk, a copy of whose last query lies in the database without a position, and a query without one."""
+    photo("map/lost.jpg", seed=7)
+    photo("today/lost.jpg", seed=0)
+    folders = f"--database_folder={walk[0]}", f"--queries_folder={walk[1]}"
+    with pytest.raises(SystemExit):
+        evaluated(*folders)
+    assert "1 of 6 database photos have no GPS" in (shown := capsys.readouterr().err)
+    assert "by --labels_where_known, or" in shown
+    folder = evaluated(*folders, "--labels_where_known", "--save_predictions=6", "--save_assignments=2")
+    shown = capsys.readouterr().err
+    assert "1 of 6 database images and 1 of 4 queries have no position" in shown
+    assert "Recalls on today in map (6 database, 4 queries, 3 of them with a position): R@1: 66.7" in shown
+    results = json.loads((folder / "results.json").read_text())
+    assert results["recalls"]["1"] == pytest.approx(200 / 3) and results["recalls"]["5"] == pytest.approx(200 / 3)
+    assert results["dataset"] == {"name": "today in map", "database": 6, "queries": 4, "queries_with_position": 3}
+    rows = csv_rows(folder)
+    assert len(rows) == 4 * 6
+    for row in rows:
+        known = "lost" not in row["query"] and "lost" not in row["database"]
+        assert row["correct"] in (("0", "1") if known else ("",))
+    page = (folder / "matches" / "index.html").read_text()
+    assert page.count('class="unknown"') == 4 + 6 - 1 and "nan" not in page
+    assert "first match wrong (0)" in page  # the first match of the far query is the photo without a position
+    assert "no correct match among 6 (1)" in page
+
+
+def test_labels_where_known_by_names(photo, tmp_path):
+    for name in ("map/@1000@0@.jpg", "map/lost.jpg", "today/@1010@0@.jpg", "today/@9000@0@.jpg", "today/lost.jpg"):
+        photo(name)
+    sides = tmp_path / "map", tmp_path / "today"
+    for exif in (True, False):
+        dataset = DatabaseQueries.from_folders(*sides, name="x", exif=exif, labels_where_known=True)
+        assert [found.tolist() for found in dataset.positives(25.0)] == [[0], [], []]
+        assert dataset.judged_queries.tolist() == [True, True, False]
+        assert str(dataset) == "x (2 database, 3 queries, 2 of them with a position)"
+        metres = dataset.metres(np.array([[0, 1], [1, 0], [0, 1]]))
+        np.testing.assert_array_equal(metres, [[10, np.nan], [np.nan, 8000], [np.nan, np.nan]])
+    with pytest.raises(ValueError, match="no UTM coordinates .*lost.jpg; .*, or let eval.py .* --labels_where_known"):
+        DatabaseQueries.from_folders(*sides, name="x")
+
+
+def test_what_more_photos_have_counts(photo, tmp_path, caplog):
+    here = gps_exif(*HOME)
+    photo("map/@1@2@.jpg")
+    photo("map/a.jpg", exif=here)
+    photo("today/@1@2@.jpg", exif=here)
+    sides = tmp_path / "map", tmp_path / "today"
+    dataset = DatabaseQueries.from_folders(*sides, name="x", exif=True, labels_where_known=True)
+    assert not dataset.geographic and dataset.positives(25.0)[0].tolist() == [0]
+    assert "2 photos have UTM coordinates in their names and 2 a position in their EXIF data" in caplog.text
+    photo("map/b.jpg", exif=here)
+    dataset = DatabaseQueries.from_folders(*sides, name="x", exif=True, labels_where_known=True)
+    assert dataset.geographic and dataset.positives(25.0)[0].tolist() == [1, 2]
+    assert "what more have counts, EXIF" in caplog.text
+
+
+def test_labels_where_nothing_is_known(photo, tmp_path, capsys, evaluated):
+    photo("map/a.jpg")
+    photo("today/b.jpg", exif=gps_exif(*HOME))
+    folders = f"--database_folder={tmp_path}/map", f"--queries_folder={tmp_path}/today"
+    with pytest.raises(SystemExit) as stop:
+        evaluated(*folders, "--labels_where_known")
+    assert stop.value.code == 2
+    assert "none of the 1 database photos has a position" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        parse(EvalOptions, ["--resume=x", *folders, "--labels_where_known", "--no_labels"])
+    assert "--labels_where_known is of labels by positions" in capsys.readouterr().err
+
+
 def test_antialias_is_for_plain_folders():
     folders = ["--database_folder=a", "--queries_folder=b"]
     assert parse(EvalOptions, ["--resume=x", *folders]).antialias is True

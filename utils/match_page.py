@@ -95,6 +95,7 @@ def write_match_page(
     predictions: NDArray[np.int64],
     correct: NDArray[np.bool_] | None,
     metres: NDArray[np.float64] | None,
+    judged: NDArray[np.bool_] | None = None,
 ) -> Path:
     """Writes `index.html` and, of each image shown, one thumbnail: a row a query, filtered in the browser.
 
@@ -105,7 +106,8 @@ def write_match_page(
         database: paths of N images.
         predictions: Q x K database indices, best first; -1 is none.
         correct: which of them are right, Q x K; None where nothing is known of that.
-        metres: how far each is from its query, Q x K; None where positions are unknown.
+        metres: how far each is from its query, Q x K, not a number where a position is unknown; None where all are.
+        judged: of which matches it is known whether they are right, Q x K; None for all.
 
     Returns:
         The path of `index.html`, which is written last.
@@ -125,7 +127,10 @@ def write_match_page(
     filters, legend = "", "Grey frames: which matches are correct is not known."
     if correct is not None:
         right = correct & found
-        kinds |= {"first-wrong": ~right[:, 0], "none-correct": right.sum(axis=1) == 0}
+        judged = np.ones_like(found) if judged is None else judged
+        of_queries = judged.any(axis=1)
+        kinds["first-wrong"] = np.asarray(judged[:, 0] & ~right[:, 0])
+        kinds["none-correct"] = np.asarray(of_queries & ~right.any(axis=1))
         labels = ("all", "first match wrong", f"no correct match among {k}")
         filters = "\n".join(
             f'<label><input type="radio" name="show" value="{kind}"{" checked" * (kind == "all")}>{label} '
@@ -133,16 +138,18 @@ def write_match_page(
             for label, (kind, has) in zip(labels, kinds.items(), strict=True)
         )
         legend = "✓ in a green frame: correct. ✗ in a red frame: wrong."
+        if not judged.all():
+            legend += " Grey frames: a position is not known."
 
     rows = []
     for query, query_path in enumerate(queries):
         figures = [_figure(query_path, image_of[query_path], "query", f"<b>query {query}</b>")]
         for rank in np.flatnonzero(found[query]):
             frame, caption = "unknown", f"<b>{rank + 1}</b>"
-            if correct is not None:
+            if correct is not None and judged is not None and judged[query, rank]:
                 frame, sign = ("correct", "✓") if correct[query, rank] else ("wrong", "✗")
                 caption += f" <i>{sign}</i>"
-            if metres is not None:
+            if metres is not None and not np.isnan(metres[query, rank]):
                 caption += f" {_distance(metres[query, rank])}"
             path = database[predictions[query, rank]]
             figures.append(_figure(path, image_of[path], frame, caption))

@@ -110,8 +110,8 @@ def write_predictions(
         predictions: Q x k database indices, best first; -1 is left out.
         distances: squared L2 distances of the descriptors, Q x k.
         correct: Q x k; None where it is not known.
-        judged: of which queries it is known, Q; None for all.
-        metres: from the query to the database image, on the ground, Q x k.
+        judged: of which of them it is known, Q x k; None for all.
+        metres: from the query to the database image, on the ground, Q x k; not a number where that is not known.
         positions: of the database, N x 2; UTM east and north in metres.
         geographic: or latitude and longitude in degrees.
     """
@@ -123,10 +123,10 @@ def write_predictions(
         writer = csv.writer(file)
         writer.writerow(["query", "rank", "database", "squared_descriptor_distance", "correct", "metres", *axes])
         for query, name in enumerate(queries):
-            known = correct is not None and (judged is None or judged[query])
             for rank, image in enumerate(predictions[query]):
                 if image < 0:
                     continue
+                known = judged is None or judged[query, rank]
                 right = int(correct[query, rank]) if correct is not None and known else ""
                 away = _number(metres[query, rank], 2) if metres is not None else ""
                 place = ["", ""] if positions is None else [_number(value, digits) for value in positions[image]]

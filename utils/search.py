@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 Chunk = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 TRAINING_BYTES = 2**30  # of descriptors that an approximate index is trained on, at most
+PAIRS_TOGETHER = 2**20  # of a query and a correct image, about
 CHECKED_QUERIES = 1000  # that an approximate index is compared with exact search on, at most
 
 
@@ -223,11 +224,26 @@ def correct_among(predictions: NDArray[np.int64], positives: Sequence[NDArray[np
 
     Args:
         predictions: Q x k database indices; -1 is none.
-        positives: for each query the indices of its correct database images.
+        positives: for each query the indices of its correct database images, gone over once; of dense ones, no more
+            than about a million are in memory.
 
     Returns:
         Q x k.
     """
+    correct = np.zeros(predictions.shape, dtype=bool)
+    start, pairs = 0, 0
+    waiting: list[NDArray[np.int64]] = []
+    for query, found in enumerate(positives):
+        waiting.append(found)
+        pairs += len(found)
+        if pairs >= PAIRS_TOGETHER or query == len(predictions) - 1:
+            rows = slice(start, query + 1)
+            correct[rows] = _correct_of_some(predictions[rows], waiting)
+            start, pairs, waiting = query + 1, 0, []
+    return correct
+
+
+def _correct_of_some(predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
     # Each (query, image) pair as one number, so that all queries are looked up at once.
     images = 1 + max(predictions.max(initial=0), max((p.max(initial=0) for p in positives), default=0))
     query_of_positive = np.repeat(np.arange(len(positives)), [len(p) for p in positives])
