@@ -56,6 +56,28 @@ def test_the_same_process_counts_too_until_it_lets_go(tmp_path):
     FolderLock(tmp_path, "--save_dir").release()
 
 
+def test_nothing_is_left_of_a_lock(tmp_path):
+    with FolderLock(tmp_path / "made", "--save_dir"), FolderLock(tmp_path, "--save_dir"):
+        assert {path.name for path in tmp_path.iterdir()} == {"made", ".lock"}
+    assert not list(tmp_path.iterdir())
+    with FolderLock(tmp_path / "made", "--save_dir"):
+        (tmp_path / "made" / "results.json").touch()
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["results.json"]
+
+
+def test_a_lock_on_a_file_that_its_holder_just_removed_is_none(tmp_path, monkeypatch):
+    real, removed = lock.fcntl.lockf, []
+
+    def late(descriptor, how):
+        real(descriptor, how)
+        if not removed:  # as if the holder had let go between our opening and locking the file
+            removed.append((tmp_path / ".lock").unlink())
+
+    monkeypatch.setattr(lock.fcntl, "lockf", late)
+    with FolderLock(tmp_path, "--save_dir"):
+        assert (tmp_path / ".lock").exists() and removed
+
+
 def test_a_forked_process_does_not_keep_the_folder(tmp_path):
     held = FolderLock(tmp_path, "--save_dir")
     ends, begins = os.pipe()

@@ -33,21 +33,26 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, flag: str):
+        self._made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         self._path = os.path.realpath(folder / FILE)
         self._descriptor: int | None = None
         if self._path in _held:
             raise _in_use(folder, flag, f"this process ({os.getpid()})")
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            if error.errno in _TAKEN:
-                raise _in_use(folder, flag, holder) from None
-            logger.warning("%s cannot be locked (%s): nothing keeps a second run out of it", folder, error.strerror)
-            return
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+                os.close(descriptor)
+                if error.errno in _TAKEN:
+                    raise _in_use(folder, flag, holder) from None
+                logger.warning("%s cannot be locked (%s): nothing keeps a second run out", folder, error.strerror)
+                return
+            if os.path.exists(self._path) and os.path.samestat(os.fstat(descriptor), os.stat(self._path)):
+                break
+            os.close(descriptor)  # its holder removed the file between our opening and locking it
         self._descriptor = descriptor
         _held.add(self._path)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -56,8 +61,12 @@ class FolderLock:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
 
     def release(self) -> None:
-        """Lets others in."""
+        """Lets others in; nothing of the lock is left, nor a folder that was made for it and is still empty."""
         if self._descriptor is not None:
+            with suppress(OSError):
+                os.remove(self._path)
+                if self._made:
+                    os.rmdir(os.path.dirname(self._path))
             os.close(self._descriptor)
             self._descriptor = None
             _held.discard(self._path)
