@@ -6,11 +6,13 @@ which today's torchvision would not do by default.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import decode_jpeg, read_file
@@ -86,6 +88,25 @@ def _decoded(path: str) -> tuple[Tensor, Depth]:
             pass  # Pillow reads it, or says what is wrong
     image, depth, _ = open_noted(path)
     return TF.pil_to_tensor(image), depth
+
+
+def read_reduced(path: Path | str, side: int, *, upright: bool = False) -> Image.Image:
+    """As `read_pixels`, for showing it with sides of at most `side` pixels, and so perhaps smaller.
+
+    JPEGs are decoded no larger than needed, and have no limit of size here, as they have none for the model.
+
+    Raises:
+        ValueError: as `read_pixels`.
+    """
+    image = None
+    if os.fspath(path).lower().endswith((".jpg", ".jpeg")):
+        with suppress(OSError, SyntaxError), JpegImageFile(path) as file:
+            if file.mode != "CMYK":
+                file.draft("RGB", (side, side))
+                image = file.convert("RGB")
+                if upright:
+                    image = TF.to_pil_image(turned(TF.pil_to_tensor(image), orientation(path)))
+    return TF.to_pil_image(read_pixels(path, upright=upright)) if image is None else image
 
 
 def normalize(image: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class RowFile:
         with open(self.path, "r+b", buffering=0) as file:
             for run, first in self._runs(indices):
                 file.seek(first)
-                data = memoryview(np.ascontiguousarray(rows[run], dtype=self.dtype).view(np.uint8).reshape(-1))
+                data = np.ascontiguousarray(rows[run], dtype=self.dtype).view(np.uint8).reshape(-1).data
                 while data:  # one call writes 2 GB at most
                     data = data[file.write(data) :]
 
@@ -88,7 +88,7 @@ class RowFile:
         with open(self.path, "rb", buffering=0) as file:
             for run, first in self._runs(indices):
                 file.seek(first)
-                wanted = memoryview(rows[run].view(np.uint8).reshape(-1))
+                wanted = rows[run].view(np.uint8).reshape(-1).data
                 while wanted:
                     count = file.readinto(wanted)
                     if not count:
@@ -144,7 +144,11 @@ class DescriptorStore:
             if photos:
                 content |= {"files": _files_digest(photos), "contents": None}
             if not self._goes_on(content, photos):
-                self._begin(content, photos)
+                try:
+                    self._begin(content, photos)
+                except OSError as error:
+                    self.remove()
+                    raise self._unwritten(error) from error
         distributed.barrier()
         self._rows.open()
 
@@ -225,8 +229,11 @@ class DescriptorStore:
                     file.seek(int(index))
                     file.write(b"\1")
         except OSError as error:
-            then = "give the same command again: it goes on from here" if self._kept else "start again"
-            raise OSError(f"cannot write {self.path} ({error.strerror or error}); free space and {then}") from error
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError) -> OSError:
+        then = "give the same command again: it goes on from here" if self._kept else "start again"
+        return OSError(f"cannot write {self.path} ({error.strerror or error}); make room there and {then}")
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Reads the rows at `indices`, as float32."""
@@ -240,26 +247,35 @@ class DescriptorStore:
             self.path.parent.rmdir()
 
 
-# What differs, in words, where the values say nothing to a reader.
-_IN_WORDS = {"weights": "the weights were others", "contents": "the photos have changed"}
-
-
 def _require_same(written: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
     if "contents" in asked and "contents" not in written:
         raise ValueError(
             f"{path} was made by an earlier version, which did not look into the photos; remove {path.parent}, or name "
             "another --descriptors_folder"
         )
-    differing = [
-        _IN_WORDS.get(key, f"{key} was {written.get(key)} and is {asked.get(key)} now")
-        for key in asked | written
-        if key != "files" and written.get(key) != asked.get(key)
-    ]
-    if differing:
+    keys = [key for key in asked | written if key != "files" and written.get(key) != asked.get(key)]
+    if "contents" in keys or "weights" in keys:
+        keys = [key for key in keys if key != "shape"]  # which follows from them
+    if keys:
+        differences = [_in_words(key, written.get(key), asked.get(key), path) for key in keys]
         raise ValueError(
-            f"{path} was made otherwise: {'; '.join(differing)}; give the same weights, photos and options, or another "
-            "--descriptors_folder"
+            f"{path} was made otherwise: {'; '.join(differences)}; "
+            "give the same weights and options, or another --descriptors_folder"
         )
+
+
+def _in_words(key: str, was: Any, now: Any, path: Path) -> str:
+    """How a store differs from what is wanted; nobody can read the digest of a thousand photos."""
+    photos = {"queries": "query", "pca": "PCA"}.get(path.stem, path.stem) + " photos"
+    if key == "contents":
+        return f"the {photos} have changed"
+    if key == "weights":
+        return "the weights are another model's"
+    if key == "upright":
+        return f"the {photos} were {'' if was else 'not '}turned as EXIF says and are {'' if now else 'not '}now"
+    name = {"dtype": "--descriptor_dtype", "shape": "the shape"}.get(key, f"--{key}")
+    shown = [" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in (was, now)]
+    return f"{name} was {shown[0]} and is {shown[1]} now"
 
 
 def _files_digest(paths: Sequence[str]) -> str:

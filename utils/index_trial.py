@@ -76,7 +76,9 @@ def _error_of(factory: str, parameters: str, dim: int, rows: int, chunks: int, k
         return str(json.loads(child.stdout.splitlines()[-1]))
     said = [line for line in child.stderr.strip().splitlines() if not line.startswith("WARNING")]
     last = (said or [f"exit status {child.returncode}"])[-1]
-    return f"FAISS dies of --index {factory!r} {parameters!r}: {last}; use another, or leave out --index for exact search"
+    return (
+        f"FAISS dies of --index {factory!r} {parameters!r}: {last}; use another, or leave out --index for exact search"
+    )
 
 
 def _try(factory: str, parameters: str, dim: int, rows: int, chunks: int, k: int) -> str:
@@ -104,12 +106,11 @@ def _hurry(index: Any) -> None:
         if hasattr(owner, "train_iters"):
             owner.train_iters = 1
     if isinstance(index, faiss.IndexPreTransform):
-        for number in range(index.chain.size()):
-            transform = faiss.downcast_VectorTransform(index.chain.at(number))
+        chain: Any = index.chain
+        for number in range(chain.size()):
+            transform: Any = faiss.downcast_VectorTransform(chain.at(number))
             if isinstance(transform, faiss.OPQMatrix):
                 transform.niter = transform.niter_pq = transform.niter_pq_0 = 1
-            elif isinstance(transform, faiss.ITQMatrix | faiss.ITQTransform):
-                getattr(transform, "itq", transform).max_iter = 1
     for name in ("index", "base_index", "quantizer", "storage"):
         within = getattr(index, name, None)
         if isinstance(within, faiss.Index):

@@ -117,9 +117,10 @@ def write_predictions(
     """
     axes = ("database_latitude", "database_longitude") if geographic else ("database_east", "database_north")
     digits = 7 if geographic else 2  # centimetres
-    with whole(folder / "predictions.csv") as path, open(
-        path, "w", newline="", encoding="utf-8", errors="surrogateescape"
-    ) as file:
+    with (
+        whole(folder / "predictions.csv") as path,
+        open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["query", "rank", "database", "squared_descriptor_distance", "correct", "metres", *axes])
         for query, name in enumerate(queries):

@@ -19,6 +19,8 @@ import torch
 import torchvision
 
 from . import distributed
+from .descriptor_store import warn_of_leftovers
+from .outputs import whole
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,21 @@ class TerminalFormatter(logging.Formatter):
         message = super().format(record)
         message = message if record.levelno == logging.INFO else f"{record.levelname}: {message}"
         return message if distributed.is_main() else f"rank {distributed.rank()}: {message}"
+
+
+class _LogFile(logging.FileHandler):
+    """A log that says once, on the terminal, that it cannot be written: a full disk must not end a run by that."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            print(f"WARNING: {self.baseFilename} could not be written: {sys.exc_info()[1]}", file=sys.stderr)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written before
+            super().close()
 
 
 class RunLog:
@@ -75,6 +92,8 @@ class RunLog:
         if distributed.is_main():
             folder = folder or _make_folder(Path("logs") / save_dir)
             self._open_files(folder)
+            runs = (run for run in folder.parent.iterdir() if run != folder and (run / "info.log").exists())
+            warn_of_leftovers(runs)
         self._root.removeHandler(self._buffer)
         folder = distributed.broadcast(folder)
         assert folder is not None
@@ -82,7 +101,7 @@ class RunLog:
 
     def _open_files(self, folder: Path) -> None:
         for name, level in (("info.log", logging.INFO), ("debug.log", logging.DEBUG)):
-            file = logging.FileHandler(folder / name)
+            file = _LogFile(folder / name, encoding="utf-8", errors="backslashreplace")
             self._add(file, level, logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             for record in self._buffer.buffer:
                 if record.levelno >= level:
@@ -162,5 +181,8 @@ def write_results(folder: Path, results: dict[str, Any], settings: dict[str, Any
     if not distributed.is_main():
         return
     content = {**results, "options": settings, "environment": environment(device)}
-    (folder / "results.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
-    logger.info("log and results.json in %s", folder)
+    first = not (folder / "results.json").exists()
+    with whole(folder / "results.json") as path:
+        path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    if first:
+        logger.info("log and results.json in %s", folder)
