@@ -182,7 +182,7 @@ def test_a_walk_is_evaluated(walk, evaluated):
         first = [row for row in csv.DictReader(file) if row["rank"] == "1"]
     assert [row["correct"] for row in first] == ["1", "1", "0"]
     page = (folder / "matches" / "index.html").read_text()
-    assert re.search(r"</i> [34]\.\d m<", page) and "</i> 111.2 km<" in page
+    assert re.search(r"</i> [34]\.\d m, similarity", page) and "</i> 111.2 km, similarity" in page
 
 
 def test_a_photo_without_a_position(walk, photo, evaluated, capsys):

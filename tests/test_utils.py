@@ -16,6 +16,7 @@ from model.weights import read_file
 from utils import checkpoint, distributed, metrics, report, run_log
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import estimated_hours, pick_device
+from utils.index_trial import require_index
 from utils.optimization import Optimization
 from utils.search import merge_crops, nearest, nearest_by_index, recall_at
 from utils.seed import generator_states, restore_generators, seed_everything
@@ -338,6 +339,38 @@ def test_an_index_that_cannot_be_made(factory, parameters):
         nearest_by_index(database, lambda: in_chunks(database, [300]), 300, 5, factory=factory, parameters=parameters)
 
 
+@pytest.mark.parametrize(
+    ("factory", "parameters", "count", "chunks", "message"),
+    [
+        ("IVF2000,Flat", "nprobe=3", 5000, 1, ""),  # needs more than are tried at first
+        ("IVF65536,PQ8", "", 1_000_000, 50, ""),  # and more than are ever tried
+        ("PCA16,IVF4,SQ8", "nprobe=2", 40, 1, ""),
+        ("NSG8", "", 5000, 1, ""),
+        ("NSG8", "", 5000, 2, "does not support incremental addition"),
+        ("IVF6000,Flat", "", 5000, 1, "at most 5000 lists"),
+        ("IVF4,Flat", "nprobe=-1", 5000, 1, "nprobe"),
+    ],
+)
+def test_an_index_is_tried_as_it_will_be_used(factory, parameters, count, chunks, message):
+    settings = {"dim": 32, "count": count, "chunks": chunks, "k": 5}
+    if not message:
+        require_index(factory, parameters, **settings)
+    else:
+        with pytest.raises(ValueError, match=message):
+            require_index(factory, parameters, **settings)
+
+
+def test_faiss_errors_of_exact_search_are_errors_of_ours(monkeypatch):
+    def fails(*_):
+        raise RuntimeError(
+            "Error in virtual void* faiss::f(int) at /x/GpuResources.cpp:530: Error: 'err' failed: no memory"
+        )
+
+    monkeypatch.setattr("faiss.knn", fails)
+    with pytest.raises(ValueError, match="^FAISS cannot search exactly: 'err' failed: no memory"):
+        nearest(np.eye(3, dtype="f"), in_chunks(np.eye(3, dtype="f"), [3]), 1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_store_gives_back_what_was_written(tmp_path, dtype):
     rows = np.random.default_rng(0).standard_normal((9, 2, 3)).astype(dtype).astype("f")
@@ -353,7 +386,10 @@ def test_a_store_gives_back_what_was_written(tmp_path, dtype):
     np.testing.assert_array_equal(np.load(tmp_path / "s" / "database.npy"), rows)
     assert np.load(tmp_path / "s" / "database.npy").dtype == dtype
     for change in ({"shape": (8, 2, 3)}, {"dtype": "int8"}, {"fingerprint": {"weights": "b"}}):
-        with pytest.raises(ValueError, match="database.npy was made otherwise: (shape|dtype|weights) was"):
+        with pytest.raises(
+            ValueError,
+            match="database.npy was made otherwise: (the shape was|--descriptor_dtype was|the weights are another)",
+        ):
             DescriptorStore(tmp_path / "s", "database", **{**settings, **change})
     assert not DescriptorStore(tmp_path / "s", "database", **settings).missing().size, "refusing touched nothing"
 

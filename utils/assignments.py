@@ -19,7 +19,7 @@ from .report import drawable, save_figure
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 GHOST = (72, 72, 80)
 SHOWN_SIDE = 480  # the photo's longer one, in pixels
-TITLE_WIDTH = 46  # letters in a line above a photo
+TITLE_WIDTH = 44  # letters in a line above a photo
 MOST_MAPS = 8  # soft assignments drawn beside the photo
 
 
@@ -84,7 +84,7 @@ def draw_assignments(path: Path, photos: Sequence[AssignedPhoto], *, ghost_clust
         )
         row[0].imshow(shown.pixels)
         title = "\n".join(textwrap.wrap(drawable(photo.title), TITLE_WIDTH))
-        row[0].set_title(title, fontsize=9, parse_math=False)
+        row[0].set_title(title, fontsize=8, loc="left", parse_math=False)
         row[1].imshow(coloured(shown, ghost_clusters))
         row[1].set_title("patches by cluster, ghosts dark" if ghost_clusters else "patches by cluster", fontsize=9)
         soft = list(photo.assignment[:clusters])

@@ -45,7 +45,8 @@ def require_index(factory: str, parameters: str, *, dim: int, count: int, chunks
         wanted = re.search(r"number of clusters \((\d+)\)|cannot output (\d+) dimensions", error)
         needed = int(wanted[1] or wanted[2]) if wanted else dim  # OPQ dies of fewer descriptors than numbers in each
         if not rows < needed <= trained_on:
-            raise ValueError(error)
+            # With the database's number, which does not do either, for the trial's.
+            raise ValueError(re.sub(rf"\b{rows}\b", str(trained_on), error) if needed > trained_on else error)
         # The database has enough, the trial had not.
         if needed <= MANY:
             rows = needed

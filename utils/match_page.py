@@ -51,8 +51,7 @@ figcaption { padding: 2px 4px 0; }
 b { font-weight: 600; }
 i { font: bold 15px/1 sans-serif; color: var(--frame); }
 em { font-style: normal; color: var(--wrong); }
-figcaption span { white-space: nowrap; }
-figcaption .name { display: block; overflow: hidden; text-overflow: ellipsis; color: var(--faint); }
+.name { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; color: var(--faint); }
 </style>
 <header>
 <h1>$title</h1>
@@ -168,14 +167,15 @@ def write_match_page(
             caption += f" <em>nothing to find{rule and f' {escape(rule)}'}</em>"
         figures = [_figure(query_path, image_of[query_path], "query", caption, folder)]
         for rank in np.flatnonzero(found[query]):
-            frame, caption = "unknown", f"<b>{rank + 1}</b>"
+            frame, caption, facts = "unknown", f"<b>{rank + 1}</b>", []
             if correct is not None and judged is not None and judged[query, rank]:
                 frame, sign = ("correct", "✓") if correct[query, rank] else ("wrong", "✗")
                 caption += f" <i>{sign}</i>"
             if metres is not None and not np.isnan(metres[query, rank]):
-                caption += f" {_distance(metres[query, rank])}"
+                facts.append(_distance(metres[query, rank]))
             if similarity is not None:
-                caption += f" <span>similarity {similarity[query, rank]:.3f}</span>"
+                facts.append(f"similarity {similarity[query, rank]:.3f}")
+            caption += f" {', '.join(facts)}" if facts else ""
             path = database[predictions[query, rank]]
             figures.append(_figure(path, image_of[path], frame, caption, folder))
         classes = " ".join(kind for kind, has in kinds.items() if has[query])
