@@ -26,7 +26,7 @@ from utils.descriptor_store import DescriptorStore, digest
 from utils.device import allow_tf32, extraction_batch_size, pick_device, reading_workers
 from utils.index_trial import require_index
 from utils.lock import FolderLock
-from utils.outputs import Outputs
+from utils.outputs import Outputs, whole
 from utils.preemption import exits_on_sigterm
 from utils.seed import seed_everything
 
@@ -197,7 +197,7 @@ def foresee(
     if options.save_submission and max(options.recall_values) < SUBMITTED <= count:
         logger.info("--save_submission: %d images a query are submitted, which are scored", SUBMITTED)
     if dataset.labelled:
-        lost = int((dataset.judged_queries & ~findable(dataset, distance)).sum())
+        lost = int((~findable(dataset, distance)).sum())
         if lost:
             logger.warning(
                 "%s: %d of %d queries have no database photo %s; they count as missed, as in published figures",
@@ -219,8 +219,8 @@ def foresee(
 
 
 def findable(dataset: DatabaseQueries, distance: float) -> NDArray[np.bool_]:
-    """Which queries have a correct database image at all, Q."""
-    return np.array([len(found) > 0 for found in dataset.positives(distance)], dtype=bool)
+    """Which queries have a correct database image at all, Q; those of which nothing is known count among them."""
+    return np.array([len(found) > 0 for found in dataset.positives(distance)], dtype=bool) | ~dataset.judged_queries
 
 
 def rule(options: EvalOptions, distance: float) -> str:
@@ -324,6 +324,7 @@ class Matches:
         distances: squared, of the descriptors, Q x k.
         predictions: database indices, Q x k, best first; -1 is none.
         correct: which of them are right, Q x k; None without labels.
+        findable: which queries have a correct image, or a position that is not known, Q; None without labels.
         curves: recall@N in percent for N from 1 to k, by context.
     """
 
@@ -332,6 +333,7 @@ class Matches:
     distances: NDArray[np.float32]
     predictions: NDArray[np.int64]
     correct: NDArray[np.bool_] | None
+    findable: NDArray[np.bool_] | None
     curves: dict[str, list[float]]
 
 
@@ -352,10 +354,11 @@ def evaluate(
     k = depth(options, dataset, task.test_method)
     positives = dataset.positives(task.positive_distance) if dataset.labelled else None
     results: dict[str, Any] = {}
+    to_find = None
     if positives is not None:
-        lost = dataset.judged_queries & ~findable(dataset, task.positive_distance)
+        to_find = findable(dataset, task.positive_distance)
         results = {"recalls": {}, "positive_distance": task.positive_distance}
-        results |= {"queries_without_positives": int(lost.sum())}
+        results |= {"queries_without_positives": int((~to_find).sum())}
     results |= {"dataset": dataset.sizes, "descriptor_dim": options.pca_dim or model.descriptor_dim}
     results |= {"test_method": task.test_method}
     recalls: dict[str, dict[int, float]] = {}
@@ -389,6 +392,7 @@ def evaluate(
                     distances=distances,
                     predictions=predictions,
                     correct=correct,
+                    findable=to_find,
                     curves=curves,
                 )
                 if options.index is not None:
@@ -464,23 +468,22 @@ def write_outputs(
         # Of unit vectors the distance tells the cosine; not of those that a PCA, an index or a mean over crops changes.
         unit = not options.pca_dim and options.index is None and task.test_method not in ("five_crops", "maj_voting")
         with outputs.writing(str(folder / "matches")):
-            page = match_page.write_match_page(
-                folder / "matches",
-                title=title,
-                queries=dataset.queries_paths,
-                database=dataset.database_paths,
-                predictions=predictions[first],
-                correct=None if correct is None else correct[first],
-                judged=None if judged is None else judged[first],
-                metres=None if metres is None else metres[first],
-                read=partial(read_reduced, side=match_page.THUMBNAIL_SIDE, upright=options.plain_folders),
-                similarity=1 - matches.distances[first].astype(np.float64) / 2 if unit else None,
-                rule=rule(options, task.positive_distance),
-                findable=None
-                if correct is None
-                else findable(dataset, task.positive_distance) | ~dataset.judged_queries,
-            )
-            logger.info("open in a browser: %s", page.absolute().as_uri())
+            with whole(folder / "matches") as unfinished:
+                match_page.write_match_page(
+                    unfinished,
+                    title=title,
+                    queries=dataset.queries_paths,
+                    database=dataset.database_paths,
+                    predictions=predictions[first],
+                    correct=None if correct is None else correct[first],
+                    judged=None if judged is None else judged[first],
+                    metres=None if metres is None else metres[first],
+                    read=partial(read_reduced, side=match_page.THUMBNAIL_SIDE, upright=options.plain_folders),
+                    similarity=1 - matches.distances[first].astype(np.float64) / 2 if unit else None,
+                    rule=rule(options, task.positive_distance),
+                    findable=None if correct is None else matches.findable,
+                )
+            logger.info("open in a browser: %s", (folder / "matches/index.html").absolute().as_uri())
 
 
 @torch.inference_mode()
