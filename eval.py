@@ -27,7 +27,7 @@ from utils.device import allow_tf32, extraction_batch_size, pick_device, reading
 from utils.index_trial import require_index
 from utils.lock import FolderLock
 from utils.outputs import Outputs, whole
-from utils.preemption import exits_on_sigterm
+from utils.preemption import Preemption
 from utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         SystemExit: bad input (status 2), or an output that could not be written beside the results (1); the message is
             in the log and on the terminal.
     """
-    with distributed.processes(), exits_on_sigterm(), run_log.RunLog() as log:
+    with distributed.processes(), run_log.RunLog() as log, Preemption(at_once=True) as preemption:
         device = pick_device(options.device)
         run_log.log_header(asdict(options), device)
         seed_everything(options.seed)
@@ -89,6 +89,11 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                 model.encoder.layer_difference(),
             )
         folder = log.open(options.save_dir)
+        preemption.advice = (
+            "--descriptors_folder would have kept what was computed"
+            if options.descriptors_folder is None
+            else "the same command goes on from what is in --descriptors_folder"
+        )
         tasks = [
             Task(
                 dataset=dataset,
@@ -101,8 +106,6 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         table: dict[str, dict[str, dict[int, float]]] = {}
         outputs = Outputs()
         with ExitStack() as held:
-            if distributed.is_main():
-                held.enter_context(FolderLock(folder, "--save_dir"))
             stores = [extracted(model, task, pca_paths, options, device, held) for task in tasks]
             if not distributed.is_main():
                 return {}  # nobody waits for the search

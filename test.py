@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, SequentialSampler, default_collate
 from tqdm import tqdm
 
 from datasets.database_queries import DatabaseQueries, ImageList
@@ -24,6 +24,7 @@ from utils import distributed, report, search
 from utils.descriptor_store import DescriptorStore, RowFile
 from utils.device import autocast, to_cpu, to_device
 from utils.outputs import whole
+from utils.reading import ImageLoader
 from utils.search import Chunk
 
 CHUNK_BYTES = 2**26  # of descriptors in memory at a time, about
@@ -75,6 +76,7 @@ def image_batches(
     device: torch.device,
     progress: str,
     upright: bool = False,
+    stop: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Reads images in order, under a progress bar.
 
@@ -88,27 +90,29 @@ def image_batches(
         progress: the bar's name.
         upright: turn the images as their EXIF data says. Such photos can be large, and are resized where they are
             read: whole ones would fill the memory that processes share.
+        stop: called before each batch, to leave by an exception.
 
     Yields:
         B x (crops x) 3 x H x W on the device.
     """
     on_device = device.type != "cpu" and not upright
-    images_at = ImageList(paths, None if on_device else transform, upright=upright)
-    loader: DataLoader[Tensor] = DataLoader(
-        images_at,
+    images = ImageList(paths, None if on_device else transform, upright=upright)
+    loader = ImageLoader(
+        images,
+        BatchSampler(SequentialSampler(images), batch_size, drop_last=False),
         batch_size=batch_size,
+        item_bytes=images[0].nbytes if num_workers and paths else 0,
         num_workers=num_workers,
-        collate_fn=list if on_device else None,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # of its own, so that evaluating moves nobody's random numbers
+        device=device,
+        collate=list if on_device else default_collate,
     )
     with tqdm(total=len(paths), desc=progress, unit="image", disable=not distributed.is_main()) as bar:
-        moved = to_device(loader if on_device else ([images] for images in loader), device)
-        for batch in moved:
-            images = transform_sizes(transform, batch) if on_device else batch[0]
-            yield images
-            bar.update(len(images))
-    images_at.log_depths(progress)
+        for batch in to_device(loader if on_device else ([batch] for batch in loader), device):
+            stop()
+            batch_images = transform_sizes(transform, batch) if on_device else batch[0]
+            yield batch_images
+            bar.update(len(batch_images))
+    images.log_depths(progress)
 
 
 @torch.inference_mode()

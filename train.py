@@ -1,16 +1,15 @@
 """Fine-tunes SuperVLAD on GSV-Cities, keeping the model that recalls most on the validation split."""
 
 import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets.database_queries import DatabaseQueries
@@ -36,6 +35,7 @@ from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 from utils.preemption import Preemption
 from utils.progress import Progress
+from utils.reading import ImageLoader
 from utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -64,20 +64,28 @@ def run(options: TrainOptions) -> dict[int, float]:
             transform=TrainingTransform(options.train_resize, options.randaugment_ops),
             seed=options.seed,
         )
+        if len(places) < 2:
+            raise ValueError(
+                f"{places}: there is nothing to learn from one place; add cities, or lower --images_per_place to keep "
+                "places with fewer images"
+            )
         if options.train_batch_size < distributed.world_size():
             raise ValueError(
                 f"--train_batch_size {options.train_batch_size} gives no place to some of {distributed.world_size()} "
                 "processes; use as many places or more"
             )
+        if options.train_batch_size < 2:
+            raise ValueError("--train_batch_size 1 leaves no other place to tell a place from; use 2 or more")
         batches = PlaceBatches(places, batch_size=options.train_batch_size, place_order=options.place_order)
         num_workers = reading_workers(device) if options.num_workers is None else options.num_workers
-        loader = DataLoader(
+        loader = ImageLoader(
             places,
-            batch_sampler=batches,
+            batches,
+            batch_size=max(batches.shares(0)),
+            item_bytes=options.images_per_place * 3 * math.prod(options.train_resize),
             num_workers=num_workers,
-            pin_memory=device.type == "cuda",
-            persistent_workers=num_workers > 0,
-            generator=torch.Generator(),  # of its own: how often it draws depends on workers and resumes
+            device=device,
+            persistent=True,
         )
         val, test = (
             DatabaseQueries.from_folder(options.eval_datasets_folder, options.eval_dataset_name, split)
@@ -85,22 +93,20 @@ def run(options: TrainOptions) -> dict[int, float]:
         )
         logger.info("training on %s; validation on %s", places, val)
 
-        def read_images(paths: Sequence[str], progress: str) -> Iterator[Tensor]:
-            for images in image_batches(
-                paths,
-                transform=evaluation_transform(options.resize, options.antialias),
-                batch_size=options.extraction_batch_size or extraction_batch_size(device),
-                num_workers=num_workers,
-                device=device,
-                progress=progress,
-            ):
-                preemption.stop()  # all that was trained is in last_model.pth
-                yield images
+        read_images = partial(
+            image_batches,
+            transform=evaluation_transform(options.resize, options.antialias),
+            batch_size=options.extraction_batch_size or extraction_batch_size(device),
+            num_workers=num_workers,
+            device=device,
+            stop=preemption.stop,  # all that was trained is in last_model.pth
+        )
 
         # The model: DINOv2's weights with the last blocks free, the layer's clusters found by k-means.
         model = build_model(**options.model)
         path = Path(options.resume) if options.resume else None
         if options.resume == "auto":
+            log.lock(Path("logs") / options.save_dir)  # so that two never find the same run
             runs = run_log.runs_of(options.save_dir)
             path = distributed.on_main(lambda: checkpoint.newest(runs, read=read_file))
         content = {} if path is None else load_checkpoint(model, path)
@@ -128,6 +134,7 @@ def run(options: TrainOptions) -> dict[int, float]:
             clip_grad_norm=options.clip_grad_norm,
         )
         folder = log.open(options.save_dir, path.parent if path and goes_on else None)
+        preemption.advice = f"nothing was trained yet; the same command begins again, and {folder} can be removed"
         run_log.log_parameters(model)
         if device.type == "cpu" and options.backbone in FOUNDATION_FILES and options.epochs_num:
             seen = options.epochs_num * len(places) * options.images_per_place
@@ -142,21 +149,28 @@ def run(options: TrainOptions) -> dict[int, float]:
                 "encoder_training": options.encoder_training,
                 "resize": list(options.resize),
             },
-            decisive={**options.decisive, "the number of places": len(places)},
+            decisive={
+                **options.decisive,
+                "the number of places": len(places),
+                "the digest of GSV-Cities' tables": places.digest,
+            },
             read_every=1 if device.type == "cpu" else 20,
         )
         if distributed.rank():
             seed_everything(options.seed + distributed.rank())  # a dropout of its own
         if goes_on:
             progress.restore(content)
-            logger.info("going on from %s: epoch %d, step %d", path, progress.epoch + 1, len(progress.losses) + 1)
+            if progress.epoch >= options.epochs_num or progress.not_improved >= options.patience:
+                logger.info("%s is of a finished run: only the test split is evaluated again", path)
+            else:
+                logger.info("going on from %s: epoch %d, step %d", path, progress.epoch + 1, progress.steps + 1)
         else:
             if path is None:
                 rng = np.random.default_rng(options.seed)
                 paths = initialization_images(options, places)
                 paths = [paths[index] for index in rng.choice(len(paths), size=min(5000, len(paths)), replace=False)]
                 share = distributed.shares(len(paths))[distributed.rank()]
-                images = read_images(paths[share], "initialisation")
+                images = read_images(paths[share], progress="initialisation")
                 features = sample_local_features(model, images, generator=rng, skip=share.start)
                 features = torch.from_numpy(distributed.gather_rows(features.numpy()))
                 if distributed.is_main():
@@ -164,6 +178,11 @@ def run(options: TrainOptions) -> dict[int, float]:
             distributed.broadcast_weights(model)
             progress.save_best()
             progress.save_last()
+        preemption.advice = f"all that was trained is in {folder / checkpoint.LAST}; " + (
+            "the same command goes on"
+            if options.resume == "auto"
+            else f"the same command with --resume={folder / checkpoint.LAST} goes on"
+        )
 
         # The epochs: train, validate, keep the best, stop when it stays the best for too long.
         recall = partial(
@@ -192,7 +211,10 @@ def run(options: TrainOptions) -> dict[int, float]:
             loss, recalls = progress.mean_loss, recall(val, recall_values=sorted({1, 5, *options.recall_values}))
             better = progress.record_epoch(recalls, score=recalls[1] + recalls[5])
             if distributed.is_main():
-                report.draw_training(folder)
+                try:
+                    report.draw_training(folder)
+                except OSError as error:
+                    logger.warning("cannot draw %s (%s)", folder / report.TRAINING, error)
             logger.info(
                 "epoch=%02d loss=%.4f lr=%.3g %s %s%s",
                 progress.epoch,
@@ -225,7 +247,7 @@ def initialization_images(options: TrainOptions, places: GSVCities) -> list[str]
 
 def train_one_epoch(
     model: SuperVLADNet,
-    loader: DataLoader,
+    loader: ImageLoader,
     batches: PlaceBatches,
     optimization: Optimization,
     progress: Progress,
@@ -248,7 +270,8 @@ def train_one_epoch(
     model.train()
     replica = distributed.replicate(model)
     started = waiting = time.perf_counter()
-    waited, seen = 0.0, 0
+    waited, seen, mined = 0.0, 0, 0
+    skipped = optimization.skipped
     bar = tqdm(
         loader,
         desc=f"epoch {progress.epoch + 1}",
@@ -263,8 +286,10 @@ def train_one_epoch(
         labels = labels.repeat_interleave(images.shape[1])  # (P,) -> (P*K,)
         images = normalize(to_unit(images.flatten(0, 1)))  # (P, K, 3, H, W) -> (P*K, 3, H, W)
         with autocast(device, precision):
-            descriptors = distributed.gather_with_gradient(replica(images), counts)
-            loss = criterion(descriptors, distributed.gather_with_gradient(labels, counts))
+            descriptors = replica(images)
+        descriptors = distributed.gather_with_gradient(descriptors.float(), counts)
+        loss = criterion(descriptors, distributed.gather_with_gradient(labels, counts))
+        mined += criterion.mined_pairs
         progress.record_step(loss)
         optimization.backward(loss * distributed.world_size())
         if optimization.step():
@@ -276,8 +301,16 @@ def train_one_epoch(
             bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", mined=f"{criterion.mined_share:.0%}", refresh=False)
         seen += len(descriptors)
         waiting = time.perf_counter()
+    if seen and not mined:
+        logger.warning(
+            "no pair of images was mined in epoch %d, so nothing was learnt: no two places of a batch are alike to the "
+            "model; use a larger --train_batch_size or other places",
+            progress.epoch + 1,
+        )
     seconds = max(time.perf_counter() - started, 1e-9)
-    return f"images/s={seen / seconds:.1f} data_wait={waited / seconds:.1%} peak_mem={peak_memory(device):.2f}GB"
+    speed = f"images/s={seen / seconds:.1f} data_wait={waited / seconds:.1%} peak_mem={peak_memory(device):.2f}GB"
+    skipped = optimization.skipped - skipped
+    return f"{speed} skipped_steps={skipped}" if skipped else speed
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,6 +5,8 @@
 """
 
 import csv
+import hashlib
+import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
@@ -56,6 +58,10 @@ def find_cities(folder: Path) -> list[str]:
     return [city for city in CITIES if city in present] + sorted(present.difference(CITIES))
 
 
+def _is_whole(text: str) -> bool:
+    return text.strip().removeprefix("-").isdecimal()
+
+
 class _Padded(dict[str, str]):
     """Whole numbers as text, padded with zeros to a width; each is worked out once."""
 
@@ -63,6 +69,8 @@ class _Padded(dict[str, str]):
         self.width = width
 
     def __missing__(self, text: str) -> str:
+        if not _is_whole(text):  # int() takes 1_0 too
+            raise ValueError(f"{text!r} is not a whole number")
         self[text] = f"{int(text):0{self.width}d}"
         return self[text]
 
@@ -71,13 +79,37 @@ _PLACES, _YEARS, _MONTHS, _DEGREES = _Padded(7), _Padded(4), _Padded(2), _Padded
 
 
 def image_name(
-    place_id: str, year: str, month: str, northdeg: str, city_id: str, lat: str, lon: str, panoid: str
+    place_id: str,
+    year: str,
+    month: str,
+    northdeg: str,
+    city_id: str,
+    lat: str,
+    lon: str,
+    panoid: str,
+    latitude: type[float] = float,
+    longitude: type[float] = float,
 ) -> str:
-    """The file name of a csv row's image, without its folder; lat and lon appear as Python prints the float."""
+    """The file name of a csv row's image, without its folder; lat and lon appear as Python prints those types."""
     return (
         f"{city_id}_{_PLACES[place_id]}_{_YEARS[year]}_{_MONTHS[month]}_{_DEGREES[northdeg]}"
-        f"_{float(lat)!r}_{float(lon)!r}_{panoid}.jpg"
+        f"_{latitude(lat)!r}_{longitude(lon)!r}_{panoid}.jpg"
     )
+
+
+def _text_of(path: Path) -> str:
+    """A table's text with \n between its lines, as UTF-8 says, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is in another encoding; the message names the line.
+    """
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: {error.reason}, where UTF-8 is needed; save the table so") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_city(folder: Path, city: str) -> tuple[NDArray[np.int64], NDArray[np.bytes_]]:
@@ -93,22 +125,31 @@ def read_city(folder: Path, city: str) -> tuple[NDArray[np.int64], NDArray[np.by
     path = folder / "Dataframes" / f"{city}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"no table {path}; leave {city} out of --cities or add the file")
-    places, names, line = [], [], 1
+    text = _text_of(path)
     # Half a million rows in all: csv.DictReader would take twice the time, and csv.reader is for what is quoted.
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = csv.reader(lines) if any('"' in text for text in lines) else (text.split(",") for text in lines)
+    reader = csv.reader(io.StringIO(text, newline="")) if '"' in text else None
+    rows = (line.split(",") for line in text.split("\n")) if reader is None else iter(reader)
+    table, places, names, line = [], [], [], 1
     try:
         columns = itemgetter(*map(next(rows, []).index, COLUMNS))
-        for line, row in enumerate(rows, 2):  # noqa: B007 (the error names it)
-            if row != [""] and row:
-                values = columns(row)
-                places.append(int(values[0]))
+        for row in rows:
+            line += 1
+            if len(row) > 1 or (row and row[0].strip()):  # a blank line is no row
+                table.append(values := columns(row))
+                places.append(int(_PLACES[values[0]]))
                 names.append(f"{values[4]}/{image_name(*values)}".encode())
-    except (IndexError, ValueError) as error:
+    except (IndexError, ValueError, csv.Error) as error:
         raise ValueError(
-            f"{path}, line {line}: {error!r}; the columns {','.join(COLUMNS)} are needed, "
-            "the first four as whole numbers"
+            f"{path}, line {line if reader is None else reader.line_num}: {error!r}; the columns "
+            f"{','.join(COLUMNS)} are needed, the first four as whole numbers"
         ) from error
+    # GSV-Cities' own loader takes a column of nothing but whole numbers for integers, _51_0_ instead of _51.0_0.0_. No
+    # published table has such a column, so the files decide.
+    types = [int if all(_is_whole(values[column]) for values in table) else float for column in (5, 6)]
+    if table and int in types:
+        integers = [f"{values[4]}/{image_name(*values, *types)}".encode() for values in table]
+        if (folder / "Images" / integers[0].decode()).exists():
+            names = integers
     if places and not 0 <= min(places) <= max(places) < LABELS_PER_CITY:
         raise ValueError(f"{path} has a place_id outside 0 to {LABELS_PER_CITY - 1}; labels of cities would collide")
     return np.array(places, dtype=np.int64), np.array(names, dtype=np.bytes_)
@@ -169,6 +210,14 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
     def image_count(self) -> int:
         """Images of the places kept."""
         return int(self.counts.sum())
+
+    @property
+    def digest(self) -> str:
+        """Of the tables: what tells these places and images from others of the same number."""
+        found = hashlib.sha256(self.names.tobytes())
+        for array in (self.labels, self.first, self.counts):
+            found.update(array.tobytes())
+        return found.hexdigest()[:16]
 
     def image_paths(self, place: int) -> list[str]:
         """Paths of all images of a place."""

@@ -10,6 +10,11 @@ from .dinov2 import DINOv2
 from .supervlad import SuperVLAD
 
 
+def normalized(x: Tensor) -> Tensor:
+    """Unit L2 norm over dimension 1; zeros stay zeros in fp16 too, where the smallest norm allowed would be none."""
+    return F.normalize(x.float(), dim=1).to(x.dtype) if x.dtype == torch.float16 else F.normalize(x, dim=1)
+
+
 class SuperVLADNet(nn.Module):
     """Backbone, aggregation and, perhaps, the encoder across the images of a batch.
 
@@ -56,7 +61,7 @@ class SuperVLADNet(nn.Module):
 
     def assignments(self, images: Tensor) -> Tensor:
         """How far each patch belongs to each cluster: normalised images B x 3 x H x W to B x (K+G) x h x w."""
-        return self.aggregation.assign(F.normalize(self.backbone(images), dim=1))
+        return self.aggregation.assign(normalized(self.backbone(images)))
 
     def describe(self, vectors: Tensor, group: int | None = None) -> Tensor:
         """What depends on the batch: cluster vectors to descriptors of unit L2 norm.
@@ -74,7 +79,7 @@ class SuperVLADNet(nn.Module):
             sequences = vectors.view(B // n, n, K, D).transpose(0, 1).reshape(n, B // n * K, D)
             encoded: Tensor = self.encoder(sequences)
             vectors = encoded.view(n, B // n, K, D).transpose(0, 1).reshape(B, K, D)
-        return F.normalize(vectors.flatten(1), dim=1)
+        return normalized(vectors.flatten(1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images B x 3 x H x W (sides multiples of 14) to descriptors B x K*D of unit L2 norm."""

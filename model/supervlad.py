@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 EPSILON = 1e-12  # no norm is taken to be smaller
@@ -47,11 +48,15 @@ class SuperVLAD(nn.Module):
         """
         x = features.flatten(2).transpose(1, 2)  # (B, N, D), the backbone's own layout
         weight = self.conv.weight.flatten(1)  # (K+G, D)
-        with torch.autocast(x.device.type, enabled=False):  # small products: precision costs nothing
-            x = x.to(weight.dtype)
+        # Small products: precision costs nothing, and EPSILON is none in fp16.
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            x, w = x.to(precise), weight.to(precise)
             if torch.is_grad_enabled():
-                return _Aggregate.apply(x, weight, self.clusters)
-            return aggregate(x, weight, self.clusters)[0]
+                vectors = _Aggregate.apply(x, w, self.clusters)
+            else:
+                vectors = aggregate(x, w, self.clusters)[0]
+        return vectors.to(weight.dtype)
 
 
 def aggregate(x: Tensor, weight: Tensor, clusters: int) -> tuple[Tensor, ...]:
@@ -82,6 +87,7 @@ class _Aggregate(torch.autograd.Function):
         return vectors
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight, vectors, inverse, logits, assignment, norms, total = ctx.saved_tensors
         K, D = vectors.shape[1:]
@@ -97,7 +103,7 @@ class _Aggregate(torch.autograd.Function):
         of_inverse = (of_scaled * assignment[:, :, :K]).sum(dim=2, keepdim=True)
         of_inverse += (of_logits * logits).sum(dim=2, keepdim=True) / inverse
         of_products = of_logits * inverse  # (B, N, K+G)
-        of_x = torch.mul(x, -of_inverse * inverse**3, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        of_x = (x * (-of_inverse * inverse**3)).contiguous()  # as it is, unless x is a view of a map B x D x h x w
         of_x.view(-1, D).addmm_(of_products.flatten(0, 1), weight)
         of_x.baddbmm_(assignment[:, :, :K] * inverse, g)
         of_weight = torch.bmm(of_products.transpose(1, 2), x).sum(dim=0)

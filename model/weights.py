@@ -208,7 +208,7 @@ def load_foundation(backbone: DINOv2, path: Path) -> None:
         FileNotFoundError, ValueError: as `read_file`, or the file is of another backbone.
     """
     content = read_file(path)
-    state = content.get("model_state_dict", content)
+    state = _plain_names(content.get("model_state_dict", content), path)
     _require_backbone(backbone, state, path)
     _load(backbone, state, path)
 
@@ -231,11 +231,22 @@ def load_checkpoint(model: SuperVLADNet, path: Path, content: dict[str, Any] | N
     state = content.pop("model_state_dict", None)
     if state is None:
         state, content = content, {}
-    # DataParallel, which the released training used, puts "module." before every name.
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = _plain_names(state, path)
     _require_options(model, state, model_of(path, content), path)
     _load(model, state, path)
     return content
+
+
+# Parts that wrappers put into the names: DataParallel (which the released training used) and DistributedDataParallel,
+# torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def _plain_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    plain = {".".join(part for part in name.split(".") if part not in _WRAPPERS): v for name, v in state.items()}
+    if len(plain) < len(state):
+        raise ValueError(f"{path} holds weights twice, under the names of a wrapped and of a plain model; save one")
+    return plain
 
 
 def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dict[str, Any], path: Path) -> None:

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from datasets import database_queries, gsv_cities
 from datasets.database_queries import DatabaseQueries, list_images, utm_positions
-from datasets.gsv_cities import GSVCities, PlaceBatches, image_name
+from datasets.gsv_cities import GSVCities, PlaceBatches, image_name, read_city
 from datasets.randaugment import RandAugment
 from datasets.transforms import TrainingTransform, evaluation_transform, open_image, read_pixels, to_unit
 from utils import search
@@ -82,6 +82,75 @@ def test_gsv_cities_refusals(tmp_path):
     table.write_text("place_id,year\n7,2012\n")
     with pytest.raises(ValueError, match="London.csv, line 1.*month"):
         places_of(tmp_path)
+
+
+ROWS = ["7,2012,6,45,London,51.5,-0.12,a", "8,2013,7,46,London,52.0,1.0,b"]
+NAMES = [b"London/London_0000007_2012_06_045_51.5_-0.12_a.jpg", b"London/London_0000008_2013_07_046_52.0_1.0_b.jpg"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEADER + "\n".join(ROWS),
+        "\ufeff" + HEADER + "\n".join(ROWS) + "\n",
+        (HEADER + "\n".join(ROWS)).replace("\n", "\r\n") + "\r\n",
+        (HEADER + "\n".join(ROWS)).replace("\n", "\r"),
+        HEADER + f"\n{ROWS[0]}\n   \n\n{ROWS[1]}\n\n",
+        HEADER + "\n".join(ROWS).replace("7,2012", '"7",2012'),
+        HEADER.replace("\n", ",note\n") + f'{ROWS[0]},"two\nlines, quoted"\n{ROWS[1]},x\n',
+        HEADER.replace("\n", ",note\n") + f"{ROWS[0]},a\u2028b\x0cc\x85d\n{ROWS[1]},\x1c\n",
+    ],
+    ids=["plain", "bom", "crlf", "cr", "blank", "quoted", "newline", "separators"],
+)
+def test_tables_as_they_come(tmp_path, text):
+    (tmp_path / "Dataframes").mkdir()
+    (tmp_path / "Dataframes" / "London.csv").write_bytes(text.encode())
+    places, names = read_city(tmp_path, "London")
+    assert places.tolist() == [7, 8] and names.tolist() == NAMES
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            (HEADER + ROWS[0] + "\n" + ROWS[1].replace("b", "Z\u00fcrich")).encode("latin-1"),
+            "line 3: .*UTF-8 is needed",
+        ),
+        ((HEADER + ROWS[0]).encode("utf-16"), "line 1: .*UTF-8 is needed"),
+        ((HEADER + ROWS[0] + '\n"8\n9",2013').encode(), "line 4"),
+        ((HEADER + ROWS[0].replace("7", "1_0", 1)).encode(), "line 2: .*'1_0' is not a whole number"),
+        ((HEADER + ROWS[0].replace("7", "7.0", 1)).encode(), "line 2: .*'7.0' is not a whole number"),
+        ((HEADER + ROWS[0].replace("51.5", "north")).encode(), "line 2: .*north"),
+        ((HEADER + '"' + "x" * 200_000 + '",1').encode(), "line 2: .*field larger"),
+        (b"", "line 1"),
+    ],
+)
+def test_tables_that_do_not_follow_the_format(tmp_path, content, message):
+    (tmp_path / "Dataframes").mkdir()
+    (tmp_path / "Dataframes" / "London.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=f"London.csv, {message}"):
+        read_city(tmp_path, "London")
+
+
+def test_a_column_of_whole_numbers_is_named_as_the_files_are(tmp_path):
+    """GSV-Cities' own loader takes such a column for integers; no published table has one."""
+    (tmp_path / "Dataframes").mkdir()
+    table = HEADER + "7,2012,6,45,London,51,0,a\n8,2013,7,46,London,52,-1,b\n"
+    (tmp_path / "Dataframes" / "London.csv").write_text(table)
+    assert read_city(tmp_path, "London")[1][1].endswith(b"_52.0_-1.0_b.jpg")
+    (tmp_path / "Images" / "London").mkdir(parents=True)
+    (tmp_path / "Images" / "London" / "London_0000007_2012_06_045_51_0_a.jpg").touch()
+    assert read_city(tmp_path, "London")[1][1].endswith(b"_52_-1_b.jpg")
+    (tmp_path / "Dataframes" / "London.csv").write_text(table + "9,2013,7,46,London,52.5,1,c\n")
+    assert read_city(tmp_path, "London")[1][2].endswith(b"_52.5_1.0_c.jpg"), "unless the first file says otherwise"
+
+
+def test_digests_tell_tables_apart(tmp_path):
+    digests = set()
+    for rows in ([(7, 5), (3, 4)], [(7, 4), (3, 5)], [(7, 5), (4, 4)]):
+        write_table(tmp_path, "London", rows)
+        digests.add(places_of(tmp_path).digest)
+    assert len(digests) == 3 and places_of(tmp_path).digest in digests
 
 
 def test_order_goes_city_by_city_and_is_kept_or_redrawn(tmp_path):

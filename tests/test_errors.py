@@ -1,6 +1,11 @@
 """Bad input gives one clear message, exit status 2 and no traceback."""
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
@@ -9,6 +14,7 @@ import torch
 import eval as eval_script
 import train as train_script
 from model import build_model
+from utils import reading
 
 SMALL = "--eval_dataset_name=toy_city --backbone=dino_tiny --device cpu --num_workers 0 --resize 56 56".split()
 
@@ -124,3 +130,46 @@ def test_a_loss_that_is_not_finite(fails, city):
 def test_released_encoder_training_without_adam(fails, city):
     message = fails(train_script, f"--eval_datasets_folder={city}", "--optim=sgd", "--crossimage_encoder")
     assert "use --encoder_training every_step" in message
+
+
+def test_nothing_to_tell_a_place_from(fails, city, copied_city):
+    message = fails(train_script, f"--eval_datasets_folder={city}", "--train_batch_size=1")
+    assert "--train_batch_size 1 leaves no other place to tell a place from; use 2 or more" in message
+    table = copied_city / "gsv_cities/Dataframes/London.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(line for line in lines if line.split(",")[0] in ("place_id", lines[1].split(",")[0])))
+    message = fails(train_script, f"--eval_datasets_folder={copied_city}", "--cities", "London")
+    assert "(1 places, 5 images, 1 cities): there is nothing to learn from one place; add cities" in message
+
+
+@pytest.mark.parametrize("flags", [["--resume=auto"], []])
+def test_a_run_that_another_process_has(fails, city, tmp_path, flags):
+    training = [f"--eval_datasets_folder={city}", "--train_resize", "56", "56", "--epochs_num=0"]
+    train_script.main([*SMALL, f"--save_dir={tmp_path}/run", *training])
+    (folder,) = (tmp_path / "run").iterdir()
+    before = {path: path.read_bytes() for path in folder.glob("[!.]*")}
+    flags = flags or [f"--resume={folder}/last_model.pth"]
+    held = folder if "auto" not in flags[0] else tmp_path / "run"
+    code = f"from pathlib import Path; from utils.lock import FolderLock; l = FolderLock(Path({str(held)!r}), ''); "
+    code += "print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, cwd=Path(train_script.__file__).parent
+    )
+    other.stdout.readline()
+    try:
+        message = fails(train_script, *training, *flags)
+    finally:
+        other.communicate(b"\n")
+    assert f"{held} is in use by process {other.pid} on " in message and "name another --save_dir" in message
+    assert {path: path.read_bytes() for path in folder.glob("[!.]*")} == before
+    train_script.main([*SMALL, f"--save_dir={tmp_path}/run", *training, *flags])
+
+
+def test_shared_memory_too_small(fails, city, monkeypatch):
+    flags = [f"--eval_datasets_folder={city}", "--train_resize", "56", "56", "--num_workers=2"]
+    monkeypatch.setattr(reading.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    message = fails(train_script, *flags)
+    assert message.endswith(
+        "/dev/shm has 0 MB free, and 2 processes that read images need 0 MB; give a container more by docker run "
+        "--shm-size=8g or --ipc=host, or read with fewer processes, or none (--num_workers=0)"
+    )

@@ -181,3 +181,43 @@ def test_layer_output_is_normalised_over_all_clusters():
     vectors = SuperVLAD(8, 4, 1)(torch.randn(3, 8, 4, 4))
     torch.testing.assert_close(vectors, F.normalize(vectors.flatten(1), dim=1).view_as(vectors))
     torch.testing.assert_close(vectors.norm(dim=2), torch.full((3, 4), 0.5))
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_the_layer_compiled_by_itself(contiguous):
+    """On a contiguous map and on one that is a view of tokens; the backend traces as the compiler does."""
+    layer = SuperVLAD(8, 3, 1)
+    maps = torch.randn(2, 8, 4, 5)
+    maps = maps if contiguous else maps.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    gradients = []
+    for call in (layer, torch.compile(layer, backend="aot_eager")):
+        features = maps.detach().requires_grad_()
+        (call(features) * torch.arange(8)).sum().backward()
+        gradients.append((features.grad, layer.conv.weight.grad.clone()))
+        layer.zero_grad()
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_what_the_layer_does_not_differentiate_says_so():
+    layer, features = SuperVLAD(8, 3, 1), torch.randn(2, 8, 4, 5, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(features)[:, 0].square().sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: layer(x)[:, 0].sum())(features.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_features_of_zeros_give_zeros(dtype):
+    model = build_model(backbone="dino_tiny").to(dtype)
+    features = torch.zeros(2, 96, 4, 4, dtype=dtype)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            vectors = model.aggregation(features)
+            assert vectors.dtype == dtype and not vectors.any() and not model.describe(vectors).any()
+    random = torch.randn(2, 96, 4, 4)
+    exact = model.float().aggregation(random)
+    near = model.to(dtype).aggregation(random.to(dtype))
+    assert F.cosine_similarity(exact.flatten(1), near.float().flatten(1)).min() > 0.999

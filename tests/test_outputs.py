@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -181,16 +182,12 @@ class Saving:
         yield np.arange(2), np.ones((2, 3), dtype=np.float32)
 
 
-def test_a_log_on_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_log_takes_names_that_are_not_utf8(tmp_path, caplog):
     (tmp_path / "run").mkdir()
     with run_log.RunLog() as log:
         log.open(tmp_path, tmp_path / "run")
-        monkeypatch.setattr(run_log._LogFile, "flush", no_space)
-        for n in range(3):
-            run_log.logger.info("line %d", n)
-        monkeypatch.undo()
-    shown = capsys.readouterr().err
-    assert shown.count("info.log could not be written: [Errno 28]") == 1 and "Traceback" not in shown
+        logging.getLogger("utils").debug("cannot read %s", "a\udcff.jpg")
+    assert "cannot read a\\udcff.jpg" in (tmp_path / "run/debug.log").read_text()
 
 
 def test_answers_in_places(evaluate, city):

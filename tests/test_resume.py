@@ -1,15 +1,18 @@
 """A run that was stopped, however roughly, ends as if it had not been."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train as train_script
+from utils import multi_similarity, reading
 from utils.optimization import Optimization
 from utils.progress import Progress
 
@@ -173,7 +176,109 @@ def test_a_loss_read_late_reaches_no_checkpoint(flags, read_late, tmp_path, monk
 
 
 def test_a_finished_run_is_only_evaluated_again(flags, tmp_path, caplog):
+    caplog.set_level("INFO")
     train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1"])
     before = outcome(tmp_path)
     train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1", "--resume=auto"])
     assert_same(outcome(tmp_path), before)
+    assert "last_model.pth is of a finished run: only the test split is evaluated again" in caplog.text
+
+
+def test_small_shared_memory_changes_nothing_but_the_time(flags, uninterrupted, tmp_path, monkeypatch, caplog):
+    """Batches of 150 kB from places of 38 kB, through 400 kB: places come singly, and last batches are short too."""
+    monkeypatch.setattr(reading.shutil, "disk_usage", lambda _: SimpleNamespace(free=400_000))
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--num_workers=2"])
+    assert "/dev/shm is too small for 2 processes that read batches of 0.2 MB: they hand over single" in caplog.text
+    assert "--shm-size=8g or --ipc=host" in caplog.text
+    assert_same(outcome(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("damage", ["gone", "flipped"])
+def test_a_best_model_that_is_gone_is_noticed_at_once(flags, tmp_path, capsys, damage, monkeypatch):
+    one_epoch = [*flags, f"--save_dir={tmp_path}", "--epochs_num=1"]
+    train_script.main(one_epoch)
+    (best,) = tmp_path.glob("*/best_model.pth")
+    content = best.read_bytes()
+
+    def lose():
+        if damage == "gone":
+            best.unlink()
+        else:
+            best.write_bytes(content[:50_000] + bytes([content[50_000] ^ 1]) + content[50_001:])
+
+    lose()
+    train_script.main([*one_epoch, "--resume=auto"])
+    assert "best_model.pth was gone or damaged: written again from the checkpoint" in capsys.readouterr().err
+    written = torch.load(best, weights_only=True)["model_state_dict"]
+    last = torch.load(best.with_name("last_model.pth"), weights_only=True)
+    assert all(torch.equal(written[name], value) for name, value in last["model_state_dict"].items())
+
+    last["not_improved_num"] = 1  # as if the best model were an older one
+    torch.save(last, best.with_name("last_model.pth"))
+    lose()
+    monkeypatch.setattr(train_script, "train_one_epoch", None)
+    with pytest.raises(SystemExit) as exit_:
+        train_script.main([*flags, f"--save_dir={tmp_path}", "--resume=auto"])
+    assert exit_.value.code == 2
+    assert f"ERROR: {best} is gone or damaged, and {best.with_name('last_model.pth')} is of" in capsys.readouterr().err
+
+
+def test_other_rows_of_the_same_number_of_places(flags, city, tmp_path, capsys):
+    shutil.copytree(city / "gsv_cities", tmp_path / "gsv_cities")
+    flags = [*flags, f"--train_dataset_folder={tmp_path}/gsv_cities", f"--save_dir={tmp_path}/run", "--epochs_num=1"]
+    train_script.main(flags)
+    table = tmp_path / "gsv_cities/Dataframes/London.csv"
+    lines = table.read_text().splitlines()
+    (tmp_path / "copy.csv").write_text("\n".join([*lines, lines[-1]]))  # one more row, of the same place
+    (tmp_path / "copy.csv").replace(table)
+    with pytest.raises(SystemExit) as exit_:
+        train_script.main([*flags, "--resume=auto"])
+    assert exit_.value.code == 2 and "the digest of GSV-Cities' tables was" in capsys.readouterr().err
+
+
+def test_an_epoch_in_which_nothing_is_mined_says_so(flags, tmp_path, monkeypatch, caplog):
+    real = multi_similarity.MultiSimilarityMiner
+    train_script.main([*flags, f"--save_dir={tmp_path}/mined", "--epochs_num=1"])
+    assert "was mined" not in caplog.text
+    monkeypatch.setattr(multi_similarity, "MultiSimilarityMiner", lambda epsilon, distance: real(-9, distance=distance))
+    train_script.main([*flags, f"--save_dir={tmp_path}/not", "--epochs_num=1"])
+    assert "no pair of images was mined in epoch 1, so nothing was learnt" in caplog.text
+
+
+def test_fp16_takes_every_step(flags, tmp_path, caplog, recwarn):
+    with caplog.at_level("INFO"):
+        train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1", "--precision=fp16"])
+    (last,) = tmp_path.glob("*/last_model.pth")
+    state = torch.load(last, weights_only=True)["optimization"]
+    assert state["skipped"] == 0 and state["scaler"]["scale"] == 65536 and state["scheduler"]["last_epoch"] == 4
+    assert "skipped" not in caplog.text and not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
+def test_a_picture_that_cannot_be_drawn_ends_nothing(flags, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_script.report, "draw_training", full)
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1"])
+    assert "training.png ([Errno 28] No space left on device)" in caplog.text
+    assert list(tmp_path.glob("*/results.json"))
+
+
+def test_what_a_killed_process_left_half_written_is_removed(flags, tmp_path):
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=0"])
+    (folder,) = tmp_path.iterdir()
+    (folder / "last_model.pth.12345.tmp").write_bytes(b"half")
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=0", "--resume=auto"])
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("encoder", [True, False])
+def test_other_processes_concern_the_encoder_where_there_is_one(flags, tmp_path, caplog, encoder):
+    flags = [flag for flag in flags if encoder or flag not in ("--crossimage_encoder", "--encoder_training=every_step")]
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=0"])
+    (last,) = tmp_path.glob("*/last_model.pth")
+    content = torch.load(last, weights_only=True)
+    torch.save({**content, "generators": content["generators"] * 3}, last)
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=0", "--resume=auto"])
+    (message,) = [message for message in caplog.messages if "was written by 3 processes and these are 1" in message]
+    assert ("encoder" in message) == ("dropout" in message) == encoder

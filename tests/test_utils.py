@@ -3,13 +3,18 @@
 import copy
 import json
 import logging
+import os
 import random
+import resource
+import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 from model import build_model
 from model.weights import read_file
@@ -17,6 +22,7 @@ from utils import checkpoint, distributed, metrics, report, run_log
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import estimated_hours, pick_device
 from utils.index_trial import require_index
+from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 from utils.search import merge_crops, nearest, nearest_by_index, recall_at
 from utils.seed import generator_states, restore_generators, seed_everything
@@ -172,6 +178,31 @@ def test_a_step_that_overflowed_does_not_retire_the_encoder():
     assert optimization.encoder_retired
 
 
+def test_a_skipped_step_is_counted_and_is_none_of_the_schedule(caplog, recwarn):
+    model = Small()
+    settings = {"lr": 5e-5, "lr_encoder": 1e-4, "steps_per_epoch": 1, "scale_gradients": True}
+    optimization = Optimization(model, **settings)
+    with caplog.at_level(logging.INFO):
+        for factor in (float("inf"), 1.0, float("nan"), 1.0, 1.0):
+            optimization.backward(model(torch.ones(2, 3)).sum() * factor)
+            optimization.step()
+    assert optimization.skipped == 2 and "a step was skipped, the 2. so far: its gradients overflowed" in caplog.text
+    assert optimization.lr == 2.5e-5, "three steps of one an epoch"
+    assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
+    again = Optimization(Small(), **settings)
+    again.load_state_dict(optimization.state_dict())
+    assert again.skipped == 2 and again.lr == 2.5e-5
+
+
+def test_a_large_loss_does_not_overflow_the_scale():
+    """65,536 at the start, times the number of processes: fp16 would hold neither."""
+    descriptors = nn.functional.normalize(torch.randn(8, 16), dim=1).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = MinedMultiSimilarity()(descriptors, torch.arange(4).repeat_interleave(2))
+    torch.amp.GradScaler("cpu").scale(loss * 2).backward()
+    assert loss > 0.5 and descriptors.grad.isfinite().all()
+
+
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "last_model.pth"
     checkpoint.save(path, {"epoch_num": 1})
@@ -192,7 +223,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
     """For real: /dev/full refuses every write."""
     path = tmp_path / "last_model.pth"
     checkpoint.save(path, {"epoch_num": 1})
-    (tmp_path / "last_model.pth.tmp").symlink_to("/dev/full")
+    (tmp_path / f"last_model.pth.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="cannot write"):
         checkpoint.save(path, {"weights": torch.zeros(100_000)})
     assert torch.load(path, weights_only=True) == {"epoch_num": 1}
@@ -216,6 +247,23 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path):
         path = checkpoint.newest([old, new], read=read_file)
         found.append(path and read_file(path)["number"])
     assert found == [2, 1, 0, None]
+
+
+def test_how_far_a_checkpoint_has_come_decides_not_the_clock(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for epoch, losses in ((1, [0.5]), (1, [0.5, 0.4])):
+        checkpoint.save(folder / "last_model.pth", {"epoch_num": epoch, "losses": losses})
+    os.utime(folder / "last_model.pth", (1, 1))  # as after a clock that went back
+    assert checkpoint.newest([folder], read=read_file) == folder / "last_model.pth"
+    (folder / "last_model.pth").rename(folder / "x")
+    (folder / "previous_model.pth").rename(folder / "last_model.pth")
+    (folder / "x").rename(folder / "previous_model.pth")
+    assert checkpoint.newest([folder], read=read_file) == folder / "previous_model.pth"
+    other = tmp_path / "other"  # a later run, however far
+    other.mkdir()
+    checkpoint.save(other / "last_model.pth", {"epoch_num": 0, "losses": []})
+    assert checkpoint.newest([folder, other], read=read_file) == other / "last_model.pth"
 
 
 def test_run_log_turns_bad_input_into_status_2(tmp_path, capsys):
@@ -282,6 +330,67 @@ def test_rows_past_a_checkpoint_are_cut(tmp_path):
     metrics.cut_rows(tmp_path, 0)
     metrics.append_row(tmp_path, {"epoch": 1, "loss": 0.5})
     assert (tmp_path / "metrics.csv").read_text().split() == ["epoch,loss", "1,0.5"]
+
+
+def test_each_epoch_keeps_one_row(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(b"epoch,loss\r\n1,0.1\r\n1,0.1\r\n2,0.2\r\n3,0.3\r\n4,0.")
+    metrics.cut_rows(tmp_path, 3)
+    assert path.read_bytes() == b"epoch,loss\r\n1,0.1\r\n2,0.2\r\n3,0.3\r\n"
+    metrics.cut_rows(tmp_path, 3)
+    metrics.append_row(tmp_path, {"epoch": 4, "loss": 0.4})
+    assert path.read_bytes().endswith(b"3,0.3\r\n4,0.4\r\n")
+    metrics.cut_rows(tmp_path / "nowhere", 3)
+
+
+def test_a_row_is_written_whole_or_not_at_all(tmp_path):
+    """For real: the process may write no file beyond some bytes."""
+    metrics.append_row(tmp_path, {"epoch": 1, "loss": 0.1})
+    before = (tmp_path / "metrics.csv").read_bytes()
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 3, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*metrics.csv .*free space and go on with --resume auto"):
+            metrics.append_row(tmp_path, {"epoch": 2, "loss": 0.2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys):
+    """For real: /dev/full refuses every write."""
+    with run_log.RunLog() as log:
+        for name in ("info.log", "debug.log"):
+            (tmp_path / name).symlink_to("/dev/full")
+        folder = log.open(tmp_path, tmp_path)
+        for number in range(20):
+            logging.getLogger("utils").info("line %d", number)
+    shown = capsys.readouterr().err
+    assert "line 19" in shown and "Traceback" not in shown and shown.count("the run goes on without") == 2
+    assert f"WARNING: cannot write {folder}/info.log ([Errno 28] No space left on device)" in shown
+
+
+def test_an_error_in_another_process_has_a_log_and_a_line_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "rank", lambda: 3)
+    monkeypatch.setattr(distributed, "broadcast", lambda value: tmp_path / "run")
+    with pytest.raises(SystemExit) as exit_, run_log.RunLog() as log:
+        logging.getLogger("utils").info("before the folder")
+        log.open(tmp_path)
+        sys.stderr.write("epoch 1:  50%|#####     |")  # the main process's bar, on the same terminal
+        raise ValueError("the value, the rule, the remedy")
+    assert exit_.value.code == 2
+    assert "\nrank 3: ERROR: the value, the rule, the remedy\n" in capsys.readouterr().err
+    text = (tmp_path / "run" / "rank3.log").read_text()
+    assert "before the folder" in text and "Traceback" in text and "ERROR the value, the rule" in text
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["rank3.log"]
+
+
+def test_a_line_moves_the_progress_bar_out_of_its_way(capsys):
+    with run_log.RunLog(), tqdm(total=9, desc="epoch 1", file=sys.stderr, mininterval=0) as bar:
+        bar.update(3)
+        logging.getLogger("utils").info("a line")
+    assert "\ra line\n" in capsys.readouterr().err.replace(" ", "").replace("aline", "a line")
 
 
 def test_generators_go_on_where_they_stood():

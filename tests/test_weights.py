@@ -76,6 +76,34 @@ class RunsCode:
         return os.system, ("touch " + os.environ["PROOF"],)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: name.replace("backbone.", "backbone._orig_mod."),
+        lambda name: f"module.{name.replace('.attn.', '._orig_mod.attn.')}",
+        lambda name: f"_fsdp_wrapped_module.{name.replace('.mlp.', '._checkpoint_wrapped_module.mlp.')}",
+    ],
+)
+def test_names_of_a_wrapped_model(tmp_path, wrap):
+    model, loaded = (build_model(backbone="dino_tiny", crossimage_encoder=True) for _ in range(2))
+    torch.save({wrap(name): value for name, value in model.state_dict().items()}, tmp_path / "model.pth")
+    load_checkpoint(loaded, tmp_path / "model.pth")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    backbone = {wrap(f"backbone.{name}"): value for name, value in model.backbone.state_dict().items()}
+    torch.save({name.replace("backbone.", ""): value for name, value in backbone.items()}, tmp_path / "dinov2.pth")
+    load_foundation(build_model(backbone="dino_tiny").backbone, tmp_path / "dinov2.pth")
+
+
+def test_names_that_a_wrapper_would_give_twice(tmp_path):
+    state = build_model(backbone="dino_tiny").state_dict()
+    torch.save({**state, **{f"_orig_mod.{name}": value for name, value in state.items()}}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="model.pth holds weights twice, under the names of a wrapped and of a plain"):
+        load_checkpoint(build_model(backbone="dino_tiny"), tmp_path / "model.pth")
+
+
 def test_a_file_that_needs_code_is_refused_unrun(tmp_path, monkeypatch):
     monkeypatch.setenv("PROOF", str(tmp_path / "ran"))
     torch.save({"model_state_dict": RunsCode()}, tmp_path / "evil.pth")

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: it could not be written; the message names the file.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
@@ -38,20 +40,48 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def newest(folders: Iterable[Path], *, read: Callable[[Path], object]) -> Path | None:
-    """The newest checkpoint in the folders that is whole; None where there is none.
+    """The checkpoint in the folders that has come farthest and is whole; None where there is none.
+
+    Of runs the one that was written to last counts; within it what the files say (epoch and step), since clocks can go
+    back.
 
     Args:
         folders: of runs.
         read: reads a file, raising ValueError if it is damaged.
     """
-    paths = [path for folder in folders for name in (LAST, PREVIOUS) if (path := folder / name).is_file()]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        try:
-            read(path)
-            return path
-        except ValueError as error:
-            logger.warning("%s: trying the one before", error)
+    runs = [[path for name in (LAST, PREVIOUS) if (path := folder / name).is_file()] for folder in folders]
+    for paths in sorted(filter(None, runs), key=lambda paths: max(p.stat().st_mtime_ns for p in paths), reverse=True):
+        for path in sorted(paths, key=_position, reverse=True):
+            try:
+                read(path)
+                return path
+            except ValueError as error:
+                logger.warning("%s: trying the one before", error)
     return None
+
+
+def _position(path: Path) -> tuple[int, int]:
+    """Epochs and steps of a checkpoint, without reading its tensors; damaged ones come first, so that `read` tells."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return content["epoch_num"], len(content["losses"])
+    except Exception:  # whatever a damaged file makes of the reader
+        return sys.maxsize, 0
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file that `save` wrote is there as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError):
+        return False
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that died while writing have left; for who has the folder to itself."""
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def require_same(asked: dict[str, Any], written: dict[str, Any]) -> None:

@@ -36,6 +36,9 @@ class Optimization:
         scale_gradients: multiplies the loss so that fp16 gradients do not underflow.
         clip_grad_norm: the largest L2 norm of all gradients together; 0 does not clip.
 
+    Attributes:
+        skipped: steps that the scaler of gradients skipped because they overflowed; they do not count in the schedule.
+
     Raises:
         ValueError: "released" with an optimiser other than Adam.
     """
@@ -57,6 +60,7 @@ class Optimization:
         self.encoder_training = encoder_training
         self.encoder_retired = False
         self.clip_grad_norm = clip_grad_norm
+        self.skipped = 0
         if self.encoder is not None and encoder_training == "released" and optim != "adam":
             raise ValueError(
                 f"--encoder_training released is what the released script does, and that exists for Adam only, not for "
@@ -93,18 +97,23 @@ class Optimization:
         Returns:
             Whether there are now fewer parameters to train.
         """
-        may_retire = self.encoder is not None and self.encoder_training == "released" and not self.encoder_retired
-        scale = self.scaler.get_scale() if may_retire else 0.0  # which waits for the GPU
         if self.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
         self.optimizer.zero_grad()
-        # The scaler skips a step whose gradients overflowed, and backs off.
-        retires = may_retire and self.scaler.get_scale() >= scale
+        if self.scaler.get_scale() < scale:
+            self.skipped += 1
+            logger.info(
+                "a step was skipped, the %d. so far: its gradients overflowed at a scale of %g, which is now %g",
+                *(self.skipped, scale, self.scaler.get_scale()),
+            )
+            return False
+        self.scheduler.step()
+        retires = self.encoder is not None and self.encoder_training == "released" and not self.encoder_retired
         if retires:
             self._retire_encoder()
         return retires
@@ -122,6 +131,7 @@ class Optimization:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "encoder_retired": self.encoder_retired,
+            "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -129,5 +139,6 @@ class Optimization:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state.get("skipped", 0)
         if state["encoder_retired"] and not self.encoder_retired:
             self._retire_encoder()

@@ -1,37 +1,66 @@
-"""Stopping in good order when a scheduler, or Ctrl-C, asks for it."""
+"""Stopping in good order when a scheduler, a lost terminal or Ctrl-C asks for it."""
 
+import logging
+import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from . import distributed
 
+logger = logging.getLogger(__name__)
+
+# Of schedulers, `timeout` and torchrun; Ctrl-C; a lost terminal; and what submitit and `sbatch --signal` send.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
 
 class Preemption:
-    """Notes SIGTERM and SIGINT instead of dying of them, within a `with` block.
+    """Notes the signals that ask to stop instead of dying of them, within a `with` block.
 
-    Whoever is in it asks `agreed` where it can stop, puts things in order, and calls `stop`.
+    Whoever is in it asks `agreed` or calls `stop` where the program can end. The program says at once that it was
+    asked, and when it ends, what to do next. A second Ctrl-C ends it on the spot. Signals that were ignored before, as
+    `nohup` ignores SIGHUP, stay so.
+
+    Args:
+        at_once: leave by SystemExit when the signal comes, for a program that can be left anywhere.
+
+    Attributes:
+        advice: what becomes of the work so far, for the last line.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.advice = "nothing was finished; the same command begins again"
         self.signum: int | None = None
-        self._previous: list[Any] = []
+        self._at_once = at_once
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
-        self._previous = [signal.signal(signum, self._note) for signum in self.SIGNALS]
+        for signum in SIGNALS:
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                self._previous[signum] = signal.signal(signum, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in zip(self.SIGNALS, self._previous, strict=True):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.signum is not None and isinstance(error, SystemExit):
+            logger.warning("stopped by %s: %s", signal.Signals(self.signum).name, self.advice)
+        for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
     def _note(self, signum: int, _: FrameType | None) -> None:
-        self.signum = signum
+        again, self.signum = self.signum is not None, signum
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not again and distributed.is_main():
+            doing = "stopping" if self._at_once else "finishing the step under way"
+            hint = ", Ctrl-C again ends at once" if signum == signal.SIGINT else ""
+            # Not by logging: the signal may have come in the middle of a line of it.
+            os.write(2, f"\n{signal.Signals(signum).name}: {doing}{hint}\n".encode())
+        if self._at_once and not again:
+            self.stop()
 
     def agreed(self) -> bool:
         """Whether a signal has come to any process of the run; all ask at the same point, and so stop at the same."""
@@ -45,14 +74,10 @@ class Preemption:
 
 
 @contextmanager
-def exits_on_sigterm() -> Iterator[None]:
-    """Within the block, SIGTERM ends the program as an exception does, with status 143: `finally` cleans up."""
-
-    def leave(signum: int, _: FrameType | None) -> None:
-        sys.exit(128 + signum)
-
-    previous = signal.signal(signal.SIGTERM, leave)
+def signals_held_back() -> Iterator[None]:
+    """Within the block, `SIGNALS` wait; processes started in it never get them, since they inherit that."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

@@ -152,17 +152,32 @@ class Progress:
             checkpoint.save(self.folder / name, content)
         distributed.barrier()  # nobody reads it before it is there
 
+    def _keep_best(self) -> None:
+        """Finds out now, not when all epochs are done, whether there will be a best model to evaluate."""
+        path, last = self.folder / checkpoint.BEST, self.folder / checkpoint.LAST
+        if distributed.on_main(lambda: checkpoint.is_whole(path)):
+            return
+        if self.not_improved or self.losses:
+            raise ValueError(
+                f"{path} is gone or damaged, and {last} is of later steps; put it back, or begin a new run with the "
+                f"weights that are there: python3 -m model.export --resume={last} --output=weights.safetensors, then "
+                "--resume=weights.safetensors"
+            )
+        logger.warning("%s was gone or damaged: written again from the checkpoint, which is the best so far", path)
+        self.save_best()
+
     def restore(self, content: dict[str, Any]) -> None:
         """Goes on from a `last_model.pth`, whose weights the model already has.
 
         Raises:
-            ValueError: it was written under other decisive options.
+            ValueError: it was written under other decisive options, or the run's best model is gone.
         """
         checkpoint.require_same(self.decisive, content["decisive"])
         self.epoch, self.losses = content["epoch_num"], content["losses"]
         self.lr = content["lr"]
         self.recalls, self.best_score = content["recalls"], content["best_score"]
         self.not_improved = content["not_improved_num"]
+        self._keep_best()
         self.optimization.load_state_dict(content["optimization"])
         if distributed.is_main():
             metrics.cut_rows(self.folder, self.epoch)
@@ -170,9 +185,11 @@ class Progress:
         if len(states) == distributed.world_size():
             restore_generators(states[distributed.rank()])
         else:
+            encoder = ""
+            if self.optimization.encoder is not None:
+                encoder = ": dropout draws other numbers, and the cross-image encoder looks across other images, than "
+                encoder += "in a run without a break"
             logger.warning(
-                "the checkpoint was written by %d processes and these are %d: dropout will draw other numbers, and the "
-                "cross-image encoder look across other images, than in a run without a break",
-                len(states),
-                distributed.world_size(),
+                "the checkpoint was written by %d processes and these are %d%s",
+                *(len(states), distributed.world_size(), encoder),
             )

@@ -1,6 +1,7 @@
 """What a run looks like: curves, tables, predictions."""
 
 import csv
+import io
 import logging
 import os
 import warnings
@@ -30,7 +31,7 @@ def draw_training(folder: Path) -> None:
     loss, recall = figure.subplots(1, 2)
     losses = [float(row["loss"]) for row in rows]
     loss.plot(epochs, losses, marker="o", markersize=3, color="black")
-    loss.set(xlabel="epoch", ylabel="mean loss", ylim=(0, 1.05 * max(losses)), title="training")
+    loss.set(xlabel="epoch", ylabel="mean loss", ylim=(0, 1.05 * max(losses) or 1), title="training")
     for column in rows[0]:
         if column.startswith("R@"):
             recall.plot(epochs, [float(row[column]) for row in rows], marker="o", markersize=3, label=column)
@@ -39,7 +40,9 @@ def draw_training(folder: Path) -> None:
     for axes in (loss, recall):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-    figure.savefig(folder / TRAINING, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    (folder / TRAINING).write_bytes(picture.getvalue())
 
 
 def draw_recalls(folder: Path, title: str, curves: Mapping[str, Sequence[float]]) -> None:

@@ -6,7 +6,7 @@ import logging
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +17,11 @@ import numpy
 import PIL
 import torch
 import torchvision
+from tqdm import tqdm
 
-from . import distributed
+from . import checkpoint, distributed
 from .descriptor_store import warn_of_leftovers
+from .lock import FolderLock
 from .outputs import whole
 
 logger = logging.getLogger(__name__)
@@ -31,27 +33,40 @@ def runs_of(save_dir: Path) -> list[Path]:
     return [folder for folder in parent.iterdir() if folder.is_dir()] if parent.is_dir() else []
 
 
-class TerminalFormatter(logging.Formatter):
-    """The message alone, with its level in front where that is not INFO, and the rank unless it is the main process."""
+class TerminalHandler(logging.StreamHandler[Any]):
+    """The message alone, with its level in front where that is not INFO, and the rank unless it is the main process.
+
+    A line begins on a line of its own, whatever progress bar is on the terminal: this process moves its own bars out
+    of the way, and the others do not know of them.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
         message = message if record.levelno == logging.INFO else f"{record.levelname}: {message}"
-        return message if distributed.is_main() else f"rank {distributed.rank()}: {message}"
+        return message if distributed.is_main() else f"\nrank {distributed.rank()}: {message}"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
 
 
-class _LogFile(logging.FileHandler):
-    """A log that says once, on the terminal, that it cannot be written: a full disk must not end a run by that."""
+class LogFile(logging.FileHandler):
+    """A log file that a run does without when it can no longer be written: one warning, on the terminal."""
 
     failed = False
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def __init__(self, path: Path, level: int):
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")  # names may be no UTF-8
+        self.setLevel(level)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+    def handleError(self, _: logging.LogRecord) -> None:
         if not self.failed:
             self.failed = True
-            print(f"WARNING: {self.baseFilename} could not be written: {sys.exc_info()[1]}", file=sys.stderr)
+            logger.warning("cannot write %s (%s); the run goes on without", self.baseFilename, sys.exc_info()[1])
 
     def close(self) -> None:
-        with suppress(OSError):  # what could not be written before
+        with suppress(OSError):  # what could not be written before cannot be now
             super().close()
 
 
@@ -61,66 +76,94 @@ class RunLog:
     The terminal shows it from the start; `open` adds the run's folder, where `info.log` has what the terminal shows and
     `debug.log` has all, tracebacks included, from the start too. Bad input, which this project raises as ValueError or
     OSError, ends the program there: one line, no traceback on the terminal, exit status 2, and no folder if none was
-    opened yet. Of several processes the main one does all this, and the others say what goes wrong in them.
+    opened yet. Of several processes the main one does all this, and the others say what goes wrong in them, in full in
+    `rank<number>.log`.
+
+    The run's folder is this process's alone until the block ends.
     """
 
     def __enter__(self) -> "RunLog":
         self._root = logging.getLogger()
         self._previous_level = self._root.level
         self._handlers: list[logging.Handler] = []
+        self._locks = ExitStack()
+        self._folder: Path | None = None
         self._buffer = MemoryHandler(capacity=1_000_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
         self._root.setLevel(logging.DEBUG)
         for talkative in ("PIL", "matplotlib"):  # they describe every image and every font
             logging.getLogger(talkative).setLevel(logging.INFO)
-        self._add(self._buffer, logging.DEBUG, logging.Formatter())
-        level = logging.INFO if distributed.is_main() else logging.ERROR
-        self._add(logging.StreamHandler(sys.stderr), level, TerminalFormatter())
+        self._add(self._buffer, logging.DEBUG)
+        self._add(TerminalHandler(sys.stderr), logging.INFO if distributed.is_main() else logging.ERROR)
         return self
 
-    def _add(self, handler: logging.Handler, level: int, formatter: logging.Formatter) -> None:
+    def _add(self, handler: logging.Handler, level: int) -> None:
         handler.setLevel(level)
-        handler.setFormatter(formatter)
         self._handlers.append(handler)
         self._root.addHandler(handler)
+
+    def lock(self, folder: Path) -> None:
+        """Keeps other runs out of a folder while this one lasts.
+
+        Raises:
+            ValueError: another has it.
+        """
+        if distributed.is_main():
+            self._locks.enter_context(FolderLock(folder, "--save_dir"))
 
     def open(self, save_dir: Path, folder: Path | None = None) -> Path:
         """Makes `logs/<save_dir>/<time>` (an absolute `save_dir` replaces `logs/<save_dir>`), or goes on in `folder`.
 
         Returns:
             The run's folder.
+
+        Raises:
+            ValueError: another run has it.
         """
         if distributed.is_main():
             folder = folder or _make_folder(Path("logs") / save_dir)
-            self._open_files(folder)
+            self.lock(folder)
+            checkpoint.remove_leftovers(folder)
+            for name, level in (("info.log", logging.INFO), ("debug.log", logging.DEBUG)):
+                file = LogFile(folder / name, level)
+                self._add(file, level)
+                self._copy_buffer(file)
             runs = (run for run in folder.parent.iterdir() if run != folder and (run / "info.log").exists())
             warn_of_leftovers(runs)
-        self._root.removeHandler(self._buffer)
-        folder = distributed.broadcast(folder)
-        assert folder is not None
-        return folder
+            self._root.removeHandler(self._buffer)
+        self._folder = distributed.broadcast(folder)
+        assert self._folder is not None
+        return self._folder
 
-    def _open_files(self, folder: Path) -> None:
-        for name, level in (("info.log", logging.INFO), ("debug.log", logging.DEBUG)):
-            file = _LogFile(folder / name, encoding="utf-8", errors="backslashreplace")
-            self._add(file, level, logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-            for record in self._buffer.buffer:
-                if record.levelno >= level:
-                    file.handle(record)
+    def _copy_buffer(self, file: LogFile) -> None:
+        for record in self._buffer.buffer:
+            if record.levelno >= file.level:
+                file.handle(record)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, Exception):
             logger.debug("the run ended here", exc_info=error)
         if isinstance(error, (ValueError, OSError)):
-            message = str(error)
-            if message.startswith("Caught "):  # from a DataLoader's worker, which wraps the message in its traceback
-                message = message.splitlines()[-1].split(": ", 1)[-1]
-            logger.error("%s", message)
+            logger.error("%s", _message(error))
+        if isinstance(error, Exception) and not distributed.is_main() and self._folder is not None:
+            with suppress(OSError):
+                self._folder.mkdir(parents=True, exist_ok=True)  # on another machine's disk
+                file = LogFile(self._folder / f"rank{distributed.rank()}.log", logging.DEBUG)
+                self._copy_buffer(file)
+                file.close()
         for handler in self._handlers:
             self._root.removeHandler(handler)
             handler.close()
         self._root.setLevel(self._previous_level)
+        self._locks.close()
         if isinstance(error, (ValueError, OSError)):
             raise SystemExit(2) from None
+
+
+def _message(error: Exception) -> str:
+    message = str(error)
+    if message.startswith("Caught "):  # from a DataLoader's worker, which wraps the message in its traceback
+        message = message.splitlines()[-1].split(": ", 1)[-1]
+    return message
 
 
 def _make_folder(parent: Path) -> Path:

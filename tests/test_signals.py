@@ -1,0 +1,144 @@
+"""A job that is asked to stop keeps its promises: with reading processes, as users run it and as schedulers stop it."""
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as train_script
+from utils.preemption import SIGNALS, Preemption, signals_held_back
+
+SMALL = "--eval_dataset_name=toy_city --backbone=dino_tiny --device=cpu --resize 56 56".split()
+TRAINING = [*SMALL, *"--crossimage_encoder --train_resize 56 56 --train_batch_size=4 --lr=0.001 --epochs_num=3".split()]
+
+
+def run_signalled(*arguments, torchrun=False):
+    """The finished job, and the processes that it left behind."""
+    mark = uuid.uuid4().hex
+    command = [sys.executable]
+    command += "-m torch.distributed.run --standalone --nproc_per_node=2".split() if torchrun else []
+    command += [str(Path(__file__).with_name("signalled.py")), *map(str, arguments)]
+    job = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, start_new_session=True, env={**os.environ, "MARK": mark}
+    )
+    left = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                left.append((folder / "cmdline").read_text())
+        except OSError:
+            continue
+    return job, left
+
+
+def steps_in(save_dir):
+    """Epochs and steps of the epoch under way in the checkpoint that a job left."""
+    (last,) = save_dir.glob("*/last_model.pth")
+    content = torch.load(last, weights_only=True)
+    return content["epoch_num"], len(content["losses"])
+
+
+@pytest.mark.parametrize(
+    ("whom", "name", "point", "count", "workers", "done"),
+    [
+        ("group", "SIGTERM", "step", 2, 2, (0, 2)),
+        ("group", "SIGINT", "step", 5, 1, (1, 1)),
+        ("group", "SIGHUP", "batch", 2, 2, (0, 4)),  # in the first validation
+        ("self", "SIGUSR1", "step", 3, 0, (0, 3)),
+    ],
+)
+def test_a_training_job_finishes_its_step(city, tmp_path, whom, name, point, count, workers, done):
+    flags = [*TRAINING, f"--eval_datasets_folder={city}", f"--num_workers={workers}", f"--save_dir={tmp_path}"]
+    job, left = run_signalled(whom, name, point, count, "train", *flags, "--resume=auto")
+    assert job.returncode == 128 + signal.Signals[name], job.stderr
+    assert steps_in(tmp_path) == done and not left
+    assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
+    assert f"\n{name}: finishing the step under way" in job.stderr
+    (folder,) = tmp_path.glob("*/")
+    last = f"stopped by {name}: all that was trained is in {folder}/last_model.pth; the same command goes on"
+    assert last in job.stderr and last in (folder / "info.log").read_text()
+
+
+def test_torchrun_alone_is_signalled(city, tmp_path):
+    flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=2", f"--save_dir={tmp_path}"]
+    job, left = run_signalled("parent", "SIGTERM", "step", 3, "train", *flags, torchrun=True)
+    assert job.returncode != 0 and not left
+    epochs, steps = steps_in(tmp_path)
+    assert epochs == 0 and steps in (3, 4)  # torchrun passes it on when it comes to it
+    assert "killed by signal" not in job.stderr and job.stderr.count("stopped by SIGTERM: all that was trained") == 1
+
+
+@pytest.mark.parametrize(("name", "workers"), [("SIGTERM", 2), ("SIGINT", 1)])
+def test_an_extraction_stops_in_one_line(city, tmp_path, name, workers):
+    save = [*SMALL, f"--eval_datasets_folder={city}", f"--save_dir={tmp_path}/train", "--epochs_num=0"]
+    train_script.main([*save, "--train_resize", "56", "56", "--num_workers=0"])
+    (best,) = tmp_path.glob("train/*/best_model.pth")
+    flags = [f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", "--device=cpu", f"--resume={best}"]
+    flags += ["--resize", "56", "56", f"--num_workers={workers}", f"--save_dir={tmp_path}/run"]
+    job, left = run_signalled("group", name, "batch", 3, "eval", *flags)
+    assert job.returncode == 128 + signal.Signals[name] and not left, job.stderr
+    assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
+    assert f"stopped by {name}: --descriptors_folder would have kept what was computed" in job.stderr
+    (folder,) = tmp_path.glob("run/*/")
+    assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {"info.log", "debug.log"}
+
+
+def test_signals_that_were_ignored_stay_so():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert preemption.signum is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_each_signal_is_noted_and_its_handler_put_back(signum, capfd):
+    before = signal.signal(signum, signal.default_int_handler)
+    try:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signum)
+            assert preemption.signum == signum and preemption.agreed()
+            # A second Ctrl-C is the kernel's to deal with.
+            assert (signal.getsignal(signum) == signal.SIG_DFL) == (signum == signal.SIGINT)
+            with pytest.raises(SystemExit) as exit_:
+                preemption.stop()
+        assert exit_.value.code == 128 + signum and signal.getsignal(signum) == signal.default_int_handler
+        assert capfd.readouterr().err.startswith(f"\n{signum.name}: finishing the step under way")
+    finally:
+        signal.signal(signum, before)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from utils.preemption import Preemption
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with Preemption():
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("not here")
+"""
+    job = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert job.returncode == -signal.SIGINT and job.stdout == "still here\n"
+    assert "Ctrl-C again ends at once" in job.stderr and "Traceback" not in job.stderr
+
+
+def test_processes_started_while_signals_are_held_back_never_get_them():
+    with signals_held_back():
+        child = subprocess.Popen(["sleep", "60"])
+    for signum in SIGNALS:
+        child.send_signal(signum)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.2)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*SIGNALS}
+    child.kill()
+    child.wait()

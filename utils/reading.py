@@ -1,0 +1,158 @@
+"""Reading images in processes of their own: out of the way of signals, and within the shared memory there is."""
+
+import atexit
+import copy
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from .preemption import signals_held_back
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")  # where worker processes leave what they have read
+PREFETCHED = 2  # batches a worker, PyTorch's default
+REMEDIES = (
+    "give a container more by docker run --shm-size=8g or --ipc=host, or read with fewer processes, or none "
+    "(--num_workers=0)"
+)
+
+
+class _Singly(Sampler[Any]):
+    """The keys of some batches one by one; `lengths` says how many make up each batch under way."""
+
+    def __init__(self, batches: Sampler[list[Any]]):
+        self.batches = batches
+        self.lengths: deque[int] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.lengths.clear()
+        for batch in self.batches:
+            self.lengths.append(len(batch))
+            yield from batch
+
+
+class ImageLoader(DataLoader[Any]):
+    """A DataLoader for long runs: its workers outlive the signals that ask the run to stop, and fit in shared memory.
+
+    A scheduler, Ctrl-C or torchrun signals all processes of a job. If the workers died of it, the main process could
+    not finish its step; so they never get it, and end with the main process.
+
+    Workers hand over whole batches. Where shared memory is too small for that (a container has 64 MB unless told
+    otherwise), they hand over single items, which the main process puts together: the same batches, more slowly.
+
+    Args:
+        dataset: of items by key.
+        batches: lists of keys, a list a batch.
+        batch_size: keys in the longest of them.
+        item_bytes: that an item takes.
+        num_workers: processes that read; 0 reads in this one.
+        device: where the batches go; for a CUDA GPU they are put in pinned memory.
+        collate: makes a batch of its items.
+        persistent: keep the workers from one pass to the next.
+
+    Raises:
+        ValueError: shared memory is too small even for single items.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batches: Sampler[list[Any]],
+        *,
+        batch_size: int,
+        item_bytes: int,
+        num_workers: int,
+        device: torch.device,
+        collate: Callable[[list[Any]], Any] = default_collate,
+        persistent: bool = False,
+    ):
+        whole = _fits_in_shared_memory(num_workers, batch_size * item_bytes, item_bytes)
+        self._singly = None if whole else _Singly(batches)
+        self._collate = collate
+        super().__init__(
+            dataset,
+            **({"batch_sampler": batches, "collate_fn": collate} if whole else {"sampler": self._singly}),  # type: ignore
+            **({} if whole else {"batch_size": None}),  # type: ignore
+            num_workers=num_workers,
+            pin_memory=whole and device.type == "cuda",
+            persistent_workers=persistent and num_workers > 0,
+            generator=torch.Generator(),  # of its own: how often it draws depends on workers and resumes
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self.num_workers:
+            atexit.unregister(_kill_children)
+            atexit.register(_kill_children)
+        with signals_held_back():
+            read = super().__iter__()
+        return self._batches(read)
+
+    def _batches(self, read: Iterator[Any]) -> Iterator[Any]:
+        try:
+            if self._singly is None:
+                yield from read
+                return
+            items = []
+            for item in read:
+                items.append(copy.deepcopy(item))  # out of shared memory
+                if len(items) == self._singly.lengths[0]:
+                    self._singly.lengths.popleft()
+                    yield self._collate(items)
+                    items = []
+        except RuntimeError as error:
+            if (reason := _reason(error)) is None:
+                raise
+            raise OSError(reason) from error
+
+
+def _fits_in_shared_memory(num_workers: int, batch_bytes: int, item_bytes: int) -> bool:
+    """Whether whole batches do, rather than single items, which is a warning; an error where those do not either."""
+    if not num_workers or not SHARED_MEMORY.is_dir():
+        return True
+    free = shutil.disk_usage(SHARED_MEMORY).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes
+    in_flight = PREFETCHED * num_workers + 1  # and one that the main process holds
+    if in_flight * batch_bytes <= free:
+        return True
+    if in_flight * item_bytes > free:
+        raise ValueError(
+            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, and {num_workers} processes that read images need "
+            f"{in_flight * item_bytes / 1e6:.0f} MB; {REMEDIES}"
+        )
+    _warn_once(
+        f"{SHARED_MEMORY} is too small for {num_workers} processes that read batches of {batch_bytes / 1e6:.1f} MB: "
+        f"they hand over single items, which is slower; {REMEDIES}"
+    )
+    return False
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+def _reason(error: RuntimeError) -> str | None:
+    """What happened to a worker, where PyTorch's own words would lead astray."""
+    message = str(error)
+    if "shared memory" in message or "Bus error" in message:
+        return f"{SHARED_MEMORY} is full, through which reading processes hand over images; {REMEDIES}"
+    if "killed by signal: Killed" in message:
+        return "a reading process was killed, as the kernel does when memory runs out; use fewer --num_workers"
+    return None
+
+
+def _kill_children() -> None:
+    """Ends workers that are left at the end of the program: multiprocessing would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would complain
+    for child in multiprocessing.active_children():
+        child.kill()
