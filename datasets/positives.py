@@ -301,7 +301,7 @@ def _npy_header(path: Path) -> tuple[str, bool, tuple[int, ...], int]:
     found = re.fullmatch(r"\s*\{(.*)\}\s*", header)
     fields = {}
     if found and end <= len(start) and start[6:7] in (b"\x01", b"\x02", b"\x03"):
-        value = r"'[^']*'|True|False|\((?:\s*[0-9]+L?\s*,?)*\s*\)"
+        value = r"'[^']*'|True|False|\([0-9L,\s]*\)"  # 12L is how Python 2 writes 12
         fields = dict(re.findall(rf"'(descr|fortran_order|shape)'\s*:\s*({value})\s*(?:,|$)", found[1].strip()))
     if set(fields) != {"descr", "fortran_order", "shape"} or fields["shape"][0] != "(" or fields["descr"][0] != "'":
         raise ValueError(f"{path} is not a .npy file of one plain array (its header is {header[:80]!r}); {WANTED}")

@@ -194,6 +194,11 @@ def test_nothing_left_of_the_database(places, evaluated):
     for queries in ("known", "."):
         (line,) = evaluated(queries=queries, status=2)
         assert f"every photo in {places}/known is a query too, in {places / queries}; name a --database_folder" in line
+    (places / "asked" / "more.png").symlink_to(places / "known" / "@0@0@known@.png")
+    for n in (1000, 2000):
+        (places / f"known/@{n}@0@known@.png").write_bytes(b"")
+    (line,) = evaluated("--skip_unreadable", status=2)
+    assert f"every photo in {places}/known that can be read is a query too" in line
 
 
 def test_a_dataset_keeps_queries_among_its_database(places, evaluated):
