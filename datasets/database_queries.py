@@ -328,8 +328,9 @@ class DatabaseQueries:
             )
         database, queries = list(compress(database, stays)), list(compress(queries, asked))
         if positives is not None:
-            number = np.cumsum(stays) - 1  # of each database image among those that are left
-            positives = [number[found[stays[found]]] for found in compress(positives, asked)]
+            if not (stays.all() and asked.all()):
+                number = np.cumsum(stays) - 1  # of each database image among those that are left
+                positives = [number[found[stays[found]]] for found in compress(positives, asked)]
             return cls(name=name, database_paths=database, queries_paths=queries, known_positives=positives)
         if not labelled:
             return cls(name=name, database_paths=database, queries_paths=queries)

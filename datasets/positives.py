@@ -150,6 +150,8 @@ def read_positives(
 def _placed(rows: Sequence[NDArray[np.int64]], database: _Side, queries: _Side) -> list[NDArray[np.int64]]:
     """Rows as a file counts them, of counted database images, in the order of the paths."""
     of_database, of_queries = database.counted(), queries.counted()
+    if all(np.array_equal(order, np.arange(len(order))) for order in (of_database, of_queries)):
+        return list(rows)  # not copied: a matrix may be dense
     placed: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)] * len(rows)
     for row, query in zip(rows, of_queries, strict=True):
         placed[query] = np.sort(of_database[row])
