@@ -46,6 +46,8 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, Depth, str]:
     mode, deep = image.mode, _is_deep(image)
     if mode in _PREMULTIPLIED:
         return image.convert(_PREMULTIPLIED[mode]).convert("RGB"), Depth.STORED, ""
+    if mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours, but Pillow would warn of each such image
     if not mode.startswith(("I", "F")):
         if deep:
             return image.convert("RGB"), Depth.SIXTEEN, f"{mode} of 16 bits a channel, of which the upper 8 are read"
