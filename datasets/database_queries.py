@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any, overload
 
@@ -296,8 +297,8 @@ class DatabaseQueries:
             labelled: whether the file names hold positions; without them and a file, nothing is known to be correct.
             exif: whether these are anyone's photos: of every format, turned as their EXIF data says, which may hold
                 their positions; and queries among the database are left out of it.
-            positives_file: says which images are correct, see `read_positives`; it counts what the folders hold,
-                whatever is left out afterwards.
+            positives_file: says which images are correct, see `read_positives`; it counts what the folders hold (the
+                queries of the keys), whatever is left out afterwards.
             query_keys: a text file; of the queries, those whose `image_key` stands in it are kept.
             labels_where_known: photos without a position are searched, but neither counted nor correct.
             skip_unreadable: leave out photos that cannot be read, which takes reading all of them.
@@ -313,33 +314,23 @@ class DatabaseQueries:
         positives = None
         if positives_file is not None:
             positives = read_positives(positives_file, database, queries, (database_folder, queries_folder))
-        kept = np.ones(len(database), dtype=bool), np.ones(len(queries), dtype=bool)
-        if shared := _shared(database, queries):
-            kept[0][shared] = not exif
-            logger.warning(
-                "%d of the %d photos in %s are queries too: %s",
-                len(shared),
-                len(database),
-                database_folder,
-                "they are left out of the database"
-                if exif
-                else "they find themselves, and stay, as in published figures",
-            )
-        if not kept[0].any():
-            raise ValueError(
-                f"every photo in {database_folder} is a query too, in {queries_folder}; name a --database_folder that "
-                "holds more than the queries"
-            )
+        stays, asked = (
+            _other_than_queries(database, queries, database_folder, keep=not exif),
+            np.ones(len(queries), bool),
+        )
         if skip_unreadable:
-            for of_side, paths, folder in zip(
-                kept, (database, queries), (database_folder, queries_folder), strict=True
-            ):
-                of_side &= readable(paths, folder, upright=exif)
-        database = [path for path, keep in zip(database, kept[0], strict=True) if keep]
-        queries = [path for path, keep in zip(queries, kept[1], strict=True) if keep]
+            stays &= readable(database, database_folder, upright=exif)
+            asked &= readable(queries, queries_folder, upright=exif)
+        if not stays.any():
+            raise ValueError(
+                f"every photo in {database_folder} {'that can be read ' if skip_unreadable else ''}is a query too, in "
+                f"{queries_folder}; name a --database_folder that holds more than the queries"
+            )
+        database, queries = list(compress(database, stays)), list(compress(queries, asked))
         if positives is not None:
-            number = np.cumsum(kept[0]) - 1  # of each database image among those that are left
-            positives = [number[found[kept[0][found]]] for found, keep in zip(positives, kept[1], strict=True) if keep]
+            if not (stays.all() and asked.all()):
+                number = np.cumsum(stays) - 1  # of each database image among those that are left
+                positives = [number[found[stays[found]]] for found in compress(positives, asked)]
             return cls(name=name, database_paths=database, queries_paths=queries, known_positives=positives)
         if not labelled:
             return cls(name=name, database_paths=database, queries_paths=queries)
@@ -439,10 +430,22 @@ class DatabaseQueries:
         return np.where(self.judged(predictions), metres, np.nan)
 
 
-def _shared(database: Sequence[str], queries: Sequence[str]) -> list[int]:
-    """The database images that are queries too, under whatever path."""
+def _other_than_queries(
+    database: Sequence[str], queries: Sequence[str], folder: Path, *, keep: bool
+) -> NDArray[np.bool_]:
+    """Which database images stay: all but those that are queries too, under whatever path, or all where these are
+    kept. The log counts them either way."""
     of_queries = set(map(identity, queries))
-    return [index for index, path in enumerate(database) if identity(path) in of_queries]
+    shared = np.array([identity(path) in of_queries for path in database])
+    if shared.any():
+        logger.warning(
+            "%d of the %d photos in %s are queries too: %s",
+            shared.sum(),
+            len(shared),
+            folder,
+            "they find themselves, and stay, as in published figures" if keep else "they are left out of the database",
+        )
+    return np.ones_like(shared) if keep else ~shared
 
 
 def readable(paths: Sequence[str], folder: Path, *, upright: bool) -> NDArray[np.bool_]:

@@ -27,12 +27,15 @@ def cannot_read(path: str | os.PathLike[str], error: Exception) -> ValueError:
 
 
 def orientation(path: str | os.PathLike[str]) -> int:
-    """How the stored image is to be turned, 1 to 8 as in the EXIF standard; 1, not at all, where it does not say.
+    """How the image that Pillow reads is to be turned, 1 to 8 as in the EXIF standard; 1, not at all, where the file
+    does not say, or is a TIFF, which Pillow turns itself.
 
     Raises:
         OSError, PIL.Image.DecompressionBombError: no image can be recognised in the file, or one too large.
     """
     with Image.open(path) as image:
+        if image.format == "TIFF":
+            return 1
         try:
             found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
         except _NOT_AS_IT_SHOULD_BE:

@@ -5,7 +5,7 @@
 | 1, L, RGB, HSV, YCbCr, LAB, CMYK | any file of 8 bits a channel | what Pillow's `convert("RGB")` gives, as released |
 | P, PA, LA, RGBA, RGBX | palettes, transparency | likewise: the colours themselves, whatever their transparency |
 | La, RGBa | TIFF with its colours multiplied by its opacity | the colours themselves |
-| RGB, RGBA, CMYK of 16 bits a channel | PNG, TIFF, PPM | the upper 8 bits, which is all that Pillow reads of them |
+| RGB, RGBA, CMYK of 16 bits a channel | PNG, TIFF, SGI, PPM | what Pillow reads: the upper 8 bits (PPM: rounded) |
 | I;16, I;16B, I;16L, I;16N | grey of 16 bits: PNG, TIFF, JPEG 2000 | value / 256 |
 | I;16 of a TIFF of 12 bits | | value / 16 |
 | I from PGM | grey of 9 to 16 bits, which Pillow scales to 16 | value / 256 |
@@ -43,18 +43,21 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, Depth, str]:
         ValueError: it has values of no scale that could be guessed.
         OSError, SyntaxError, ...: whatever a decoder stumbles over.
     """
-    mode, raw = image.mode, _raw_modes(image)
+    mode, deep = image.mode, _is_deep(image)
     if mode in _PREMULTIPLIED:
         return image.convert(_PREMULTIPLIED[mode]).convert("RGB"), Depth.STORED, ""
+    if mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours, but Pillow would warn of each such image
     if not mode.startswith(("I", "F")):
-        if any(";16" in part for part in raw):
+        if deep:
             return image.convert("RGB"), Depth.SIXTEEN, f"{mode} of 16 bits a channel, of which the upper 8 are read"
         return image.convert("RGB"), Depth.STORED, ""
 
     zero_is_white = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+    of_12 = "I;12" in _decoder_arguments(image)
     values = np.asarray(image)
     if mode.startswith("I;16") or image.format == "PPM" and mode == "I":
-        bits = 12 if "I;12" in raw else 16
+        bits = 12 if of_12 else 16
         grey = (values >> (bits - 8)).astype(np.uint8)
         how = (
             f"grey of {bits} bits, read as value / {2 ** (bits - 8)} (its brightest is {values.max()} of {2**bits - 1})"
@@ -69,13 +72,18 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, Depth, str]:
     return Image.fromarray(255 - grey if zero_is_white else grey).convert("RGB"), depth, how
 
 
-def _raw_modes(image: Image.Image) -> set[str]:
-    """Pillow's names of how the file stores the pixels, e.g. "RGB;16B"; known until they are read."""
-    found = set()
-    for tile in getattr(image, "tile", []):
-        arguments: Any = tile[3]
-        found |= {part for part in (arguments if isinstance(arguments, tuple) else (arguments,)) if type(part) is str}
-    return found
+def _decoder_arguments(image: Image.Image) -> list[Any]:
+    """How the file stores the pixels, in Pillow's words, e.g. "RGB;16B"; known until they are read."""
+    arguments = [tile[3] for tile in getattr(image, "tile", [])]
+    return [part for of in arguments for part in (of if isinstance(of, tuple) else (of,))]
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the file has 16 bits a channel, or is a PPM whose white is more than 255."""
+    return any(
+        ";16" in part if isinstance(part, str) else image.format == "PPM" and isinstance(part, int) and part > 255
+        for part in _decoder_arguments(image)
+    )
 
 
 def _guessed(values: NDArray[Any]) -> tuple[NDArray[np.uint8], str]:

@@ -150,6 +150,8 @@ def read_positives(
 def _placed(rows: Sequence[NDArray[np.int64]], database: _Side, queries: _Side) -> list[NDArray[np.int64]]:
     """Rows as a file counts them, of counted database images, in the order of the paths."""
     of_database, of_queries = database.counted(), queries.counted()
+    if all(np.array_equal(order, np.arange(len(order))) for order in (of_database, of_queries)):
+        return list(rows)  # not copied: a matrix may be dense
     placed: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)] * len(rows)
     for row, query in zip(rows, of_queries, strict=True):
         placed[query] = np.sort(of_database[row])
@@ -301,7 +303,7 @@ def _npy_header(path: Path) -> tuple[str, bool, tuple[int, ...], int]:
     found = re.fullmatch(r"\s*\{(.*)\}\s*", header)
     fields = {}
     if found and end <= len(start) and start[6:7] in (b"\x01", b"\x02", b"\x03"):
-        value = r"'[^']*'|True|False|\((?:\s*[0-9]+L?\s*,?)*\s*\)"
+        value = r"'[^']*'|True|False|\([0-9L,\s]*\)"  # 12L is how Python 2 writes 12
         fields = dict(re.findall(rf"'(descr|fortran_order|shape)'\s*:\s*({value})\s*(?:,|$)", found[1].strip()))
     if set(fields) != {"descr", "fortran_order", "shape"} or fields["shape"][0] != "(" or fields["descr"][0] != "'":
         raise ValueError(f"{path} is not a .npy file of one plain array (its header is {header[:80]!r}); {WANTED}")

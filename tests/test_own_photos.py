@@ -107,6 +107,17 @@ def test_photos_are_turned_as_exif_says_for_plain_folders_only(photo, suffix):
     assert np.array_equal(turned, np.rot90(read_pixels(path).permute(1, 2, 0).numpy(), -1))
 
 
+@pytest.mark.parametrize("suffix", ["webp", "avif", "tif"])
+def test_photos_of_other_formats_are_turned_once(photo, suffix):
+    for orientation in range(1, 9):
+        settings = {"tiffinfo": {274: orientation}} if suffix == "tif" else {"exif": turned_exif(orientation)}
+        path = photo(f"{orientation}.{suffix}", **settings)
+        with Image.open(path) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        assert expected.shape == ((120, 160, 3) if orientation < 5 else (160, 120, 3))
+        assert np.array_equal(read_pixels(path, upright=True).permute(1, 2, 0).numpy(), expected)
+
+
 def test_odd_exif(photo):
     exif = turned_exif(6)
     exif[ExifTags.Base.Make] = "maker"

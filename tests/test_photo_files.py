@@ -161,6 +161,20 @@ def test_every_format_of_photos_is_read_in_plain_folders_only(tmp_path, photo, e
     assert shown.count("left out 1 file (1 .webp); of datasets, .jpg, .jpeg and .png are read") == 2
 
 
+def test_grey_photos_of_16_bits_are_told_apart(tmp_path, evaluated):
+    """Four greys, all of which are white above 255."""
+    for side in ("known", "asked"):
+        (tmp_path / side).mkdir()
+        for n, grey in enumerate((3000, 20_000, 40_000, 60_000)):
+            ramp = grey + np.arange(48 * 48, dtype=np.uint16).reshape(48, 48)
+            image = Image.fromarray(ramp if side == "known" else (ramp // 256).astype(np.uint8))
+            image.save(tmp_path / side / f"{n}.png")
+    (tmp_path / "right.csv").write_text("".join(f"{n}.png,{n}.png\n" for n in range(4)))
+    shown, _ = evaluated(f"--positives_file={tmp_path}/right.csv")
+    assert "(4 database, 4 queries): R@1: 100.0" in shown
+    assert "asked in known database: 4 images read by the upper 8 of more bits a channel, e.g. " in shown
+
+
 @pytest.fixture
 def places(photo, tmp_path):
     """Three known places, and photos of two of them, named by their positions."""
@@ -194,6 +208,11 @@ def test_nothing_left_of_the_database(places, evaluated):
     for queries in ("known", "."):
         (line,) = evaluated(queries=queries, status=2)
         assert f"every photo in {places}/known is a query too, in {places / queries}; name a --database_folder" in line
+    (places / "asked" / "more.png").symlink_to(places / "known" / "@0@0@known@.png")
+    for n in (1000, 2000):
+        (places / f"known/@{n}@0@known@.png").write_bytes(b"")
+    (line,) = evaluated("--skip_unreadable", status=2)
+    assert f"every photo in {places}/known that can be read is a query too" in line
 
 
 def test_a_dataset_keeps_queries_among_its_database(places, evaluated):

@@ -98,6 +98,16 @@ def test_colour_of_16_bits_is_its_upper_8(read, samples, photometric):
     assert depth is Depth.SIXTEEN
 
 
+@pytest.mark.parametrize("white", [65_535, 1023])
+def test_colour_of_16_bits_in_a_ppm(read, white):
+    colour = np.random.default_rng(0).integers(0, white + 1, (8, 8, 3), dtype=np.uint16)
+    pixels, depth = read(f"P6 8 8 {white}\n".encode() + colour.astype(">u2").tobytes())
+    np.testing.assert_allclose(pixels, colour * (255 / white), atol=0.5 + 1e-9)
+    assert depth is Depth.SIXTEEN
+    assert read(pillow(SQUARE, "PPM"))[1] is Depth.STORED
+
+
+SQUARE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8))
 UNIT = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
 
 
@@ -135,9 +145,6 @@ def test_scales_that_are_guessed(read, content, expected):
 def test_values_of_no_known_scale_are_refused(read, pixels):
     with pytest.raises(ValueError, match=r"cannot read the image .*photo.png \(values from .*, whose scale is unknown"):
         read(pillow(pixels, "TIFF"))
-
-
-SQUARE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8))
 
 
 def palette(mode):

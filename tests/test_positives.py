@@ -244,7 +244,8 @@ def test_archives_and_damaged_files(read, tmp_path):
     for content in (whole[:-8], whole + b"\0"):
         with pytest.raises(ValueError, match=r"holds 1\d\d bytes of values where its header says 120"):
             read(content)
-    for content in (b"", b"no array", whole[:20], whole.replace(b"(3, 5)", b"(((((("), pickle.dumps([1])):
+    endless = whole[:8] + (9000).to_bytes(2, "little") + whole[10:60].replace(b"(3, 5)", b"(" + b"1" * 40) + b"1" * 9000
+    for content in (b"", b"no array", whole[:20], whole.replace(b"(3, 5)", b"(((((("), endless, pickle.dumps([1])):
         with pytest.raises(ValueError, match="not a .npy file"):
             read(content)
     with pytest.raises(ValueError, match="p.json is not a .csv or .npy file"):
