@@ -203,10 +203,11 @@ def foresee(
         lost = int((~findable(dataset, distance)).sum())
         if lost:
             logger.warning(
-                "%s: %d of %d queries have no database photo %s; they count as missed, as in published figures",
+                "%s: %d of %d queries have no %sdatabase photo %s; they count as missed, as in published figures",
                 dataset.name,
                 lost,
                 int(dataset.judged_queries.sum()),
+                "correct " * bool(options.positives_file),
                 rule(options, distance),
             )
     if options.index is not None:
@@ -228,7 +229,7 @@ def findable(dataset: DatabaseQueries, distance: float) -> NDArray[np.bool_]:
 
 def rule(options: EvalOptions, distance: float) -> str:
     """What makes a database photo correct, in words."""
-    return f"by {options.positives_file.name}" if options.positives_file else f"within {distance:g} m"
+    return f"as {options.positives_file.name} says" if options.positives_file else f"within {distance:g} m"
 
 
 def positive_distance(options: EvalOptions, name: str) -> float:
@@ -280,7 +281,12 @@ def extracted(
     if options.descriptors_folder is not None:
         folder = options.descriptors_folder / task.dataset.name.replace(" ", "_")
         if distributed.is_main():
-            held.enter_context(FolderLock(folder, "--descriptors_folder"))
+            try:
+                held.enter_context(FolderLock(folder, "--descriptors_folder"))
+            except OSError as error:
+                raise OSError(
+                    f"cannot keep descriptors in {folder} ({error.strerror}); name another --descriptors_folder"
+                ) from error
         weights = digest({**model.backbone.state_dict(), **model.aggregation.state_dict()})
     stores = {}
     for name, (paths, test_method) in images.items():
@@ -433,7 +439,10 @@ def write_outputs(
     dataset, folder, predictions = task.dataset, task.folder, matches.predictions
     correct = matches.correct
     judged = None if correct is None else dataset.judged(predictions)
-    metres = dataset.metres(predictions)
+    located = dataset
+    with outputs.writing(f"positions in {folder / 'predictions.csv'}"):
+        located = dataset.located(exif=options.plain_folders)
+    metres = located.metres(predictions)
     with outputs.writing(str(folder / "predictions.csv")):
         report.write_predictions(
             folder,
@@ -444,8 +453,8 @@ def write_outputs(
             correct=correct,
             judged=judged,
             metres=metres,
-            positions=dataset.database_positions,
-            geographic=dataset.geographic,
+            positions=located.database_positions,
+            geographic=located.geographic,
         )
     if matches.curves:
         with outputs.writing(str(folder / "recalls.png")):

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -416,6 +416,33 @@ class DatabaseQueries:
             return self.known_positives
         assert self.database_positions is not None and self.queries_positions is not None
         return _Near(self.database_positions, self.queries_positions, geographic=self.geographic, distance=distance)
+
+    def located(self, *, exif: bool) -> "DatabaseQueries":
+        """The same photos with the positions that are known of them, to be shown: what is correct they do not say.
+
+        Args:
+            exif: whether EXIF data counts; of names and EXIF data, what more photos have is taken.
+
+        Raises:
+            ValueError: as `gps_positions`.
+        """
+        if self.database_positions is not None:
+            return self
+        sides = self.database_paths, self.queries_paths
+        found, geographic = [_named_positions(paths) for paths in sides], False
+        if exif:
+            taken = [gps_positions(paths) for paths in sides]
+            by_name, by_exif = (sum(int(known(positions).sum()) for positions in of) for of in (found, taken))
+            found, geographic = (taken, True) if by_exif > by_name else (found, False)
+        if not known(found[0]).any():
+            return self
+        return replace(
+            self,
+            database_positions=found[0],
+            queries_positions=found[1],
+            geographic=geographic,
+            known_positives=None,
+        )
 
     def metres(self, predictions: NDArray[np.int64]) -> NDArray[np.float64] | None:
         """How far each query is from its predicted database images, Q x k, not a number where a position is unknown;

@@ -198,6 +198,13 @@ def test_a_cut_file_can_be_removed_as_its_message_says(tmp_path):
     assert len(DescriptorStore(tmp_path, "x", **settings).missing()) == 3
 
 
+def test_a_folder_that_is_none(evaluate, tmp_path):
+    (tmp_path / "kept").write_text("a file")
+    status, said = evaluate()
+    (error,) = [line for line in said.splitlines() if line.startswith("ERROR")]
+    assert status == 2 and "cannot keep descriptors in" in error and "name another --descriptors_folder" in error
+
+
 def test_the_files_of_somebody_else_stay(evaluate, tmp_path):
     folder = tmp_path / "kept" / "asked_in_known"
     folder.mkdir(parents=True)

@@ -23,7 +23,7 @@ from datasets.database_queries import DatabaseQueries
 from model import build_model
 from utils import match_page, report, run_log
 from utils.assignments import AssignedPhoto, draw_assignments
-from utils.descriptor_store import RowFile
+from utils.descriptor_store import RowFile, warn_of_leftovers
 from utils.lock import FolderLock
 
 SMALL = "--backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56".split()
@@ -309,6 +309,19 @@ def test_leftovers_of_a_killed_run_are_told(evaluate, city, tmp_path, capsys):
     subprocess.run(command, shell=True, check=True)
     evaluate(save_dir=save_dir)
     assert "rm -r" not in capsys.readouterr().err
+
+
+def test_leftovers_of_every_kind(tmp_path, caplog):
+    for name in ("a/extracted", "b/town/extracted", "c/sf_xl/small/extracted", "d/descriptors", "e/descriptors"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "queries.npy").write_bytes(bytes(5_000_000))
+        if name[0] != "e":  # results of --save_descriptors
+            (tmp_path / name / "queries.done").write_bytes(b"0")
+    warn_of_leftovers(tmp_path.iterdir())
+    (record,) = caplog.records
+    assert "left 20.0 MB" in record.message
+    removed = record.message.split("rm -r ")[1].split()
+    assert [os.path.relpath(path, tmp_path)[0] for path in removed] == ["a", "b", "c", "d"]
 
 
 def test_a_submission_has_as_many_keys_in_each_line(evaluate, tree, tmp_path, capsys):

@@ -283,6 +283,23 @@ def test_labels_where_nothing_is_known(photo, tmp_path, capsys, evaluated):
     assert "--labels_where_known is of labels by positions" in capsys.readouterr().err
 
 
+def test_places_are_told_without_labels(walk, photo, evaluated):
+    """A robot's question: where is this, which has no position itself?"""
+    photo("today/sub/nowhere.jpg", seed=3)
+    photo("map/nowhere.jpg", seed=9)
+    folder = evaluated(f"--database_folder={walk[0]}", f"--queries_folder={walk[1]}", "--no_labels")
+    with open(folder / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["correct"] for row in rows} == {""}
+    (answer,) = [row for row in rows if row["query"].endswith("nowhere.jpg") and row["rank"] == "1"]
+    assert answer["database"].endswith("IMG_3.jpg") and answer["metres"] == ""
+    assert float(answer["database_latitude"]) == pytest.approx(HOME[0] + 60 * METRE, abs=2e-6)
+    assert float(answer["database_longitude"]) == pytest.approx(HOME[1], abs=2e-6)
+    (first,) = [row for row in rows if "today/IMG_0" in row["query"] and "IMG_2" in row["database"]]
+    assert float(first["metres"]) == pytest.approx(math.hypot(4, 40), abs=0.6)
+    assert {row["database_latitude"] for row in rows if row["database"].endswith("nowhere.jpg")} == {""}
+
+
 def test_antialias_is_for_plain_folders():
     folders = ["--database_folder=a", "--queries_folder=b"]
     assert parse(EvalOptions, ["--resume=x", *folders]).antialias is True
