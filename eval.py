@@ -1,14 +1,14 @@
 """Evaluates a checkpoint: recall@N on database/queries datasets, in every encoder context asked for."""
 
-from parser import EvalOptions, parse
+from parser import SUBMITTED, EvalOptions, parse
 
 if __name__ == "__main__":
     OPTIONS = parse(EvalOptions)  # before the seconds of importing the rest: a mistake is answered at once
 
 import logging
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,16 +18,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datasets.database_queries import DatabaseQueries, image_key, list_images
+from datasets.database_queries import DatabaseQueries, image_key, list_images, readable
 from datasets.protocols import protocol_of, warn_of_counts
-from datasets.transforms import CROPS, evaluation_transform, read_pixels
+from datasets.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
 from model import SuperVLADNet, build_model
 from model.weights import find_checkpoint, load_checkpoint, model_of, read_file, size_of
-from test import Search, extract, format_recalls, image_batches
+from test import Search, extract, format_recalls, image_batches, images_at_a_time
 from utils import distributed, match_page, report, run_log, search
 from utils.assignments import AssignedPhoto, draw_assignments
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import allow_tf32, extraction_batch_size, pick_device, reading_workers
+from utils.index_trial import require_index
+from utils.lock import FolderLock
+from utils.outputs import Outputs, whole
 from utils.preemption import Preemption
 from utils.seed import seed_everything
 
@@ -54,7 +57,8 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         main process, and for datasets without labels.
 
     Raises:
-        SystemExit: bad input; the message is in the log and on the terminal.
+        SystemExit: bad input (status 2), or an output that could not be written beside the results (1); the message is
+            in the log and on the terminal.
     """
     with distributed.processes(), run_log.RunLog() as log, Preemption(at_once=True) as preemption:
         device = pick_device(options.device)
@@ -71,8 +75,10 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         pca_paths = pca_images(options, model.descriptor_dim)
         load_checkpoint(model, path, content)
         del content
-        if options.index is not None:  # a mistake in it should not wait for the search
-            search.new_index(options.pca_dim or model.descriptor_dim, options.index, options.index_parameters)
+        for line in options.unused(encoder=model.encoder is not None):
+            logger.warning("%s", line)
+        for (name, dataset), distance in zip(found, distances, strict=True):
+            foresee(model, options, dataset, options.test_method or protocol_of(name).test_method, distance)
         model.to(device).eval()
         if options.compile:
             model.backbone.compile_blocks()
@@ -99,19 +105,24 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
             for (name, dataset), distance in zip(found, distances, strict=True)
         ]
         table: dict[str, dict[str, dict[int, float]]] = {}
-        try:
-            stores = [extracted(model, task, pca_paths, options, device) for task in tasks]
+        outputs = Outputs()
+        with ExitStack() as held:
+            stores = [extracted(model, task, pca_paths, options, device, held, preemption.stop) for task in tasks]
             if not distributed.is_main():
                 return {}  # nobody waits for the search
+            # All results come before the first output that can fail.
+            matches = []
             for task, task_stores in zip(tasks, stores, strict=True):
-                table[task.dataset.name] = evaluate(model, task, task_stores, options, device)
-        finally:
-            if distributed.is_main() and options.descriptors_folder is None:
-                for task in tasks:
-                    shutil.rmtree(task.folder / "extracted", ignore_errors=True)
-        if len(tasks) > 1:
-            run_log.write_results(folder, {"recalls": table}, asdict(options), device)
-            logger.info("%s", report.recall_table(table))
+                table[task.dataset.name], of_task = evaluate(model, task, task_stores, options, device, outputs)
+                matches.append(of_task)
+            if len(tasks) > 1:
+                with outputs.writing(str(folder / "results.json")):
+                    run_log.write_results(folder, {"recalls": table}, asdict(options), device)
+                logger.info("%s", report.recall_table(table))
+            for task, of_task in zip(tasks, matches, strict=True):
+                write_outputs(model, task, of_task, options, device, outputs)
+        if outputs.missing:
+            raise SystemExit(1)
     return table
 
 
@@ -161,6 +172,8 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
         "labelled": not options.no_labels,
         "positives_file": options.positives_file,
         "query_keys": options.query_keys,
+        "labels_where_known": options.labels_where_known,
+        "skip_unreadable": options.skip_unreadable,
     }
     if options.database_folder is not None and options.queries_folder is not None:
         name = f"{options.queries_folder.name} in {options.database_folder.name}"
@@ -178,13 +191,73 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
             for name in options.eval_dataset_name
         ]
     for name, dataset in found:
-        if options.save_submission and not all(map(image_key, dataset.queries_paths + dataset.database_paths)):
+        keys = map(image_key, dataset.queries_paths + dataset.database_paths if options.save_submission else ())
+        if not all(len(key.split()) == 1 for key in keys):
             raise ValueError(
-                f"--save_submission: some file names of {dataset.name} hold no image key, the seventh field of "
-                "@east@north@zone@letter@lat@lon@key@...; use a tree with such names"
+                f"--save_submission: some file names of {dataset.name} have no image key without spaces, the seventh "
+                "field of @east@north@zone@letter@lat@lon@key@...; use a tree with such names"
             )
         warn_of_counts(dataset, protocol_of(name))
         yield name, dataset
+
+
+def depth(options: EvalOptions, dataset: DatabaseQueries, test_method: str) -> int:
+    """How many database images are searched for each query."""
+    k = max(options.recall_values)
+    if test_method != "maj_voting":  # where the depth of the search decides how many crops can agree
+        k = max(k, options.save_predictions, SUBMITTED if options.save_submission else 0)
+    return min(k, len(dataset.database_paths))
+
+
+def foresee(
+    model: SuperVLADNet, options: EvalOptions, dataset: DatabaseQueries, test_method: str, distance: float
+) -> None:
+    """Says before the extraction what can be known then: an index that cannot be, and figures with a limit to them.
+
+    Raises:
+        ValueError: FAISS refuses the index.
+    """
+    if not distributed.is_main():
+        return
+    count = len(dataset.database_paths)
+    asked = {"--recall_values": max(options.recall_values) if dataset.labelled else 0}
+    asked |= {"--save_predictions": options.save_predictions, "--save_submission": SUBMITTED * options.save_submission}
+    for flag, wanted in asked.items():
+        if wanted > count and (flag == "--save_submission" or flag.lstrip("-") in options.given):
+            logger.warning("%s asks for %d matches, and %s has %d database images", flag, wanted, dataset.name, count)
+    if options.save_submission and max(options.recall_values) < SUBMITTED <= count:
+        logger.info("--save_submission: %d images a query are submitted, which are scored", SUBMITTED)
+    if dataset.labelled:
+        lost = int((~findable(dataset, distance)).sum())
+        if lost:
+            logger.warning(
+                "%s: %d of %d queries have no %sdatabase photo %s; they count as missed, as in published figures",
+                dataset.name,
+                lost,
+                int(dataset.judged_queries.sum()),
+                "correct " * bool(options.positives_file),
+                rule(options, distance),
+            )
+    if options.index is not None:
+        _, in_chunk = images_at_a_time((count, 1, *model.vectors_shape), options.infer_batch_size)
+        require_index(
+            options.index,
+            options.index_parameters,
+            dim=options.pca_dim or model.descriptor_dim,
+            count=count,
+            chunks=-(-count // in_chunk),
+            k=depth(options, dataset, test_method),
+        )
+
+
+def findable(dataset: DatabaseQueries, distance: float) -> NDArray[np.bool_]:
+    """Which queries have a correct database image at all, Q; those of which nothing is known count among them."""
+    return np.array([len(found) > 0 for found in dataset.positives(distance)], dtype=bool) | ~dataset.judged_queries
+
+
+def rule(options: EvalOptions, distance: float) -> str:
+    """What makes a database photo correct, in words."""
+    return f"as {options.positives_file.name} says" if options.positives_file else f"within {distance:g} m"
 
 
 def positive_distance(options: EvalOptions, name: str) -> float:
@@ -201,20 +274,31 @@ def pca_images(options: EvalOptions, descriptor_dim: int) -> list[str]:
     """The images that a PCA is fitted on, in random order; none where none is asked for."""
     if options.pca_dataset_folder is None:
         return []
-    found = list_images(options.eval_datasets_folder / options.pca_dataset_folder)
-    chosen: list[str] = np.random.default_rng(options.seed).permutation(found)[:PCA_IMAGES].tolist()
+    folder = options.eval_datasets_folder / options.pca_dataset_folder
+    chosen = np.random.default_rng(options.seed).permutation(list_images(folder))[:PCA_IMAGES]
+    if options.skip_unreadable:
+        chosen = chosen[readable(chosen.tolist(), folder, upright=options.plain_folders)]
     if options.pca_dim > min(len(chosen), descriptor_dim):
         raise ValueError(
             f"--pca_dim {options.pca_dim}: descriptors have {descriptor_dim} numbers and {options.pca_dataset_folder} "
             f"has {len(chosen)} images; use no more than the smaller of the two"
         )
-    return chosen
+    return list(chosen.tolist())
 
 
 def extracted(
-    model: SuperVLADNet, task: Task, pca_paths: list[str], options: EvalOptions, device: torch.device
+    model: SuperVLADNet,
+    task: Task,
+    pca_paths: list[str],
+    options: EvalOptions,
+    device: torch.device,
+    held: ExitStack,
+    stop: Callable[[], None],
 ) -> dict[str, DescriptorStore]:
-    """Runs the backbone over database, queries and perhaps the images for a PCA, as far as that was not done before."""
+    """Runs the backbone over database, queries and perhaps the images for a PCA, as far as that was not done before.
+
+    What is not kept is removed, and what is kept open to others again, when `held` ends.
+    """
     images = {
         "database": (task.dataset.database_paths, "hard_resize"),
         "queries": (task.dataset.queries_paths, task.test_method),
@@ -225,13 +309,19 @@ def extracted(
     folder, fingerprint = task.folder / "extracted", None
     if options.descriptors_folder is not None:
         folder = options.descriptors_folder / task.dataset.name.replace(" ", "_")
+        if distributed.is_main():
+            try:
+                held.enter_context(FolderLock(folder, "--descriptors_folder"))
+            except OSError as error:
+                raise OSError(
+                    f"cannot keep descriptors in {folder} ({error.strerror}); name another --descriptors_folder"
+                ) from error
         weights = digest({**model.backbone.state_dict(), **model.aggregation.state_dict()})
     stores = {}
     for name, (paths, test_method) in images.items():
         if options.descriptors_folder is not None:  # nobody comes back to the others
             fingerprint = {
                 "weights": weights,
-                "images": digest(f"{os.path.realpath(path)} {os.path.getsize(path)}" for path in paths),
                 "test_method": test_method,
                 "resize": list(options.resize),
                 "antialias": options.antialias,
@@ -244,7 +334,10 @@ def extracted(
             (len(paths), CROPS[test_method], *model.vectors_shape),
             dtype=options.descriptor_dtype,
             fingerprint=fingerprint,
+            photos=paths if fingerprint is not None else (),
         )
+        if fingerprint is None and distributed.is_main():
+            held.callback(stores[name].remove)
         read_images = partial(
             image_batches,
             transform=evaluation_transform(options.resize, options.antialias, test_method),
@@ -254,9 +347,33 @@ def extracted(
             device=device,
             progress=f"{task.dataset.name} {name}",
             upright=options.plain_folders,
+            stop=stop,
         )
         extract(model, paths, stores[name], read_images, options.precision)
     return stores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matches:
+    """What the search found in the first encoder context asked for, and the recall curves of all.
+
+    Attributes:
+        search: which it was.
+        context: of it.
+        distances: squared, of the descriptors, Q x k.
+        predictions: database indices, Q x k, best first; -1 is none.
+        correct: which of them are right, Q x k; None without labels.
+        findable: which queries have a correct image, or a position that is not known, Q; None without labels.
+        curves: recall@N in percent for N from 1 to k, by context.
+    """
+
+    search: Search
+    context: str
+    distances: NDArray[np.float32]
+    predictions: NDArray[np.int64]
+    correct: NDArray[np.bool_] | None
+    findable: NDArray[np.bool_] | None
+    curves: dict[str, list[float]]
 
 
 def evaluate(
@@ -265,26 +382,28 @@ def evaluate(
     stores: dict[str, DescriptorStore],
     options: EvalOptions,
     device: torch.device,
-) -> dict[str, dict[int, float]]:
-    """Searches, in every encoder context asked for, and writes what is asked for of the first.
+    outputs: Outputs,
+) -> tuple[dict[str, dict[int, float]], Matches]:
+    """Searches in every encoder context asked for; each has its line, and `results.json`, before the next is searched.
 
     Returns:
-        Recall@N by context; of several orders the mean.
+        Recall@N by context, of several orders the mean; and what was found in the first.
     """
     dataset = task.dataset
-    k = max(options.recall_values)
-    if task.test_method != "maj_voting":  # where the depth of the search decides how many crops can agree
-        k = max(k, options.save_predictions)
-    k = min(k, len(dataset.database_paths))
+    k = depth(options, dataset, task.test_method)
     positives = dataset.positives(task.positive_distance) if dataset.labelled else None
-    results: dict[str, Any] = {"dataset": dataset.sizes, "descriptor_dim": options.pca_dim or model.descriptor_dim}
+    results: dict[str, Any] = {}
+    to_find = None
+    if positives is not None:
+        to_find = findable(dataset, task.positive_distance)
+        results = {"recalls": {}, "positive_distance": task.positive_distance}
+        results |= {"queries_without_positives": int((~to_find).sum())}
+    results |= {"dataset": dataset.sizes, "descriptor_dim": options.pca_dim or model.descriptor_dim}
+    results |= {"test_method": task.test_method}
     recalls: dict[str, dict[int, float]] = {}
     curves: dict[str, list[float]] = {}
-    lines = []
-    task.folder.mkdir(parents=True, exist_ok=True)
     contexts = options.encoder_context if model.encoder is not None else ("file_order",)
-    if positives is None:
-        contexts = contexts[:1]  # there is nothing to compare
+    first: Matches | None = None
     for context in contexts:
         found = []
         for order in range(options.context_seeds if context == "shuffled" and positives is not None else 1):
@@ -305,71 +424,108 @@ def evaluate(
                 majority_weight=options.majority_weight,
             )
             correct = None if positives is None else search.correct_among(predictions, positives)
-            if context == contexts[0] and order == 0:
-                write_matches(task, options, predictions, distances, correct)
-                if options.save_assignments:
-                    write_assignments(model, task, options, predictions, correct, device)
-                if options.save_descriptors:
-                    searched.save(
-                        task.folder / "descriptors", database=dataset.database_paths, queries=dataset.queries_paths
-                    )
+            if first is None:
+                first = Matches(
+                    search=searched,
+                    context=context,
+                    distances=distances,
+                    predictions=predictions,
+                    correct=correct,
+                    findable=to_find,
+                    curves=curves,
+                )
                 if options.index is not None:
                     results["index_agreement"] = searched.agreement
             if correct is not None:
-                found.append(search.recall_of(correct, range(1, k + 1)))
+                found.append(search.recall_of(correct[dataset.judged_queries], range(1, k + 1)))
+        line = f"Searched {dataset}, without labels: predictions.csv in {task.folder}"
         if found:
             mean = {n: float(np.mean([recall[n] for recall in found])) for n in found[0]}
             deviation = {n: float(np.std([recall[n] for recall in found])) for n in found[0]}
             curves[context] = list(mean.values())
             recalls[context] = {n: mean[min(n, k)] for n in options.recall_values}
-            lines.append(f"Recalls on {dataset}")
+            line = f"Recalls on {dataset}"
             if context != contexts[0] or context != "file_order":
-                lines[-1] += f", {context}" + (f" ({len(found)} orders)" if len(found) > 1 else "")
-            lines[-1] += f": {format_recalls(recalls[context])}"
+                line += f", {context}" + (f" ({len(found)} orders)" if len(found) > 1 else "")
+            line += f": {format_recalls(recalls[context])}"
+            results["recalls"] = recalls[contexts[0]]
             results.setdefault("contexts", {})[context] = {"recalls": recalls[context], "orders": len(found)}
             if len(found) > 1:
                 spread = {n: deviation[min(n, k)] for n in options.recall_values}
                 results["contexts"][context]["deviations"] = spread
-                lines[-1] += f"; deviations {format_recalls(spread)}"
-    if positives is not None:
-        results = {"recalls": recalls[contexts[0]], "positive_distance": task.positive_distance, **results}
-        report.draw_recalls(task.folder, dataset.name, curves, options.recall_values)
-    else:
-        lines.append(f"Searched {dataset}, without labels: predictions.csv in {task.folder}")
-    results["test_method"] = task.test_method
-    run_log.write_results(task.folder, results, asdict(options), device)
-    for line in lines:
+                line += f"; deviations {format_recalls(spread)}"
         logger.info("%s", line)
-    return recalls
+        with outputs.writing(str(task.folder / "results.json")):
+            task.folder.mkdir(parents=True, exist_ok=True)
+            run_log.write_results(task.folder, results, asdict(options), device)
+    assert first is not None
+    return recalls, first
 
 
-def write_matches(
-    task: Task,
-    options: EvalOptions,
-    predictions: NDArray[np.int64],
-    distances: NDArray[np.float32],
-    correct: NDArray[np.bool_] | None,
+def write_outputs(
+    model: SuperVLADNet, task: Task, matches: Matches, options: EvalOptions, device: torch.device, outputs: Outputs
 ) -> None:
-    """Writes `predictions.csv`, and the page and the submission if asked for; all Q x k."""
-    dataset = task.dataset
-    paths: tuple[Sequence[str], Sequence[str]] = (dataset.queries_paths, dataset.database_paths)
-    report.write_predictions(task.folder, *paths, predictions, distances, correct)
+    """Writes what there is to look at and to compute with, as asked for; the page comes last."""
+    dataset, folder, predictions = task.dataset, task.folder, matches.predictions
+    correct = matches.correct
+    judged = None if correct is None else dataset.judged(predictions)
+    located = dataset
+    with outputs.writing(f"positions in {folder / 'predictions.csv'}"):
+        located = dataset.located(exif=options.plain_folders)
+    metres = located.metres(predictions)
+    with outputs.writing(str(folder / "predictions.csv")):
+        report.write_predictions(
+            folder,
+            dataset.queries_paths,
+            dataset.database_paths,
+            predictions,
+            matches.distances,
+            correct=correct,
+            judged=judged,
+            metres=metres,
+            positions=located.database_positions,
+            geographic=located.geographic,
+        )
+    if matches.curves:
+        with outputs.writing(str(folder / "recalls.png")):
+            report.draw_recalls(folder, dataset.name, matches.curves, options.recall_values)
     if options.save_submission:
-        query_keys, database_keys = ([image_key(path) for path in side] for side in paths)
-        report.write_submission(task.folder, query_keys, database_keys, predictions)
+        with outputs.writing(str(folder / "submission.zip")):
+            query_keys, database_keys = (
+                [image_key(path) for path in side] for side in (dataset.queries_paths, dataset.database_paths)
+            )
+            report.write_submission(folder, query_keys, database_keys, predictions)
+    if options.save_descriptors:
+        with outputs.writing(str(folder / "descriptors")):
+            matches.search.save(folder / "descriptors", database=dataset.database_paths, queries=dataset.queries_paths)
+    if options.save_assignments:
+        write_assignments(model, task, options, predictions, correct, device, outputs)
     if options.save_predictions:
         first = np.s_[:, : options.save_predictions]
-        metres = dataset.metres(predictions)
-        page = match_page.write_match_page(
-            task.folder / "matches",
-            title=str(dataset),
-            queries=paths[0],
-            database=paths[1],
-            predictions=predictions[first],
-            correct=None if correct is None else correct[first],
-            metres=None if metres is None else metres[first],
-        )
-        logger.info("matches to look at: %s", page)
+        title = str(dataset)
+        if matches.curves:
+            curve = matches.curves[matches.context]
+            shown = {n: curve[min(n, len(curve)) - 1] for n in options.recall_values}
+            title += f", {matches.context}" * (model.encoder is not None) + f", {format_recalls(shown)}"
+        # Of unit vectors the distance tells the cosine; not of those that a PCA, an index or a mean over crops changes.
+        unit = not options.pca_dim and options.index is None and task.test_method not in ("five_crops", "maj_voting")
+        with outputs.writing(str(folder / "matches")):
+            with whole(folder / "matches") as unfinished:
+                match_page.write_match_page(
+                    unfinished,
+                    title=title,
+                    queries=dataset.queries_paths,
+                    database=dataset.database_paths,
+                    predictions=predictions[first],
+                    correct=None if correct is None else correct[first],
+                    judged=None if judged is None else judged[first],
+                    metres=None if metres is None else metres[first],
+                    read=partial(read_reduced, side=match_page.THUMBNAIL_SIDE, upright=options.plain_folders),
+                    similarity=1 - matches.distances[first].astype(np.float64) / 2 if unit else None,
+                    rule=rule(options, task.positive_distance),
+                    findable=None if correct is None else matches.findable,
+                )
+            logger.info("open in a browser: %s", (folder / "matches/index.html").absolute().as_uri())
 
 
 @torch.inference_mode()
@@ -380,17 +536,18 @@ def write_assignments(
     predictions: NDArray[np.int64],
     correct: NDArray[np.bool_] | None,
     device: torch.device,
+    outputs: Outputs,
 ) -> None:
     """Draws what the layer looks at in some queries, spread over all of them, and in their first matches."""
     dataset, folder = task.dataset, task.folder / "assignments"
-    folder.mkdir()
     transform = evaluation_transform(options.resize, options.antialias)
-    count = min(options.save_assignments, len(predictions))
-    for query in np.linspace(0, len(predictions) - 1, count).round().astype(int):
+
+    def draw(query: int) -> None:
         match = predictions[query, 0]
         shown = [(f"query {query}", dataset.queries_paths[query])]
         if match >= 0:  # an approximate index may find nothing
-            verdict = "" if correct is None else ", correct" if correct[query, 0] else ", wrong"
+            judged = correct is not None and dataset.judged(predictions[:, :1])[query, 0]
+            verdict = "" if correct is None or not judged else ", correct" if correct[query, 0] else ", wrong"
             shown.append((f"first match{verdict}", dataset.database_paths[match]))
         photos = []
         for title, path in shown:
@@ -398,11 +555,20 @@ def write_assignments(
             assignment = model.assignments(transform(pixels[None]).to(device))[0]
             photos.append(
                 AssignedPhoto(
-                    title=title, pixels=pixels.permute(1, 2, 0).numpy(), assignment=assignment.float().cpu().numpy()
+                    title=f"{title}: {os.path.basename(path)}",
+                    pixels=pixels.permute(1, 2, 0).numpy(),
+                    assignment=assignment.float().cpu().numpy(),
                 )
             )
         draw_assignments(folder / f"{query:06d}.png", photos, ghost_clusters=options.ghost_clusters)
-    logger.info("soft assignments of %d queries: %s", count, folder)
+
+    with outputs.writing(str(folder)):
+        folder.mkdir()
+        count = min(options.save_assignments, len(predictions))
+        for query in np.linspace(0, len(predictions) - 1, count).round().astype(int):
+            with outputs.writing(str(folder / f"{query:06d}.png")):
+                draw(query)
+        logger.info("soft assignments of %d queries: %s", len(list(folder.glob("*.png"))), folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 PATCH_SIZE = 14  # in pixels
 TEST_METHODS = ("hard_resize", "single_query", "central_crop", "five_crops", "nearest_crop", "maj_voting")
 CONTEXTS = ("file_order", "shuffled", "independent")
+SUBMITTED = 20  # images a query at least: the MSLS challenge scores the first 1, 5, 10 and 20
 BACKBONES = tuple(
     f"dino{size}{registers}" for size in ("", "_small", "_large", "_giant") for registers in ("", "_reg")
 ) + ("dino_tiny",)
@@ -116,6 +117,10 @@ class EvalOptions(Options):
     positives_file: Path | None = option(
         None, "each query's correct database images, .npy or .csv, instead of positions", type=Path
     )
+    labels_where_known: bool = option(
+        False, "search photos without a position too, but count only queries that have one, and as correct likewise"
+    )
+    skip_unreadable: bool = option(False, "leave out photos that cannot be read, after reading all; the log names them")
     query_keys: Path | None = option(
         None, "text file of keys: evaluate these queries only (MSLS's official ones)", type=Path
     )
@@ -173,8 +178,76 @@ class EvalOptions(Options):
         """Whether two folders of anyone's photos are searched, rather than a dataset."""
         return self.database_folder is not None
 
+    def unused(self, *, encoder: bool) -> list[str]:
+        """What was given and has no part in the evaluation of a model with or without the cross-image encoder."""
+        lines = []
+        if "eval_datasets_folder" in self.given and self.plain_folders and not self.pca_dim:
+            lines.append("--eval_datasets_folder has no part where --database_folder and --queries_folder are searched")
+        if encoder:
+            if "infer_batch_size" in self.given and set(self.encoder_context) == {"independent"}:
+                lines.append("--infer_batch_size has no part in --encoder_context independent")
+            return lines
+        if "infer_batch_size" in self.given:
+            lines.append(
+                "--infer_batch_size has no part without the cross-image encoder; --extraction_batch_size is for speed "
+                "and memory"
+            )
+        if "encoder_context" in self.given and set(self.encoder_context) != {"file_order"}:
+            lines.append(
+                f"--encoder_context {' '.join(self.encoder_context)} has no part without the cross-image encoder: "
+                "every context is the same, and is evaluated once, as file_order"
+            )
+        return lines
+
+    def _require_a_part(self) -> None:
+        """Refuses options that would be dropped in silence because of others."""
+        rules = (
+            ("majority_weight", self.test_method == "maj_voting", "--test_method maj_voting"),
+            ("context_seeds", "shuffled" in self.encoder_context, "--encoder_context shuffled"),
+            ("context_seeds", not self.no_labels, "recalls over several orders, which --no_labels has none of"),
+        )
+        for name, has_part, of in rules:
+            if name in self.given and not has_part:
+                raise ValueError(f"--{name} is of {of}; leave it out, or give that")
+        labels = [
+            flag
+            for flag, given in (
+                ("--no_labels", self.no_labels),
+                ("--positives_file", self.positives_file is not None),
+                ("--val_positive_dist_threshold", self.val_positive_dist_threshold is not None),
+                ("--positive_frames", self.positive_frames is not None),
+            )
+            if given
+        ]
+        if len(labels) > 1:
+            raise ValueError(f"{' and '.join(labels)} each say in their way what is correct; give one of them")
+        if len(set(self.encoder_context)) < len(self.encoder_context):
+            raise ValueError(f"--encoder_context {' '.join(self.encoder_context)} names one twice; name each once")
+        if self.no_labels and len(self.encoder_context) > 1:
+            raise ValueError(
+                f"--encoder_context {' '.join(self.encoder_context)}: without labels there are no recalls to compare, "
+                "and matches are those of one context; give one"
+            )
+        if self.test_method == "maj_voting" and self.save_predictions > max(self.recall_values):
+            raise ValueError(
+                f"--save_predictions {self.save_predictions}: the depth of the search decides what maj_voting finds, "
+                f"and --recall_values ends at {max(self.recall_values)}; give no more, or recall values up to it"
+            )
+        if self.save_submission:
+            if self.index is not None:
+                raise ValueError(
+                    "--save_submission: an approximate --index may find fewer images for some queries, and lines of "
+                    "different lengths are not read; leave out --index"
+                )
+            if self.test_method == "maj_voting" and max(self.recall_values) < SUBMITTED:
+                raise ValueError(
+                    f"--save_submission with --test_method maj_voting, where the depth of the search decides what is "
+                    f"found: {SUBMITTED} images are scored; give --recall_values up to {SUBMITTED}"
+                )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "eval_dataset_name", tuple(map(_dataset_name, self.eval_dataset_name)))
         plain = (self.database_folder is not None) + (self.queries_folder is not None)
         if self.antialias is None:
             object.__setattr__(self, "antialias", self.plain_folders)
@@ -195,16 +268,20 @@ class EvalOptions(Options):
             raise ValueError("--positives_file and --query_keys are of one dataset; give one --eval_dataset_name")
         if plain and "eval_dataset_name" in self.given:
             raise ValueError("--eval_dataset_name and --database_folder both say what to search; give one of the two")
+        if self.labels_where_known and (self.no_labels or self.positives_file is not None):
+            raise ValueError(
+                "--labels_where_known is of labels by positions, which --no_labels and --positives_file do without; "
+                "give one of them"
+            )
         if self.index_parameters and self.index is None:
             raise ValueError(f"--index_parameters {self.index_parameters} are of an --index; give that too")
         if len(set(self.eval_dataset_name)) < len(self.eval_dataset_name):
             raise ValueError(f"--eval_dataset_name {' '.join(self.eval_dataset_name)} names a dataset twice")
-        if self.val_positive_dist_threshold is not None and self.positive_frames is not None:
-            raise ValueError("--val_positive_dist_threshold and --positive_frames say the same; give one of the two")
         for name in ("pca_dim", "save_predictions", "save_assignments", "majority_weight", "positive_frames"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} is negative; use 0 for none")
         _require_positive(self, "context_seeds")
+        self._require_a_part()
         if self.val_positive_dist_threshold is not None:
             _require_positive(self, "val_positive_dist_threshold")
 
@@ -272,6 +349,12 @@ class TrainOptions(Options):
         super().__post_init__()
         if self.eval_datasets_folder is None:
             raise ValueError("--eval_datasets_folder is missing; name the folder that holds the evaluation datasets")
+        object.__setattr__(self, "eval_dataset_name", _dataset_name(self.eval_dataset_name))
+        for name in ("lr_encoder", "encoder_training"):
+            if name in self.given and not self.crossimage_encoder:
+                raise ValueError(f"--{name} is of the --crossimage_encoder; give that, or leave it out")
+        if self.foundation_model_path is not None and self.resume not in (None, "auto"):
+            logger.warning("--foundation_model_path has no part: --resume %s gives all weights", self.resume)
         _require_patches("--train_resize", self.train_resize)
         _require_positive(self, "images_per_place", "train_batch_size", "patience", "lr", "lr_encoder")
         _require_positive(self, "val_positive_dist_threshold")
@@ -291,6 +374,21 @@ class TrainOptions(Options):
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def _dataset_name(name: str) -> str:
+    """The name of a dataset as a path below the folder of datasets, which is its path below the run's folder too.
+
+    Raises:
+        ValueError: it leads out of there, and so would the results.
+    """
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts or not parts:
+        raise ValueError(
+            f"--eval_dataset_name {name!r} is not the name of a folder below --eval_datasets_folder; give it there, "
+            "and its name here, without .. and not absolute"
+        )
+    return "/".join(parts)
 
 
 def _whole_patches(side: int) -> int:

@@ -4,7 +4,6 @@ Each image passes the backbone once, and what comes out before the cross-image e
 Everything that depends on which images share a batch is computed from that, a chunk at a time.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +19,10 @@ from tqdm import tqdm
 
 from datasets.database_queries import DatabaseQueries, ImageList
 from datasets.transforms import CROPS, Transform, transform_sizes
-from utils import distributed, search
-from utils.descriptor_store import DescriptorStore
+from utils import distributed, report, search
+from utils.descriptor_store import DescriptorStore, RowFile
 from utils.device import autocast, to_cpu, to_device
+from utils.outputs import whole
 from utils.reading import ImageLoader
 from utils.search import Chunk
 
@@ -111,6 +111,7 @@ def image_batches(
             batch_images = transform_sizes(transform, batch) if on_device else batch[0]
             yield batch_images
             bar.update(len(batch_images))
+    images.log_depths(progress)
 
 
 @torch.inference_mode()
@@ -150,6 +151,13 @@ def extract(
     distributed.barrier()
 
 
+def images_at_a_time(shape: tuple[int, ...], batch: int) -> tuple[int, int]:
+    """How many images of a store N x crops x K x D go through the encoder together, and how many make a chunk; whole
+    batches in both."""
+    together = max(batch, ENCODED_TOGETHER // batch * batch)
+    return together, max(together, CHUNK_BYTES // (int(np.prod(shape[1:])) * 4) // together * together)
+
+
 @torch.inference_mode()
 def descriptors(
     model: PlaceDescriber, store: DescriptorStore, context: EncoderContext, *, device: torch.device
@@ -168,8 +176,7 @@ def descriptors(
     _, crops, K, D = store.shape
     batch = context.batch_size
     order = context.order(len(store))
-    together = max(batch, ENCODED_TOGETHER // batch * batch)
-    in_chunk = max(together, CHUNK_BYTES // (crops * K * D * 4) // together * together)
+    together, in_chunk = images_at_a_time(store.shape, batch)
     for start in range(0, len(order), in_chunk):
         indices = order[start : start + in_chunk]
         vectors = store.read(indices).reshape(-1, K, D)
@@ -277,17 +284,24 @@ class Search:
         return distances, predictions
 
     def save(self, folder: Path, **paths: Sequence[str]) -> None:
-        """Writes final descriptors, e.g. of `database=`, to `<name>.npy`, N (x crops) x D, with paths beside them."""
-        folder.mkdir()
-        for name, images in paths.items():
-            saved: NDArray[np.float32] | None = None
-            for indices, rows in self.chunks(name):
-                if saved is None:
-                    crops = len(rows) // len(indices)
-                    shape = (len(images), *((crops,) if crops > 1 else ()), rows.shape[1])
-                    saved = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=rows.dtype, shape=shape)
-                saved[indices] = rows.reshape(-1, *shape[1:])
-            (folder / f"{name}.txt").write_text("".join(f"{path}\n" for path in images))
+        """Writes final descriptors, e.g. of `database=`, to `<name>.npy`, N (x crops) x D, with paths beside them.
+
+        Raises:
+            OSError: they cannot be written; nothing is left of them then.
+        """
+        with whole(folder) as temporary:
+            temporary.mkdir()
+            for name, images in paths.items():
+                file: RowFile | None = None
+                for indices, rows in self.chunks(name):
+                    if file is None:
+                        crops = len(rows) // len(indices)
+                        shape = (len(images), *((crops,) if crops > 1 else ()), rows.shape[1])
+                        file = RowFile(temporary / f"{name}.npy", shape, rows.dtype)
+                        file.create()
+                        file.open()
+                    file.write(indices, rows.reshape(-1, *shape[1:]))
+                report.write_paths(temporary / f"{name}.txt", images)
 
 
 def evaluate(
@@ -313,11 +327,11 @@ def evaluate(
         positive_distance: a database image this near to a query is correct, in metres.
         infer_batch_size: images that share a batch in `describe`.
         device: where the model is.
-        folder: for descriptors while they are needed; removed afterwards.
+        folder: for descriptors while they are needed, which are removed afterwards.
     """
     recalls: dict[int, float] = {}
+    stores: dict[str, DescriptorStore] = {}
     try:
-        stores = {}
         for name, paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths)):
             stores[name] = DescriptorStore(folder, name, (len(paths), 1, *model.vectors_shape))
             extract(model, paths, stores[name], partial(read_images, progress=name))
@@ -328,7 +342,8 @@ def evaluate(
             recalls = search.recall_at(predictions, dataset.positives(positive_distance), recall_values)
     finally:
         if distributed.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
+            for store in stores.values():
+                store.remove()
     return distributed.broadcast(recalls)
 
 

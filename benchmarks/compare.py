@@ -222,10 +222,10 @@ def compare_start(images: int = 300_000, queries: int = 10_000) -> dict[str, flo
             {
                 "listing": lambda: list_images(Path(name) / "big/images/test/database"),
                 "parsing": lambda: utm_positions(dataset.database_paths),
-                "positives": lambda: dataset.positives(25.0),
+                "positives": lambda: list(dataset.positives(25.0)),
             }
         )
-    positives = dataset.positives(25.0)
+    positives = list(dataset.positives(25.0))
     predictions = rng.integers(0, images, (queries, 20))
     values = [1, 5, 10, 20]
     recall = medians(

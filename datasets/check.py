@@ -1,10 +1,12 @@
 """Verifies photos and their tables before hours are spent on them; no model is needed.
 
     python -m datasets.check data/toy_city data/gsv_cities
+    python -m datasets.check known asked
 
-A folder is one evaluation dataset (`images/<split>/{database,queries}`) or GSV-Cities (`Dataframes` and `Images`).
-Each fault is one line on stdout, `<kind>: <path>: <what and what to do>`. The exit status is 0 if there is none, 1 if
-there is any, 2 for a folder that is neither.
+A folder is one evaluation dataset (`images/<split>/{database,queries}`), GSV-Cities (`Dataframes` and `Images`), or
+anyone's photos. Each fault is one line on stdout, `<kind>: <path>: <what and what to do>`; what is only to be known,
+such as an image of 16 bits, is a line of the same form. The exit status is 0 if there is no fault, 1 if there is any, 2
+for a folder that is none of these.
 """
 
 from pathlib import Path
@@ -19,7 +21,9 @@ def command_line() -> Parser:
         usage="%(prog)s FOLDER [FOLDER ...] [--option value ...]; --help lists all options",
         description="Verify data without a model.",
     )
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="evaluation dataset, or GSV-Cities")
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="FOLDER", help="evaluation dataset, GSV-Cities, or photos"
+    )
     parser.add_argument("--threshold", type=float, default=25.0, help="metres from a query to a positive (default: 25)")
     parser.add_argument("--workers", type=int, help="processes to read with (default: one for each core)")
     return parser
@@ -36,13 +40,17 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
-from .database_queries import DatabaseQueries, list_images, utm_positions
-from .gsv_cities import read_city
-from .transforms import open_image
+from .database_queries import DatabaseQueries, like_degrees, utm_positions
+from .exif import gps_position
+from .gsv_cities import read_city, tables
+from .photo_files import IMAGE_SUFFIXES, PHOTO_SUFFIXES, UNREAD_PHOTOS, Listing, identity, scan
+from .pixel_modes import Depth
+from .transforms import open_noted
 
 SPLITS = ("train", "val", "test")
 PARTS = ("database", "queries")
@@ -51,11 +59,12 @@ IMAGES_PER_TASK = 16
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one file or folder, and what to do about it."""
+    """What is wrong with one file or folder, and what to do about it; or, as a note, what is only to be known."""
 
     kind: str
     path: str
     message: str
+    note: bool = False
 
     def __str__(self) -> str:
         line = f"{self.kind}: {self.path}: {self.message}"
@@ -63,24 +72,43 @@ class Fault:
         return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
-def read_image(path: str) -> bytes | Fault:
-    """The digest of a file that decodes to its last pixel, or else its fault."""
+@dataclass(frozen=True)
+class Photo:
+    """A file that decodes to its last pixel.
+
+    Attributes:
+        digest: of the file.
+        note: how it came to have 8 bits a channel, None where these are stored.
+        located: whether its EXIF data says where it was taken; None where nobody asked.
+    """
+
+    digest: bytes
+    note: Fault | None
+    located: bool | None
+
+
+def read_image(path: str, *, exif: bool = False) -> Photo | Fault:
+    """What is in an image file, with `exif` its position too, or else its fault."""
     try:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 return Fault("zero-size", path, "the file is empty; replace or remove it")
             digest = hashlib.file_digest(file, "sha256").digest()
-        open_image(path)
+        _, depth, how = open_noted(path)
+        located = not np.isnan(gps_position(path)[0]) if exif else None
     except FileNotFoundError:
         return Fault("unreadable", path, "a link to a file that is not there; restore that file or remove the link")
     except OSError as error:
         return Fault("unreadable", path, f"{error.strerror}; mend, replace or remove it")
     except Exception as error:  # whatever a decoder stumbles over: one bad file must not end the check of the others
         return Fault("unreadable", path, f"{error.__cause__ or error}; replace or remove it")
-    return digest
+    note = None
+    if depth is not Depth.STORED:
+        note = Fault("16-bit" if depth is Depth.SIXTEEN else "guessed", path, how, note=True)
+    return Photo(digest, note, located)
 
 
-def read_images(paths: Sequence[str], *, workers: int | None, name: str) -> list[bytes | Fault]:
+def read_images(paths: Sequence[str], *, workers: int | None, name: str, exif: bool = False) -> list[Photo | Fault]:
     """`read_image` of each path, in that order.
 
     Args:
@@ -88,16 +116,25 @@ def read_images(paths: Sequence[str], *, workers: int | None, name: str) -> list
         name: stands at the progress bar.
     """
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        results = pool.map(read_image, paths, chunksize=IMAGES_PER_TASK)
+        results = pool.map(partial(read_image, exif=exif), paths, chunksize=IMAGES_PER_TASK)
         return list(tqdm(results, total=len(paths), unit="image", desc=name, disable=not paths))
 
 
-def images_below(folder: Path) -> list[str]:
-    """As `list_images`, but an empty list where that refuses."""
-    try:
-        return list_images(folder)
-    except (FileNotFoundError, ValueError):
-        return []
+def images_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
+    """As `scan`, but nothing where there is no such folder."""
+    return scan(folder, suffixes) if folder.is_dir() else Listing([], Counter(), [])
+
+
+def left_out_faults(folder: Path, listing: Listing) -> list[Fault]:
+    """Photos that are not read, which is a fault, and other files, which is not."""
+    photos = Counter({suffix: n for suffix, n in listing.others.items() if suffix in PHOTO_SUFFIXES + UNREAD_PHOTOS})
+    faults = []
+    if photos:
+        advice = f"{Listing([], photos, []).left_out} not read; convert them to JPEG or PNG, or remove them"
+        faults.append(Fault("left-out", str(folder), advice))
+    if rest := Listing([], listing.others - photos, listing.links).left_out:
+        faults.append(Fault("left-out", str(folder), f"{rest} passed over", note=True))
+    return faults
 
 
 def has_position(path: str) -> bool:
@@ -116,13 +153,22 @@ class Split:
     Attributes:
         names: of the split, and of later ones whose folder is a link to the same (as MSLS's test is to its val).
         folder: holds `database` and `queries`.
-        database, queries: paths, sorted.
+        listings: of database and queries.
     """
 
     names: list[str]
     folder: Path
-    database: list[str]
-    queries: list[str]
+    listings: tuple[Listing, Listing]
+
+    @property
+    def database(self) -> list[str]:
+        """Paths, sorted."""
+        return self.listings[0].paths
+
+    @property
+    def queries(self) -> list[str]:
+        """Likewise."""
+        return self.listings[1].paths
 
     @property
     def image_count(self) -> int:
@@ -148,20 +194,29 @@ def find_splits(folder: Path) -> list[Split]:
     splits = []
     for names in same.values():
         path = folder / "images" / names[0]
-        splits.append(Split(names, path, images_below(path / "database"), images_below(path / "queries")))
+        splits.append(Split(names, path, (images_below(path / "database"), images_below(path / "queries"))))
     return splits
 
 
 def folder_faults(split: Split) -> list[Fault]:
-    """A missing or empty `database` or `queries`."""
+    """A missing or empty `database` or `queries`, and files that are left out."""
     faults = []
-    for part, paths in zip(PARTS, (split.database, split.queries), strict=True):
-        path = split.folder / part
+    for part, listing in zip(PARTS, split.listings, strict=True):
+        path, paths = split.folder / part, listing.paths
         if not path.is_dir():
             faults.append(Fault("missing", str(path), "no such folder, or a broken link; put the images there"))
         elif not paths:
             faults.append(Fault("empty", str(path), "no image in it; put the images there"))
+        faults += left_out_faults(path, listing)
     return faults
+
+
+def degree_faults(folder: Path, paths: Sequence[str]) -> list[Fault]:
+    """Names that seem to hold degrees; not for certain, so it is a note."""
+    if not like_degrees(utm_positions(paths)):
+        return []
+    advice = "positions in the names look like degrees, but are taken for metres; name photos by UTM metres"
+    return [Fault("degrees", str(folder), advice, note=True)]
 
 
 def position_faults(split: Split, threshold: float) -> list[Fault]:
@@ -171,6 +226,8 @@ def position_faults(split: Split, threshold: float) -> list[Fault]:
     faults = [Fault("name", path, advice) for path in split.database + split.queries if path in nowhere]
     database = [path for path in split.database if path not in nowhere]
     queries = [path for path in split.queries if path not in nowhere]
+    for part, paths in zip(PARTS, (database, queries), strict=True):
+        faults += degree_faults(split.folder / part, paths)
     if not database or not queries:
         return faults
     located = DatabaseQueries(
@@ -190,12 +247,20 @@ def position_faults(split: Split, threshold: float) -> list[Fault]:
 def content_faults(split: Split, *, workers: int | None, name: str) -> list[Fault]:
     """Files that cannot be read, and files that repeat an earlier one, database before queries."""
     paths = split.database + split.queries
+    return result_faults(paths, read_images(paths, workers=workers, name=name))
+
+
+def result_faults(paths: Sequence[str], results: Sequence[Photo | Fault]) -> list[Fault]:
+    """Of what `read_images` gave: faults, files that repeat an earlier one, and notes."""
     faults = []
     first: dict[bytes, str] = {}
-    for path, result in zip(paths, read_images(paths, workers=workers, name=name), strict=True):
+    for path, result in zip(paths, results, strict=True):
         if isinstance(result, Fault):
             faults.append(result)
-        elif (original := first.setdefault(result, path)) != path:
+            continue
+        if result.note:
+            faults.append(result.note)
+        if (original := first.setdefault(result.digest, path)) != path:
             faults.append(Fault("duplicate", path, f"the same picture as {original}; remove one of them"))
     return faults
 
@@ -241,7 +306,7 @@ def is_gsv_cities(folder: Path) -> bool:
 def read_tables(folder: Path) -> tuple[list[City], list[Fault]]:
     """The tables that parse and hold a row, and the faults of the others, each by name."""
     cities, faults = [], []
-    for path in sorted((folder / "Dataframes").glob("*.csv")):
+    for path in tables(folder):
         try:
             places, images = read_city(folder, path.stem)
             if not len(images):
@@ -285,7 +350,7 @@ def check_gsv_cities(folder: Path, *, workers: int | None = None) -> list[Fault]
             named[name] = None
 
     images = folder / "Images"
-    present = dict.fromkeys(path.removeprefix(f"{images}{os.sep}") for path in images_below(images))
+    present = dict.fromkeys(path.removeprefix(f"{images}{os.sep}") for path in images_below(images).paths)
     rows_in, files_in = Counter(map(parent, named)), Counter(map(parent, present))
     for name, rows in rows_in.items():
         if name not in files_in:
@@ -297,7 +362,7 @@ def check_gsv_cities(folder: Path, *, workers: int | None = None) -> list[Fault]
 
     paths = [str(images / name) for name in named if name in present]
     results = read_images(paths, workers=workers, name=folder.name)
-    faults += [result for result in results if isinstance(result, Fault)]
+    faults += [fault for result in results if (fault := result if isinstance(result, Fault) else result.note)]
 
     unnamed = [name for name in present if name not in named and name.split("/")[0] not in broken]
     for name, files in Counter(map(parent, unnamed)).items():
@@ -308,6 +373,63 @@ def check_gsv_cities(folder: Path, *, workers: int | None = None) -> list[Fault]
         if parent(name) in rows_in:
             faults.append(Fault("unnamed", str(images / name), "no row names it; add its row or remove it"))
     return faults
+
+
+def is_photos(folder: Path) -> bool:
+    """Whether the folder has files, and is neither the `images` of a dataset nor above datasets."""
+    if not folder.is_dir() or (folder.name == "images" and is_tree(folder.parent)):
+        return False
+    if any(is_tree(below) or is_gsv_cities(below) for below in folder.iterdir() if below.is_dir()):
+        return False
+    listing = scan(folder, PHOTO_SUFFIXES)
+    return bool(listing.paths or listing.others)
+
+
+def check_photos(folders: Sequence[Path], *, workers: int | None = None) -> list[Fault]:
+    """The faults of folders of anyone's photos, seen together: known places, say, and photos of unknown ones.
+
+    Returns:
+        Folder by folder what is left out or in an earlier folder too; then photos that cannot be read, repeat an
+        earlier one, or are of 16 bits or a guessed mode; then photos without a position.
+    """
+    faults, paths = [], []
+    seen: dict[object, Path] = {}
+    for folder in folders:
+        listing = images_below(folder, PHOTO_SUFFIXES)
+        if not listing.paths:
+            faults.append(Fault("empty", str(folder), "no photo in it; put the photos there"))
+        faults += left_out_faults(folder, listing)
+        shared: Counter[Path] = Counter()
+        for path in listing.paths:
+            first = seen.setdefault(key := identity(path), folder)
+            if first is folder:
+                paths.append(path)
+            else:
+                shared[seen[key]] += 1
+        for other, count in shared.items():
+            advice = f"photos that are in {other} too, {count}; as queries they are left out of the database"
+            faults.append(Fault("shared", str(folder), advice))
+    results = read_images(paths, workers=workers, name=" ".join(folder.name for folder in folders), exif=True)
+    return faults + result_faults(paths, results) + location_faults(folders, paths, results)
+
+
+def location_faults(folders: Sequence[Path], paths: Sequence[str], results: Sequence[Photo | Fault]) -> list[Fault]:
+    """Photos without a position: in all names, or else in EXIF data."""
+    if all(map(has_position, paths)):
+        return [fault for folder in folders for fault in degree_faults(folder, _below(folder, paths))]
+    readable = {path: result for path, result in zip(paths, results, strict=True) if isinstance(result, Photo)}
+    if not any(photo.located for photo in readable.values()):
+        advice = "no photo has a position, neither all in their names nor any in EXIF data; search by --no_labels"
+        return [Fault("no-position", str(folder), advice) for folder in folders if _below(folder, paths)]
+    advice = (
+        "no GPS position in its EXIF data, and not all names have UTM coordinates; leave it out, search by "
+        "--labels_where_known or --no_labels, or name all photos @<UTM east>@<UTM north>@...@.jpg"
+    )
+    return [Fault("no-position", path, advice) for path, photo in readable.items() if not photo.located]
+
+
+def _below(folder: Path, paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if path.startswith(os.path.join(folder, ""))]
 
 
 def totals(folder: Path) -> tuple[int, list[str]]:
@@ -322,6 +444,9 @@ def totals(folder: Path) -> tuple[int, list[str]]:
         rows, places = sum(len(city.images) for city in cities), sum(city.places for city in cities)
         images += rows
         lines += [*map(str, cities), f"in all: {places} places, {rows} images"]
+    if not lines:
+        images = len(images_below(folder, PHOTO_SUFFIXES).paths)
+        lines.append(f"{images} photos")
     return images, lines
 
 
@@ -337,26 +462,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--threshold {args.threshold} is not a distance; give metres, 0 or more")
     if args.workers is not None and args.workers < 1:
         parser.error(f"--workers {args.workers} cannot read; give 1 or more")
-    for folder in args.folders:
-        if not is_tree(folder) and not is_gsv_cities(folder):
+    try:
+        return check(parser, args.folders, threshold=args.threshold, workers=args.workers)
+    except OSError as error:
+        parser.error(f"{error}; make the folder readable")
+
+
+def check(parser: Parser, folders: Sequence[Path], *, threshold: float, workers: int | None) -> int:
+    """Checks folders and prints what it finds; the parser says which folder is none."""
+    photos = []
+    for folder in folders:
+        if is_tree(folder) or is_gsv_cities(folder):
+            continue
+        if not is_photos(folder):
             parser.error(
                 f"{folder} is neither an evaluation dataset (no images/<split>/database or queries in it, for a split "
-                "of train, val, test) nor GSV-Cities (no Dataframes in it); name the folder that holds images, or the "
-                "one that holds Dataframes and Images"
+                "of train, val, test) nor GSV-Cities (no Dataframes in it); name the folder that holds images, the "
+                "one that holds Dataframes and Images, or one of photos"
             )
+        photos.append(folder)
 
-    fault_count = image_count = 0
-    for folder in args.folders:
+    fault_count = note_count = image_count = 0
+    for folder in folders:
         images, lines = totals(folder)
+        image_count += images
         for line in lines:
             print(f"{folder}, {line}")
-        faults = check_tree(folder, threshold=args.threshold, workers=args.workers) if is_tree(folder) else []
+        faults = check_tree(folder, threshold=threshold, workers=workers) if is_tree(folder) else []
         if is_gsv_cities(folder):
-            faults += check_gsv_cities(folder, workers=args.workers)
+            faults += check_gsv_cities(folder, workers=workers)
+        if photos and folder == photos[-1]:  # all are known now
+            faults += check_photos(photos, workers=workers)
         for fault in faults:
             print(fault)
-        fault_count, image_count = fault_count + len(faults), image_count + images
-    print(f"{fault_count or 'no'} fault{'s' if fault_count > 1 else ''} in {image_count} images")
+        note_count += sum(fault.note for fault in faults)
+        fault_count += sum(not fault.note for fault in faults)
+    notes = f", {note_count} note{'s' if note_count > 1 else ''}" if note_count else ""
+    print(f"{fault_count or 'no'} fault{'s' if fault_count > 1 else ''} in {image_count} images{notes}")
     return 1 if fault_count else 0
 
 

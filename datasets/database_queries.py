@@ -3,73 +3,76 @@
 <folder>/images/<split>/{database,queries}/**/@<UTM east>@<UTM north>@...@.jpg
 """
 
-import csv
 import logging
 import os
-import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from utils import distributed
+
 from .exif import gps_positions
-from .transforms import Transform, prepare, read_pixels
+from .photo_files import PHOTO_SUFFIXES, identity, list_images, unreadable
+from .pixel_modes import Depth
+from .positives import read_positives, read_text
+from .transforms import Transform, prepare, read_noted, read_pixels
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 EARTH_RADIUS = 6_371_009.0  # the mean one, in metres
+PAIRS_TOGETHER = 2**20  # of a query and a database image within the distance, about, while positives are gone over
+LISTED = 20  # photos that a line of the log names, at most; debug.log has all
 
 
 class ImageList(Dataset[Tensor]):
     """The images at the given paths, in that order, each through the transform; bytes 3 x H x W without one.
 
     With `upright`, they are turned as their EXIF data says.
+
+    Attributes:
+        depths: how each image that was read came to have 8 bits a channel; workers that read share it.
     """
 
     def __init__(self, paths: Sequence[str], transform: Transform | None = None, *, upright: bool = False):
         self.paths = paths
         self.transform = transform
         self.upright = upright
+        self.depths = torch.zeros(len(paths), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        if self.transform is None:
-            return read_pixels(self.paths[index], upright=self.upright)
-        return prepare(self.paths[index], self.transform, upright=self.upright)
+        pixels, depth = read_noted(self.paths[index], upright=self.upright)
+        self.depths[index] = int(depth)
+        return pixels if self.transform is None else prepare(pixels, self.transform)
 
-
-def list_images(folder: Path) -> list[str]:
-    """Paths of the images below a folder, sorted by name.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no image in it.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no folder {folder}; check --eval_datasets_folder and --eval_dataset_name, or --database_folder and "
-            "--queries_folder"
-        )
-    paths = [
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES)
-    ]
-    if not paths:
-        raise ValueError(
-            f"no image ({', '.join(IMAGE_SUFFIXES)}) in {folder}; put the photos there, other formats (HEIC) converted"
-        )
-    return sorted(paths)
+    def log_depths(self, name: str) -> None:
+        """Says how many images were not of 8 bits a channel, `name` in front."""
+        for depth, what in (
+            (Depth.SIXTEEN, "read by the upper 8 of more bits a channel"),
+            (Depth.GUESSED, "of a mode whose scale was guessed"),
+        ):
+            of_it = torch.nonzero(self.depths == depth)
+            if len(of_it):
+                logger.warning(
+                    "%s: %d image%s %s, e.g. %s; python -m datasets.check names each",
+                    name,
+                    len(of_it),
+                    "s" if len(of_it) > 1 else "",
+                    what,
+                    self.paths[int(of_it[0])],
+                )
 
 
 def utm_positions(paths: Sequence[str]) -> NDArray[np.float64]:
@@ -82,7 +85,8 @@ def utm_positions(paths: Sequence[str]) -> NDArray[np.float64]:
     nowhere = _first_nowhere(positions)
     if nowhere is not None:
         raise ValueError(
-            f"no UTM coordinates in the file name {paths[nowhere]}; name it @<UTM east>@<UTM north>@...@.jpg"
+            f"no UTM coordinates in the file name {paths[nowhere]}; name it @<UTM east>@<UTM north>@...@.jpg, or let "
+            "eval.py count the others only by --labels_where_known"
         )
     return positions
 
@@ -99,112 +103,80 @@ def _named_positions(paths: Sequence[str]) -> NDArray[np.float64]:
 
 
 def _first_nowhere(positions: NDArray[np.float64]) -> int | None:
-    nowhere = np.flatnonzero(~np.isfinite(positions).all(axis=1))
+    nowhere = np.flatnonzero(~known(positions))
     return int(nowhere[0]) if len(nowhere) else None
 
 
 def photo_positions(
-    database: Sequence[str], queries: Sequence[str]
+    database: Sequence[str], queries: Sequence[str], *, exif: bool = True, where_known: bool = False
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
     """Positions of photos from their names or, where one has none, of all photos from their EXIF data.
 
+    Args:
+        database: paths of N photos.
+        queries: paths of Q photos.
+        exif: whether EXIF data counts.
+        where_known: photos without a position are not a number. Of names and EXIF data, what more photos have counts.
+
     Returns:
-        Of the N database photos and the Q queries, N x 2 and Q x 2; and whether these are latitude and longitude in
+        Of the database photos and the queries, N x 2 and Q x 2; and whether these are latitude and longitude in
         degrees, rather than UTM east and north in metres.
 
     Raises:
-        ValueError: a photo has no position of the kind that the others have.
+        ValueError: a photo has no position of the kind that the others have; with `where_known`, no photo of a side.
     """
-    named = [_named_positions(paths) for paths in (database, queries)]
+    named = _named_positions(database), _named_positions(queries)
     unnamed = [_first_nowhere(positions) for positions in named]
     if unnamed == [None, None]:
-        return named[0], named[1], False
+        return *named, False
+    if not exif and not where_known:
+        return utm_positions(database), utm_positions(queries), False
+    taken = (gps_positions(database), gps_positions(queries)) if exif else named
+    if where_known:
+        by_name, by_exif = (sum(int(known(positions).sum()) for positions in of) for of in (named, taken))
+        if exif and by_name and by_exif:
+            logger.warning(
+                "%d photos have UTM coordinates in their names and %d a position in their EXIF data; what more have "
+                "counts, %s",
+                by_name,
+                by_exif,
+                "EXIF" if by_exif > by_name else "the names",
+            )
+        found, geographic = (taken, True) if by_exif > by_name else (named, False)
+        for what, positions in zip(("database photos", "queries"), found, strict=True):
+            if not known(positions).any():
+                raise ValueError(
+                    f"--labels_where_known: none of the {len(positions)} {what} has a position, neither in its name "
+                    "nor in EXIF data; search without labels by --no_labels"
+                )
+        return *found, geographic
     example = queries[unnamed[1]] if unnamed[0] is None and unnamed[1] is not None else database[unnamed[0] or 0]
-    taken = [gps_positions(paths) for paths in (database, queries)]
     for what, paths, positions in (("database", database, taken[0]), ("query", queries, taken[1])):
         nowhere = _first_nowhere(positions)
         if nowhere is not None:
-            missing = int((~np.isfinite(positions).all(axis=1)).sum())
+            missing = int((~known(positions)).sum())
             raise ValueError(
                 f"{missing} of {len(paths)} {what} photos have no GPS position in their EXIF data, e.g. "
                 f"{paths[nowhere]}, and not all names have UTM coordinates, e.g. {example}; leave such photos out, "
-                "name all of them @<UTM east>@<UTM north>@...@.jpg, or search without positions by --no_labels"
+                "name all of them @<UTM east>@<UTM north>@...@.jpg, count the others only by --labels_where_known, or "
+                "search without positions by --no_labels"
             )
-    return taken[0], taken[1], True
+    return *taken, True
 
 
-def read_positives(path: Path, database_paths: Sequence[str], queries_paths: Sequence[str]) -> list[NDArray[np.int64]]:
-    """Which database images are correct for each query, from a file.
+def known(positions: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which of N x 2 positions are there, N."""
+    return np.asarray(np.isfinite(positions).all(axis=1))
 
-    Args:
-        path: `.csv` with a header and two columns, query and database image, a row for each correct pair, both as
-            indices (from 0, in the order of the names) or as file names; or `.npy` with the indices of each query's
-            correct images, as integers Q x P (negative ones are left out) or as an object array of Q arrays or lists,
-            perhaps behind the query's own index as in VPR-Bench's files.
-        database_paths: the database.
-        queries_paths: the queries.
 
-    Raises:
-        FileNotFoundError, ValueError: the file is missing, is neither, or names what is not there.
+def like_degrees(positions: NDArray[np.float64]) -> bool:
+    """Whether N x 2 numbers in metres look like latitude and longitude, in either order.
+
+    All lie within 90 and 180, and not all are whole: metres of a small map often are, degrees never.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; check --positives_file")
-    count = len(queries_paths)
-    if path.suffix == ".csv":
-        found: list[list[int]] = [[] for _ in range(count)]
-        columns = [{os.path.basename(p): i for i, p in enumerate(paths)} for paths in (queries_paths, database_paths)]
-        with open(path, newline="") as file:
-            for row in list(csv.reader(file))[1:]:
-                try:
-                    query, image = (int(v) if v.isdigit() else names[v] for v, names in zip(row, columns, strict=True))
-                    found[query].append(image)
-                except (ValueError, KeyError, IndexError):
-                    raise ValueError(
-                        f"{path}: the row {','.join(row)!r} is not a query and a database image of this dataset, "
-                        "as indices or file names; correct it"
-                    ) from None
-        positives = [np.array(sorted(set(images)), dtype=np.int64) for images in found]
-    else:
-        rows = list(_read_npy(path))
-        if len(rows) != count:
-            raise ValueError(f"{path} has {len(rows)} rows for {count} queries; give the file of this dataset")
-        if rows and all(np.ndim(row) == 1 and len(row) == 2 and np.ndim(row[1]) == 1 for row in rows):
-            rows = [row[1] for row in rows]
-        try:
-            positives = [np.unique([int(image) for image in np.ravel(row) if image >= 0]) for row in rows]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} does not hold arrays of database indices ({error}); give such a file") from error
-        positives = [row.astype(np.int64) for row in positives]
-    largest = max((row.max(initial=0) for row in positives), default=0)
-    if largest >= len(database_paths):
-        raise ValueError(
-            f"{path} names database image {largest}, but there are {len(database_paths)}, counted from 0; "
-            "give the file of this dataset"
-        )
-    return positives
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays of arrays and nothing else: a pickle can run any code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "scalar"):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise ValueError(f"it holds {module}.{name}")
-
-
-def _read_npy(path: Path) -> NDArray[Any]:
-    try:
-        return np.load(path)
-    except (ValueError, EOFError):
-        pass  # an object array, which NumPy would read by running whatever it says
-    try:
-        with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            return _ArrayUnpickler(file).load()
-    except (ValueError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is not a .npy file of index arrays ({error}); give one, or a .csv") from error
+    found = positions[known(positions)]
+    far = np.abs(found).max(axis=0, initial=0)
+    return bool(len(found) and far.min() <= 90 and far.max() <= 180 and (found != np.floor(found)).any())
 
 
 def haversine_metres(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -221,6 +193,66 @@ def image_key(path: str) -> str:
     return fields[7] if len(fields) > 8 else ""
 
 
+class _Near(Sequence[NDArray[np.int64]]):
+    """For each query the database images within a distance, found anew each time: kept, dense ones fill the memory.
+
+    Args:
+        database: N x 2 positions, not a number where unknown.
+        queries: Q x 2, likewise.
+        geographic: whether these are latitude and longitude in degrees.
+        distance: in metres; closed ball.
+    """
+
+    def __init__(
+        self, database: NDArray[np.float64], queries: NDArray[np.float64], *, geographic: bool, distance: float
+    ):
+        self._found_in = np.flatnonzero(known(database))
+        placed, self._queries = database[self._found_in], queries
+        self._tree: Any = None
+        self._radius = distance
+        if geographic:
+            placed, self._queries = np.radians(placed), np.radians(queries)
+            self._radius = distance / EARTH_RADIUS
+        if len(placed):
+            from sklearn.neighbors import BallTree, KDTree  # nearly a second to import: not at every start
+
+            self._tree = (
+                BallTree(placed, leaf_size=30, metric="haversine") if geographic else KDTree(placed, leaf_size=30)
+            )
+
+    def __len__(self) -> int:
+        return len(self._queries)
+
+    def _of(self, queries: slice) -> Iterator[NDArray[np.int64]]:
+        where = self._queries[queries]
+        located = known(where)
+        rows = iter(())
+        if self._tree is not None and located.any():
+            rows = iter(self._tree.query_radius(where[located], self._radius))
+        for is_located in located:
+            yield self._found_in[next(rows)] if is_located and self._tree is not None else self._found_in[:0]
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        counts = np.zeros(len(self), dtype=np.int64)
+        located = known(self._queries)
+        if self._tree is not None and located.any():
+            counts[located] = self._tree.query_radius(self._queries[located], self._radius, count_only=True)
+        together = np.cumsum(counts) // PAIRS_TOGETHER
+        bounds = [0, *(1 + np.flatnonzero(np.diff(together))).tolist(), len(self)]
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            yield from self._of(slice(start, end))
+
+    @overload
+    def __getitem__(self, query: int) -> NDArray[np.int64]: ...
+    @overload
+    def __getitem__(self, query: slice) -> list[NDArray[np.int64]]: ...
+    def __getitem__(self, query: int | slice) -> NDArray[np.int64] | list[NDArray[np.int64]]:
+        if isinstance(query, slice):
+            return [self[index] for index in range(*query.indices(len(self)))]
+        index = range(len(self))[query]
+        return next(self._of(slice(index, index + 1)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatabaseQueries:
     """One split of a dataset.
@@ -229,7 +261,8 @@ class DatabaseQueries:
         name: to show.
         database_paths: N images.
         queries_paths: Q images.
-        database_positions: N x 2 UTM east and north, in metres; None where nothing is known of them.
+        database_positions: N x 2 UTM east and north, in metres, not a number where a photo's is unknown; None where
+            nothing is known of them.
         queries_positions: Q x 2, likewise.
         geographic: whether positions are latitude and longitude, in degrees, instead.
         known_positives: for each query the indices of its correct database images, where a file says so.
@@ -260,6 +293,8 @@ class DatabaseQueries:
         exif: bool = False,
         positives_file: Path | None = None,
         query_keys: Path | None = None,
+        labels_where_known: bool = False,
+        skip_unreadable: bool = False,
     ) -> "DatabaseQueries":
         """Lists two folders of images.
 
@@ -268,26 +303,49 @@ class DatabaseQueries:
             queries_folder: likewise.
             name: to show.
             labelled: whether the file names hold positions; without them and a file, nothing is known to be correct.
-            exif: whether photos whose names hold none have them in their EXIF data.
-            positives_file: says which images are correct, see `read_positives`.
+            exif: whether these are anyone's photos: of every format, turned as their EXIF data says, which may hold
+                their positions; and queries among the database are left out of it.
+            positives_file: says which images are correct, see `read_positives`; it counts what the folders hold (the
+                queries of the keys), whatever is left out afterwards.
             query_keys: a text file; of the queries, those whose `image_key` stands in it are kept.
+            labels_where_known: photos without a position are searched, but neither counted nor correct.
+            skip_unreadable: leave out photos that cannot be read, which takes reading all of them.
 
         Raises:
-            FileNotFoundError, ValueError: as `list_images`, `utm_positions`, `photo_positions` and `read_positives`.
+            FileNotFoundError, ValueError: as `list_images`, `utm_positions`, `photo_positions` and `read_positives`;
+                or nothing is left.
         """
-        database, queries = list_images(database_folder), list_images(queries_folder)
+        suffixes = {"suffixes": PHOTO_SUFFIXES} if exif else {}
+        database, queries = list_images(database_folder, **suffixes), list_images(queries_folder, **suffixes)
         if query_keys is not None:
             queries = _with_keys(queries, query_keys)
+        positives = None
         if positives_file is not None:
-            positives = read_positives(positives_file, database, queries)
+            positives = read_positives(positives_file, database, queries, (database_folder, queries_folder))
+        stays, asked = (
+            _other_than_queries(database, queries, database_folder, keep=not exif),
+            np.ones(len(queries), bool),
+        )
+        if skip_unreadable:
+            stays &= readable(database, database_folder, upright=exif)
+            asked &= readable(queries, queries_folder, upright=exif)
+        if not stays.any():
+            raise ValueError(
+                f"every photo in {database_folder} {'that can be read ' if skip_unreadable else ''}is a query too, in "
+                f"{queries_folder}; name a --database_folder that holds more than the queries"
+            )
+        database, queries = list(compress(database, stays)), list(compress(queries, asked))
+        if positives is not None:
+            if not (stays.all() and asked.all()):
+                number = np.cumsum(stays) - 1  # of each database image among those that are left
+                positives = [number[found[stays[found]]] for found in compress(positives, asked)]
             return cls(name=name, database_paths=database, queries_paths=queries, known_positives=positives)
         if not labelled:
             return cls(name=name, database_paths=database, queries_paths=queries)
-        if exif:
-            of_database, of_queries, geographic = photo_positions(database, queries)
-        else:
-            of_database, of_queries, geographic = utm_positions(database), utm_positions(queries), False
-        return cls(
+        of_database, of_queries, geographic = photo_positions(
+            database, queries, exif=exif, where_known=labels_where_known
+        )
+        dataset = cls(
             name=name,
             database_paths=database,
             queries_paths=queries,
@@ -295,14 +353,59 @@ class DatabaseQueries:
             queries_positions=of_queries,
             geographic=geographic,
         )
+        dataset._warn_of_positions()
+        return dataset
+
+    def _warn_of_positions(self) -> None:
+        assert self.database_positions is not None and self.queries_positions is not None
+        sides = {"database images": self.database_positions, "queries": self.queries_positions}
+        unknown = [
+            f"{count} of {len(positions)} {what}"
+            for what, positions in sides.items()
+            if (count := int((~known(positions)).sum()))
+        ]
+        if unknown:
+            logger.warning(
+                "%s: %s have no position; they are searched and shown, but recall counts the other queries only, and "
+                "no image without a position as correct",
+                self.name,
+                " and ".join(unknown),
+            )
+        for what, positions in sides.items():
+            if not self.geographic and like_degrees(positions):
+                logger.warning(
+                    "%s: the positions of the %s look like degrees (all within 90 and 180), but are taken for metres, "
+                    "in which everything is near; write UTM metres into the names, or degrees into EXIF data",
+                    self.name,
+                    what,
+                )
 
     def __str__(self) -> str:
-        return f"{self.name} ({len(self.database_paths)} database, {len(self.queries_paths)} queries)"
+        counted = int(self.judged_queries.sum()) if self.labelled else len(self.queries_paths)
+        of_them = f", {counted} of them with a position" if counted < len(self.queries_paths) else ""
+        return f"{self.name} ({len(self.database_paths)} database, {len(self.queries_paths)} queries{of_them})"
 
     @property
     def sizes(self) -> dict[str, Any]:
         """Name and number of images, for the record."""
-        return {"name": self.name, "database": len(self.database_paths), "queries": len(self.queries_paths)}
+        sizes = {"name": self.name, "database": len(self.database_paths), "queries": len(self.queries_paths)}
+        if self.labelled and not self.judged_queries.all():
+            sizes["queries_with_position"] = int(self.judged_queries.sum())
+        return sizes
+
+    @property
+    def judged_queries(self) -> NDArray[np.bool_]:
+        """The queries of which it is known what is correct, which recall counts: Q."""
+        if self.known_positives is not None or self.queries_positions is None:
+            return np.full(len(self.queries_paths), self.labelled)
+        return known(self.queries_positions)
+
+    def judged(self, predictions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Of which predictions it is known whether they are correct, Q x k: both positions are, or a file says it."""
+        judged = np.repeat(self.judged_queries[:, None], predictions.shape[1], axis=1)
+        if self.known_positives is None and self.database_positions is not None:
+            judged &= known(self.database_positions)[predictions]
+        return judged
 
     @property
     def labelled(self) -> bool:
@@ -314,23 +417,44 @@ class DatabaseQueries:
         near = self.positives(distance)
         return self.database_paths + [path for path, found in zip(self.queries_paths, near, strict=True) if len(found)]
 
-    def positives(self, distance: float) -> list[NDArray[np.int64]]:
+    def positives(self, distance: float) -> Sequence[NDArray[np.int64]]:
         """For each query, the indices of its correct database images: those of the file, else those within `distance`
-        metres of it (closed ball)."""
+        metres of it (closed ball). These are found anew each time they are gone over, some queries at a time."""
         if self.known_positives is not None:
             return self.known_positives
         assert self.database_positions is not None and self.queries_positions is not None
-        from sklearn.neighbors import NearestNeighbors  # nearly a second to import: not at every start
+        return _Near(self.database_positions, self.queries_positions, geographic=self.geographic, distance=distance)
 
-        if not self.geographic:
-            index = NearestNeighbors().fit(self.database_positions)
-            return list(index.radius_neighbors(self.queries_positions, radius=distance, return_distance=False))
-        index = NearestNeighbors(algorithm="ball_tree", metric="haversine").fit(np.radians(self.database_positions))
-        queries, radius = np.radians(self.queries_positions), distance / EARTH_RADIUS
-        return list(index.radius_neighbors(queries, radius=radius, return_distance=False))
+    def located(self, *, exif: bool) -> "DatabaseQueries":
+        """The same photos with the positions that are known of them, to be shown: what is correct they do not say.
+
+        Args:
+            exif: whether EXIF data counts; of names and EXIF data, what more photos have is taken.
+
+        Raises:
+            ValueError: as `gps_positions`.
+        """
+        if self.database_positions is not None:
+            return self
+        sides = self.database_paths, self.queries_paths
+        found, geographic = [_named_positions(paths) for paths in sides], False
+        if exif:
+            taken = [gps_positions(paths) for paths in sides]
+            by_name, by_exif = (sum(int(known(positions).sum()) for positions in of) for of in (found, taken))
+            found, geographic = (taken, True) if by_exif > by_name else (found, False)
+        if not known(found[0]).any():
+            return self
+        return replace(
+            self,
+            database_positions=found[0],
+            queries_positions=found[1],
+            geographic=geographic,
+            known_positives=None,
+        )
 
     def metres(self, predictions: NDArray[np.int64]) -> NDArray[np.float64] | None:
-        """How far each query is from its predicted database images, Q x k; None without positions."""
+        """How far each query is from its predicted database images, Q x k, not a number where a position is unknown;
+        None without positions."""
         if self.database_positions is None or self.queries_positions is None:
             return None
         found = self.database_positions[predictions]  # (Q, k, 2)
@@ -339,10 +463,54 @@ class DatabaseQueries:
         return haversine_metres(self.queries_positions[:, None], found)
 
 
+def _other_than_queries(
+    database: Sequence[str], queries: Sequence[str], folder: Path, *, keep: bool
+) -> NDArray[np.bool_]:
+    """Which database images stay: all but those that are queries too, under whatever path, or all where these are
+    kept. The log counts them either way."""
+    of_queries = set(map(identity, queries))
+    shared = np.array([identity(path) in of_queries for path in database])
+    if shared.any():
+        logger.warning(
+            "%d of the %d photos in %s are queries too: %s",
+            shared.sum(),
+            len(shared),
+            folder,
+            "they find themselves, and stay, as in published figures" if keep else "they are left out of the database",
+        )
+    return np.ones_like(shared) if keep else ~shared
+
+
+def readable(paths: Sequence[str], folder: Path, *, upright: bool) -> NDArray[np.bool_]:
+    """Which photos can be read, `upright` or not; the log counts and names the others.
+
+    Raises:
+        ValueError: none can.
+    """
+    found = distributed.on_main(
+        lambda: unreadable(paths, partial(read_pixels, upright=upright), progress=f"reading {folder.name}")
+    )
+    if found:
+        for reason in found.values():
+            logger.debug("%s", reason)
+        more = f" and {len(found) - LISTED} more, see debug.log" if len(found) > LISTED else ""
+        logger.warning(
+            "%d of %d photos in %s cannot be read and are left out: %s%s",
+            len(found),
+            len(paths),
+            folder,
+            ", ".join(list(found)[:LISTED]),
+            more,
+        )
+    if len(found) == len(paths):
+        raise ValueError(f"none of the {len(paths)} photos in {folder} can be read; replace them")
+    return np.array([path not in found for path in paths])
+
+
 def _with_keys(paths: list[str], keys_file: Path) -> list[str]:
     if not keys_file.is_file():
         raise FileNotFoundError(f"no file {keys_file}; check --query_keys")
-    keys = set(keys_file.read_text().replace(",", " ").split())
+    keys = set(read_text(keys_file).replace(",", " ").replace(";", " ").split())
     kept = [path for path in paths if image_key(path) in keys]
     if not kept:
         raise ValueError(

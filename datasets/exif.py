@@ -18,8 +18,17 @@ _NOT_AS_IT_SHOULD_BE = (
 _SIGNS = {"N": 1, "S": -1, "E": 1, "W": -1}
 
 
+def cannot_read(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    """The error of a photo that cannot be read, which names the file and what can be done."""
+    return ValueError(
+        f"cannot read the image {os.fspath(path)} ({str(error) or type(error).__name__}); replace or remove it, or let "
+        "eval.py leave it out by --skip_unreadable"
+    )
+
+
 def orientation(path: str | os.PathLike[str]) -> int:
-    """How the stored image is to be turned, 1 to 8 as in the EXIF standard; 1, not at all, where it does not say.
+    """How the image that Pillow reads is to be turned, 1 to 8 as in the EXIF standard; 1, not at all, where the file
+    does not say, or is a TIFF, which Pillow turns itself.
 
     Raises:
         OSError, PIL.Image.DecompressionBombError: no image can be recognised in the file, or one too large.
@@ -30,6 +39,8 @@ def orientation(path: str | os.PathLike[str]) -> int:
 
 def orientation_of(image: Image.Image) -> int:
     """`orientation` of an image that is open."""
+    if image.format == "TIFF":
+        return 1
     try:
         found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except _NOT_AS_IT_SHOULD_BE:
@@ -79,8 +90,8 @@ def gps_positions(paths: Sequence[str]) -> NDArray[np.float64]:
     def of(path: str) -> tuple[float, float]:
         try:
             return gps_position(path)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the image {path} ({error}); replace or remove it") from error
+        except Exception as error:  # decoders stumble over a damaged file in many ways
+            raise cannot_read(path, error) from error
 
     with ThreadPoolExecutor() as pool:
         return np.array(list(pool.map(of, paths)), dtype=np.float64).reshape(-1, 2)

@@ -36,13 +36,18 @@ MADE = "MADE.txt"  # stands in a folder of this form that holds made photos
 COLUMNS = ("place_id", "year", "month", "northdeg", "city_id", "lat", "lon", "panoid")
 
 
+def tables(folder: Path) -> list[Path]:
+    """The csv files of a GSV-Cities folder, sorted; hidden ones, such as macOS leaves, are none."""
+    return sorted(path for path in (folder / "Dataframes").glob("*.csv") if not path.name.startswith("."))
+
+
 def find_cities(folder: Path) -> list[str]:
     """The cities in a GSV-Cities folder: the known ones in their order, then any others alphabetically.
 
     Raises:
         FileNotFoundError: the folder, or any csv in it, is missing.
     """
-    present = {path.stem for path in (folder / "Dataframes").glob("*.csv")}
+    present = {path.stem for path in tables(folder)}
     if not present:
         raise FileNotFoundError(
             f"no GSV-Cities in {folder}: {folder}/Dataframes/<City>.csv is missing; download GSV-Cities, or name its "
@@ -183,9 +188,9 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
         self.images_per_place = images_per_place
         self.transform = transform
         self.seed = seed
-        tables = [read_city(folder, city) for city in self.cities]
-        labels = np.concatenate([ids + LABELS_PER_CITY * index for index, (ids, _) in enumerate(tables)])
-        names = np.concatenate([names for _, names in tables])
+        rows = [read_city(folder, city) for city in self.cities]
+        labels = np.concatenate([ids + LABELS_PER_CITY * index for index, (ids, _) in enumerate(rows)])
+        names = np.concatenate([names for _, names in rows])
         order = np.argsort(labels, kind="stable")
         unique, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
         enough = counts >= images_per_place

@@ -6,17 +6,20 @@ which today's torchvision would not do by default.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as TF
 
-from .exif import orientation, orientation_of, turned
+from .exif import cannot_read, orientation, orientation_of, turned
+from .pixel_modes import Depth, to_rgb
 from .randaugment import RandAugment
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -28,16 +31,21 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """Reads an image file as RGB.
+    """Reads an image file of any mode as RGB, as `pixel_modes` says.
 
     Raises:
         ValueError: it cannot be read; the message names the file.
     """
+    return open_noted(path)[0]
+
+
+def open_noted(path: Path | str) -> tuple[Image.Image, Depth, str]:
+    """As `open_image`, and how the image came to have 8 bits a channel, see `pixel_modes.to_rgb`."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path} ({error}); replace or remove it") from error
+            return to_rgb(image)
+    except Exception as error:  # decoders stumble over a damaged file in many ways
+        raise cannot_read(path, error) from error
 
 
 def read_pixels(photo: Path | str | Image.Image, *, upright: bool = False) -> Tensor:
@@ -54,24 +62,54 @@ def read_pixels(photo: Path | str | Image.Image, *, upright: bool = False) -> Te
         ValueError: it cannot be read; the message names the file.
     """
     if isinstance(photo, Image.Image):
-        pixels = TF.pil_to_tensor(photo.convert("RGB"))
+        pixels = TF.pil_to_tensor(to_rgb(photo)[0])
         return turned(pixels, orientation_of(photo)) if upright else pixels
-    pixels = _decoded(os.fspath(photo))
-    return turned(pixels, orientation(photo)) if upright else pixels
+    return read_noted(photo, upright=upright)[0]
 
 
-def _decoded(path: str) -> Tensor:
+def read_noted(path: Path | str, *, upright: bool = False) -> tuple[Tensor, Depth]:
+    """As `read_pixels`, and how the image came to have 8 bits a channel."""
+    pixels, depth = _decoded(os.fspath(path))
+    if upright:
+        try:
+            pixels = turned(pixels, orientation(path))
+        except Exception as error:  # Pillow refuses some files that torchvision reads
+            raise cannot_read(path, error) from error
+    return pixels, depth
+
+
+def _decoded(path: str) -> tuple[Tensor, Depth]:
     if path.lower().endswith((".jpg", ".jpeg")):
         try:
             pixels = decode_jpeg(read_file(path))
             if len(pixels) == 3:
-                return pixels
+                return pixels, Depth.STORED
             if len(pixels) == 1:  # copied, since memory that channels share cannot be pinned
-                return pixels.repeat(3, 1, 1)
+                return pixels.repeat(3, 1, 1), Depth.STORED
             # Four are CMYK, which Pillow converts differently.
         except RuntimeError:
             pass  # Pillow reads it, or says what is wrong
-    return TF.pil_to_tensor(open_image(path))
+    image, depth, _ = open_noted(path)
+    return TF.pil_to_tensor(image), depth
+
+
+def read_reduced(path: Path | str, side: int, *, upright: bool = False) -> Image.Image:
+    """As `read_pixels`, for showing it with sides of at most `side` pixels, and so perhaps smaller.
+
+    JPEGs are decoded no larger than needed, and have no limit of size here, as they have none for the model.
+
+    Raises:
+        ValueError: as `read_pixels`.
+    """
+    image = None
+    if os.fspath(path).lower().endswith((".jpg", ".jpeg")):
+        with suppress(OSError, SyntaxError), JpegImageFile(path) as file:
+            if file.mode != "CMYK":
+                file.draft("RGB", (side, side))
+                image = file.convert("RGB")
+                if upright:
+                    image = TF.to_pil_image(turned(TF.pil_to_tensor(image), orientation(path)))
+    return TF.to_pil_image(read_pixels(path, upright=upright)) if image is None else image
 
 
 def normalize(image: Tensor) -> Tensor:
@@ -150,14 +188,16 @@ def evaluation_transform(size: Size, antialias: bool = False, test_method: str =
     return partial(TEST_METHODS[test_method], size=size, antialias=antialias)
 
 
-def prepare(photo: Path | str | Image.Image, transform: Transform | None = None, *, upright: bool = True) -> Tensor:
+def prepare(
+    photo: Path | str | Image.Image | Tensor, transform: Transform | None = None, *, upright: bool = True
+) -> Tensor:
     """A photo as the model takes it. eval.py and torch.hub's `prepare` call this, so that descriptors are the same.
 
     By default that is what eval.py does with plain folders. A benchmark's photo, as published, is
     `prepare(photo, evaluation_transform((322, 322)), upright=False)`: neither antialiased nor turned.
 
     Args:
-        photo: path of a file, or an image that Pillow has opened.
+        photo: path of a file, an image that Pillow has opened, or pixels that `read_pixels` gave.
         transform: of `evaluation_transform`; by default both sides to 322 pixels, antialiased.
         upright: turn the photo as its EXIF data says.
 
@@ -168,7 +208,8 @@ def prepare(photo: Path | str | Image.Image, transform: Transform | None = None,
         ValueError: it cannot be read; the message names the file.
     """
     transform = transform or evaluation_transform((322, 322), antialias=True)
-    return transform(read_pixels(photo, upright=upright)[None])[0]
+    pixels = photo if isinstance(photo, Tensor) else read_pixels(photo, upright=upright)
+    return transform(pixels[None])[0]
 
 
 def transform_sizes(transform: Transform, images: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor
 
-from datasets import gsv_cities
+from datasets import database_queries, gsv_cities
 from datasets.database_queries import DatabaseQueries, list_images, utm_positions
 from datasets.gsv_cities import GSVCities, PlaceBatches, image_name, read_city
 from datasets.randaugment import RandAugment
 from datasets.transforms import TrainingTransform, evaluation_transform, open_image, read_pixels, to_unit
+from utils import search
 
 SIDEWAYS = Image.Exif()  # an orientation that neither way of reading applies
 SIDEWAYS[0x0112] = 6
@@ -287,6 +289,46 @@ def test_positives_are_a_closed_ball():
     assert sorted(first) == [0, 1, 3] and len(second) == 0
     assert str(dataset) == "x (5 database, 2 queries)"
     assert dataset.covered_images(25) == [*dataset.database_paths, "near"]
+
+
+@pytest.mark.parametrize("geographic", [False, True])
+def test_positives_of_some_queries_at_a_time(monkeypatch, geographic):
+    """As by every distance worked out, with photos of unknown position among them."""
+    rng = np.random.default_rng(0)
+    positions = rng.uniform(0, 100, (70, 2)) / (111_195 if geographic else 1)
+    positions[::7] = np.nan
+    dataset = DatabaseQueries(
+        name="x", database_paths=[""] * 40, queries_paths=[""] * 30, database_positions=positions[:40],
+        queries_positions=positions[40:], geographic=geographic,
+    )  # fmt: skip
+    monkeypatch.setattr(database_queries, "PAIRS_TOGETHER", 200)
+    metres = np.linalg.norm(positions[40:, None] - positions[None, :40], axis=2) * (111_195 if geographic else 1)
+    expected = [np.flatnonzero(row <= 25).tolist() for row in metres]
+    positives = dataset.positives(25.0)
+    assert len(positives) == 30 and any(expected) and [] in expected
+    assert [sorted(found.tolist()) for found in positives] == expected
+    assert [sorted(found.tolist()) for found in positives] == expected, "a second time"
+    assert [sorted(positives[query].tolist()) for query in range(30)] == expected
+    assert sorted(positives[-1].tolist()) == expected[-1]
+    predictions = np.tile(np.arange(40), (30, 1))
+    for together in (1, 7, 10**6):
+        monkeypatch.setattr(search, "PAIRS_TOGETHER", together)
+        correct = search.correct_among(predictions, positives)
+        assert [np.flatnonzero(row).tolist() for row in correct] == expected
+
+
+def test_dense_positives_do_not_fill_the_memory():
+    """4,000 x 4,000, all of them correct: 16 million pairs, of 8 bytes each if they were kept."""
+    dataset = DatabaseQueries(
+        name="x", database_paths=[""] * 4000, queries_paths=[""] * 4000, database_positions=np.ones((4000, 2)),
+        queries_positions=np.ones((4000, 2)),
+    )  # fmt: skip
+    predictions = np.arange(4000)[:, None]
+    tracemalloc.start()
+    correct = search.correct_among(predictions, dataset.positives(25.0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert correct.all() and peak < 120e6
 
 
 def test_evaluation_resize_does_not_antialias_unless_asked():

@@ -223,7 +223,7 @@ def test_predictions_curve_and_descriptors(city, evaluated):
         query, rank = dataset.queries_paths.index(row["query"]), int(row["rank"])
         image = dataset.database_paths.index(row["database"])
         assert rank == index % 5 + 1 and query == index // 5
-        assert float(row["squared_distance"]) == pytest.approx(np.sort(squared[query])[rank - 1], abs=1e-5)
+        assert float(row["squared_descriptor_distance"]) == pytest.approx(np.sort(squared[query])[rank - 1], abs=1e-5)
         near = np.linalg.norm(dataset.queries_positions[query] - dataset.database_positions[image]) <= 25
         assert row["correct"] == str(int(near))
     for n in hits:
@@ -275,12 +275,28 @@ def test_an_approximate_index(evaluated, capsys):
     assert "index IVF2,Flat finds the nearest image of 100.0%" in capsys.readouterr().err
 
 
-def test_an_index_that_cannot_be_is_refused_at_once(evaluated, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "reason", "remedy"),
+    [
+        ("--index=IVX", "could not parse index string", "index factory"),
+        ("--index=IVF2,Flat --index_parameters=probes=2", "could not set parameter probes", "index factory"),
+        ("--index=IVF2,Flat --index_parameters=nprobe=0", "'cur_nprobe > 0' failed", "leave out --index"),
+        ("--index=IDMap,Flat", "add does not make sense with IndexIDMap", "leave out --index"),
+        ("--index=NSG8", "cannot build a graph smaller than 100", "leave out --index"),
+        ("--index=PCA64,IVF2,Flat", "cannot output 64 dimensions", "use one that reduces to at most 15 numbers"),
+        ("--index=IVF16,Flat", "at least as large as number of clusters (16)", "at most 15 lists and 15 codewords"),
+        ("--index=PQ7", "should be a multiple of the number of subquantizers", "leave out --index"),
+        ("--index=HNSW0", "Faiss assertion", "FAISS dies of --index 'HNSW0'"),  # it would end this process
+    ],
+)
+def test_an_index_that_cannot_be_is_refused_at_once(evaluated, tmp_path, capsys, monkeypatch, flags, reason, remedy):
     monkeypatch.setattr(eval_script, "extract", None)
-    for flags in (["--index=IVX"], ["--index=IVF2,Flat", "--index_parameters=probes=2"]):
-        with pytest.raises(SystemExit) as exit_:
-            evaluated(*flags)
-        assert exit_.value.code == 2 and f"FAISS cannot make {flags[0].split('=')[0]} " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        evaluated(*flags.split())
+    shown = capsys.readouterr().err
+    (error,) = [line for line in shown.splitlines() if line.startswith("ERROR")]
+    assert exit_.value.code == 2 and "Traceback" not in shown and not list(tmp_path.glob("run*"))
+    assert "FAISS" in error and reason in error and remedy in error
 
 
 def test_sigterm_leaves_nothing_temporary(evaluated, tmp_path, monkeypatch):
@@ -405,7 +421,7 @@ def test_keys_select_queries_and_make_a_submission(city, weights, tmp_path, caps
             fields = path.name.split("@")
             fields[7] = f"{side[0]}{number:02d}"
             shutil.copy(path, folder / side / "@".join(fields))
-    (tmp_path / "keys.txt").write_text("q03\nq05,q11\nq99\n")
+    (tmp_path / "keys.txt").write_text("\ufeffq03\nq05,q11\nq99\n")
     flags = [*SMALL, f"--resume={weights}/plain.pth", f"--eval_datasets_folder={tmp_path}/data"]
     flags += [f"--query_keys={tmp_path}/keys.txt", "--save_submission", "--recall_values", "1", "5"]
     eval_script.main([*flags, f"--save_dir={tmp_path}/run", "--eval_dataset_name=msls"])
@@ -424,6 +440,10 @@ def test_keys_select_queries_and_make_a_submission(city, weights, tmp_path, caps
         (tmp_path / "keys.txt").write_text("nobody")
         eval_script.main([*flags, f"--save_dir={tmp_path}/run2", "--eval_dataset_name=msls"])
     assert "none of the 1 keys" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        (tmp_path / "keys.txt").write_bytes("q03\nq05\n".encode("utf-16"))
+        eval_script.main([*flags, f"--save_dir={tmp_path}/run2", "--eval_dataset_name=msls"])
+    assert "keys.txt, line 1: not text in UTF-8" in capsys.readouterr().err
 
 
 def test_protocols(monkeypatch, city, caplog):

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.match_page import write_match_page
+from datasets.transforms import read_reduced
+from utils.match_page import THUMBNAIL_SIDE, write_match_page
+
+
+def read(path, upright=True):
+    return read_reduced(path, THUMBNAIL_SIDE, upright=upright)
 
 
 class Page(HTMLParser):
@@ -67,6 +72,7 @@ def page(tmp_path, photos):
         predictions=np.array([[0, 1, 2], [1, 0, 2], [2, 1, -1]]),
         correct=np.array([[True, False, False], [False, True, True], [False, False, True]]),
         metres=np.array([[12.34, 999.0, 1234.0], [30.0, 0.0, 24.96], [54321.0, 100.0, np.nan]]),
+        read=read,
     )
     return Page(path)
 
@@ -115,16 +121,18 @@ def test_thumbnails_are_small_and_one_an_image(page):
 
 def test_the_page_needs_nothing_from_elsewhere(page):
     text = page.path.read_text(encoding="utf-8")
-    assert all(address.startswith("thumbnails/") for address in page.addresses)
+    for address in page.addresses:  # thumbnails, and links to the full photos
+        assert address.startswith(("thumbnails/", "../../photos/"))
+        assert (page.path.parent / address).is_file()
     assert "://" not in text and "url(" not in text and "@import" not in text
     assert "<h1>city &lt;test&gt;, R@1: 33.3</h1>" in text
     assert {path.name for path in page.path.parent.iterdir()} == {"index.html", "thumbnails"}
 
 
-def write_plain(folder, paths):
+def write_plain(folder, paths, **facts):
     """A page of one query, the first path, that found all others."""
     predictions = np.arange(len(paths) - 1)[None]
-    facts = {"correct": None, "metres": None}
+    facts = {"correct": None, "metres": None, "read": read, **facts}
     path = write_match_page(folder, title="x", queries=paths[:1], database=paths[1:], predictions=predictions, **facts)
     return Page(path)
 
@@ -173,3 +181,50 @@ def test_an_image_that_cannot_be_read(tmp_path, photos):
     with pytest.raises(ValueError, match=r"cannot read the image .*bad\.jpg .*; replace or remove it"):
         write_plain(tmp_path / "page", paths)
     assert not list((tmp_path / "page").glob("index.html*"))
+
+
+def test_photos_are_shown_as_the_model_saw_them(tmp_path, photos):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    paths = photos("turned.jpg", "turned.png", exif=exif)
+    for name, upright, size in (("upright", True, ("150", "240")), ("stored", False, ("240", "150"))):
+        page = write_plain(tmp_path / name, paths, read=lambda path, upright=upright: read(path, upright))
+        for figure in page.figures(0):
+            assert (figure["image"]["width"], figure["image"]["height"]) == size
+    # The model reads the upper 8 of 16 bits, where Pillow's own conversion gives white.
+    Image.fromarray(np.full((20, 30), 128 << 8, dtype=np.uint16)).save(tmp_path / "photos/deep.png")
+    page = write_plain(tmp_path / "deep", [paths[0], str(tmp_path / "photos/deep.png")])
+    with Image.open(page.path.parent / page.figures(0)[1]["image"]["src"]) as thumbnail:
+        assert thumbnail.getpixel((9, 9)) == pytest.approx((128, 128, 128), abs=2)
+
+
+def test_large_and_thin_photos(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many; the model does not
+    paths = photos("large.jpg", size=(400, 300)) + photos("thin.jpg", "thinner.jpg", size=(9000, 6))
+    paths += photos("tall.jpg", size=(3, 4000))
+    page = write_plain(tmp_path / "page", paths, read=lambda path: read(path, upright=False))
+    sizes = [(figure["image"]["width"], figure["image"]["height"]) for figure in page.figures(0)]
+    assert sizes == [("240", "180"), ("240", "1"), ("240", "1"), ("1", "240")]
+
+
+def test_what_was_not_to_be_found_is_marked(tmp_path, photos):
+    page = Page(
+        write_match_page(
+            tmp_path / "page",
+            title="x",
+            queries=photos("q/0.jpg", "q/1.jpg"),
+            database=photos("d/0.jpg"),
+            predictions=np.array([[0], [0]]),
+            correct=np.array([[True], [False]]),
+            metres=np.array([[3.0], [134.0]]),
+            read=read,
+            similarity=np.array([[0.98765], [0.5]]),
+            rule="within 25 m",
+            findable=np.array([True, False]),
+        )
+    )
+    assert "nothing-to-find" not in page.rows[0]["kinds"] and "nothing-to-find" in page.rows[1]["kinds"]
+    assert page.filters["nothing-to-find"][-1] == "(1)"
+    assert page.figures(1)[0]["words"] == "query 1 nothing to find within 25 m 1.jpg".split()
+    assert page.figures(0)[1]["words"] == "1 ✓ 3.0 m, similarity 0.988 0.jpg".split()
+    assert "correct, within 25 m" in page.path.read_text(encoding="utf-8")

@@ -108,6 +108,17 @@ def test_photos_are_turned_as_exif_says_for_plain_folders_only(photo, suffix):
     assert np.array_equal(turned, np.rot90(read_pixels(path).permute(1, 2, 0).numpy(), -1))
 
 
+@pytest.mark.parametrize("suffix", ["webp", "avif", "tif"])
+def test_photos_of_other_formats_are_turned_once(photo, suffix):
+    for orientation in range(1, 9):
+        settings = {"tiffinfo": {274: orientation}} if suffix == "tif" else {"exif": turned_exif(orientation)}
+        path = photo(f"{orientation}.{suffix}", **settings)
+        with Image.open(path) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        assert expected.shape == ((120, 160, 3) if orientation < 5 else (160, 120, 3))
+        assert np.array_equal(read_pixels(path, upright=True).permute(1, 2, 0).numpy(), expected)
+
+
 def test_odd_exif(photo):
     exif = turned_exif(6)
     exif[ExifTags.Base.Make] = "maker"
@@ -191,7 +202,7 @@ def test_a_walk_is_evaluated(walk, evaluated):
         first = [row for row in csv.DictReader(file) if row["rank"] == "1"]
     assert [row["correct"] for row in first] == ["1", "1", "0"]
     page = (folder / "matches" / "index.html").read_text()
-    assert re.search(r"</i> [34]\.\d m<", page) and "</i> 111.2 km<" in page
+    assert re.search(r"</i> [34]\.\d m, similarity", page) and "</i> 111.2 km, similarity" in page
 
 
 def test_a_photo_without_a_position(walk, photo, evaluated, capsys):
@@ -204,6 +215,98 @@ def test_a_photo_without_a_position(walk, photo, evaluated, capsys):
     with pytest.raises(ValueError, match=r"1 of 1 database photos .* coordinates, e.g. .*/b/oops.jpg; leave"):
         photo_positions([photo("a/@1@2@.jpg")], [photo("b/oops.jpg")])
     assert not (evaluated(*folders, "--no_labels") / "recalls.png").exists()
+
+
+def csv_rows(folder):
+    with open(folder / "predictions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_labels_where_they_are_known(walk, photo, evaluated, capsys):
+    """The walk, a copy of whose last query lies in the database without a position, and a query without one."""
+    photo("map/lost.jpg", seed=7)
+    photo("today/lost.jpg", seed=0)
+    folders = f"--database_folder={walk[0]}", f"--queries_folder={walk[1]}"
+    with pytest.raises(SystemExit):
+        evaluated(*folders)
+    assert "1 of 6 database photos have no GPS" in (shown := capsys.readouterr().err)
+    assert "by --labels_where_known, or" in shown
+    folder = evaluated(*folders, "--labels_where_known", "--save_predictions=6", "--save_assignments=2")
+    shown = capsys.readouterr().err
+    assert "1 of 6 database images and 1 of 4 queries have no position" in shown
+    assert "Recalls on today in map (6 database, 4 queries, 3 of them with a position): R@1: 66.7" in shown
+    results = json.loads((folder / "results.json").read_text())
+    assert results["recalls"]["1"] == pytest.approx(200 / 3) and results["recalls"]["5"] == pytest.approx(200 / 3)
+    assert results["dataset"] == {"name": "today in map", "database": 6, "queries": 4, "queries_with_position": 3}
+    rows = csv_rows(folder)
+    assert len(rows) == 4 * 6
+    for row in rows:
+        known = "lost" not in row["query"] and "lost" not in row["database"]
+        assert row["correct"] in (("0", "1") if known else ("",))
+    page = (folder / "matches" / "index.html").read_text()
+    assert page.count('class="unknown"') == 4 + 6 - 1 and "nan" not in page
+    assert "first match wrong (0)" in page  # the first match of the far query is the photo without a position
+    assert "no correct match among 6 (1)" in page
+
+
+def test_labels_where_known_by_names(photo, tmp_path):
+    for name in ("map/@1000@0@.jpg", "map/lost.jpg", "today/@1010@0@.jpg", "today/@9000@0@.jpg", "today/lost.jpg"):
+        photo(name)
+    sides = tmp_path / "map", tmp_path / "today"
+    for exif in (True, False):
+        dataset = DatabaseQueries.from_folders(*sides, name="x", exif=exif, labels_where_known=True)
+        assert [found.tolist() for found in dataset.positives(25.0)] == [[0], [], []]
+        assert dataset.judged_queries.tolist() == [True, True, False]
+        assert str(dataset) == "x (2 database, 3 queries, 2 of them with a position)"
+        metres = dataset.metres(np.array([[0, 1], [1, 0], [0, 1]]))
+        np.testing.assert_array_equal(metres, [[10, np.nan], [np.nan, 8000], [np.nan, np.nan]])
+    with pytest.raises(ValueError, match="no UTM coordinates .*lost.jpg; .*, or let eval.py .* --labels_where_known"):
+        DatabaseQueries.from_folders(*sides, name="x")
+
+
+def test_what_more_photos_have_counts(photo, tmp_path, caplog):
+    here = gps_exif(*HOME)
+    photo("map/@1@2@.jpg")
+    photo("map/a.jpg", exif=here)
+    photo("today/@1@2@.jpg", exif=here)
+    sides = tmp_path / "map", tmp_path / "today"
+    dataset = DatabaseQueries.from_folders(*sides, name="x", exif=True, labels_where_known=True)
+    assert not dataset.geographic and dataset.positives(25.0)[0].tolist() == [0]
+    assert "2 photos have UTM coordinates in their names and 2 a position in their EXIF data" in caplog.text
+    photo("map/b.jpg", exif=here)
+    dataset = DatabaseQueries.from_folders(*sides, name="x", exif=True, labels_where_known=True)
+    assert dataset.geographic and dataset.positives(25.0)[0].tolist() == [1, 2]
+    assert "what more have counts, EXIF" in caplog.text
+
+
+def test_labels_where_nothing_is_known(photo, tmp_path, capsys, evaluated):
+    photo("map/a.jpg")
+    photo("today/b.jpg", exif=gps_exif(*HOME))
+    folders = f"--database_folder={tmp_path}/map", f"--queries_folder={tmp_path}/today"
+    with pytest.raises(SystemExit) as stop:
+        evaluated(*folders, "--labels_where_known")
+    assert stop.value.code == 2
+    assert "none of the 1 database photos has a position" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        parse(EvalOptions, ["--resume=x", *folders, "--labels_where_known", "--no_labels"])
+    assert "--labels_where_known is of labels by positions" in capsys.readouterr().err
+
+
+def test_places_are_told_without_labels(walk, photo, evaluated):
+    """A robot's question: where is this, which has no position itself?"""
+    photo("today/sub/nowhere.jpg", seed=3)
+    photo("map/nowhere.jpg", seed=9)
+    folder = evaluated(f"--database_folder={walk[0]}", f"--queries_folder={walk[1]}", "--no_labels")
+    with open(folder / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["correct"] for row in rows} == {""}
+    (answer,) = [row for row in rows if row["query"].endswith("nowhere.jpg") and row["rank"] == "1"]
+    assert answer["database"].endswith("IMG_3.jpg") and answer["metres"] == ""
+    assert float(answer["database_latitude"]) == pytest.approx(HOME[0] + 60 * METRE, abs=2e-6)
+    assert float(answer["database_longitude"]) == pytest.approx(HOME[1], abs=2e-6)
+    (first,) = [row for row in rows if "today/IMG_0" in row["query"] and "IMG_2" in row["database"]]
+    assert float(first["metres"]) == pytest.approx(math.hypot(4, 40), abs=0.6)
+    assert {row["database_latitude"] for row in rows if row["database"].endswith("nowhere.jpg")} == {""}
 
 
 def test_antialias_is_for_plain_folders():

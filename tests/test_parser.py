@@ -73,10 +73,56 @@ def test_freeze_te(text, value):
         ("--eval_datasets_folder=D --resume=x --pca_dim 8", "--pca_dim and --pca_dataset_folder go together"),
         ("--eval_datasets_folder=D --resume=x --eval_dataset_name a b --positives_file f", "are of one dataset"),
         ("--eval_datasets_folder=D --resume=x --eval_dataset_name a a", "names a dataset twice"),
-        ("--eval_datasets_folder=D --resume=x --positive_frames 1 --val_positive_dist_threshold 9", "say the same"),
+        (
+            "--eval_datasets_folder=D --resume=x --positive_frames 1 --val_positive_dist_threshold 9",
+            "each say in their way what is correct",
+        ),
         ("--eval_datasets_folder=D --resume=x --val_positive_dist_threshold 0", "--val_positive_dist_threshold 0.0"),
         ("--eval_datasets_folder=D --resume=x --context_seeds 0", "--context_seeds 0 is not above 0"),
         ("--eval_datasets_folder=D --resume=x --save_predictions -1", "--save_predictions -1 is negative"),
+        ("--eval_datasets_folder=D --resume=x --no_labels --positives_file f", "--no_labels and --positives_file each"),
+        (
+            "--eval_datasets_folder=D --resume=x --no_labels --positive_frames 1",
+            "--no_labels and --positive_frames each",
+        ),
+        (
+            "--eval_datasets_folder=D --resume=x --positives_file f --val_positive_dist_threshold 9",
+            "--positives_file and --val_positive_dist_threshold each",
+        ),
+        ("--eval_datasets_folder=D --resume=x --encoder_context shuffled shuffled", "names one twice"),
+        (
+            "--eval_datasets_folder=D --resume=x --no_labels --encoder_context shuffled independent",
+            "no recalls to compare",
+        ),
+        (
+            "--eval_datasets_folder=D --resume=x --majority_weight 0.1",
+            "--majority_weight is of --test_method maj_voting",
+        ),
+        ("--eval_datasets_folder=D --resume=x --context_seeds 3", "--context_seeds is of --encoder_context shuffled"),
+        (
+            "--eval_datasets_folder=D --resume=x --no_labels --encoder_context shuffled --context_seeds 3",
+            "--no_labels has none of",
+        ),
+        (
+            "--eval_datasets_folder=D --resume=x --test_method maj_voting --recall_values 1 5 --save_predictions 9",
+            "--recall_values ends at 5",
+        ),
+        ("--eval_datasets_folder=D --resume=x --save_submission --index Flat", "leave out --index"),
+        (
+            "--eval_datasets_folder=D --resume=x --save_submission --test_method maj_voting --recall_values 5",
+            "give --recall_values up to 20",
+        ),
+        (
+            "--eval_datasets_folder=D --resume=x --eval_dataset_name /data/x",
+            "'/data/x' is not the name of a folder below",
+        ),
+        (
+            "--eval_datasets_folder=D --resume=x --eval_dataset_name a/../../x",
+            "'a/../../x' is not the name of a folder",
+        ),
+        ("--eval_datasets_folder=D --resume=x --eval_dataset_name ./", "'./' is not the name of a folder"),
+        ("--eval_datasets_folder=D --resume=x --eval_dataset_name toy_city toy_city/", "names a dataset twice"),
+        ("--eval_datasets_folder=D --resume=x --eval_dataset_name a/b ./a//b", "names a dataset twice"),
         ("--eval_datasets_folder=D --resume=x --test_method ten_crops", "ten_crops"),
         ("--eval_datasets_folder=D --resume=x --backbone resnet", "resnet"),
         ("--eval_datasets_folder=D --resume=x --no_such_flag", "no_such_flag"),
@@ -100,6 +146,10 @@ def test_refusals(flags, message, capsys):
         "--clip_grad_norm -1",
         "--lr 0",
         "--epochs_num -1",
+        "--lr_encoder 1e-3",
+        "--encoder_training every_step",
+        "--eval_dataset_name /data/pitts30k",
+        "--eval_dataset_name ../pitts30k",
     ],
 )
 def test_training_refusals(flags, capsys):
@@ -171,3 +221,26 @@ def test_help_shows_every_default(capsys, monkeypatch):
         parse(TrainOptions, ["--help"])
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and "(default: 322 322)" in out and "(default: 5e-05)" in out
+
+
+def test_names_of_datasets_are_paths_below_their_folder():
+    names = ["nordland/", "./a//b/", "svox_night"]
+    options = parse(EvalOptions, ["--eval_datasets_folder=D", "--resume=x", "--eval_dataset_name", *names])
+    assert options.eval_dataset_name == ("nordland", "a/b", "svox_night")
+    assert (
+        parse(TrainOptions, ["--eval_datasets_folder=D", "--eval_dataset_name=nordland/"]).eval_dataset_name
+        == "nordland"
+    )
+
+
+def test_options_without_a_part_are_told(caplog):
+    given = ["--resume=x", "--eval_datasets_folder=D", "--infer_batch_size=8"]
+    without = parse(EvalOptions, [*given, "--encoder_context", "shuffled", "independent"]).unused(encoder=False)
+    assert [line.split()[0] for line in without] == ["--infer_batch_size", "--encoder_context"]
+    alone = parse(EvalOptions, [*given, "--encoder_context", "independent"])
+    assert [line.split()[0] for line in alone.unused(encoder=True)] == ["--infer_batch_size"]
+    plain = parse(EvalOptions, [*given[:2], "--database_folder=a", "--queries_folder=b"])
+    assert [line.split()[0] for line in plain.unused(encoder=True)] == ["--eval_datasets_folder"]
+    assert parse(EvalOptions, given).unused(encoder=True) == parse(EvalOptions, given[:2]).unused(encoder=False) == []
+    parse(TrainOptions, ["--eval_datasets_folder=D", "--resume=r.pth", "--foundation_model_path=f"])
+    assert "--foundation_model_path has no part" in caplog.text

@@ -21,6 +21,7 @@ from model.weights import read_file
 from utils import checkpoint, distributed, metrics, report, run_log
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import estimated_hours, pick_device
+from utils.index_trial import require_index
 from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 from utils.search import merge_crops, nearest, nearest_by_index, recall_at
@@ -523,6 +524,38 @@ def test_what_changed_since_descriptors_were_kept_is_said_in_words(tmp_path, nam
     assert said(9, weights="0a", images="3d") == f"the weights are another model's; the {photos} photos have changed"
     assert said(9, upright=True) == f"the {photos} photos were not turned as EXIF says and are now"
     assert said(9, resize=[56, 70]) == "--resize was 56 56 and is 56 70 now"
+
+
+@pytest.mark.parametrize(
+    ("factory", "parameters", "count", "chunks", "message"),
+    [
+        ("IVF2000,Flat", "nprobe=3", 5000, 1, ""),  # needs more than are tried at first
+        ("IVF65536,PQ8", "", 1_000_000, 50, ""),  # and more than are ever tried
+        ("PCA16,IVF4,SQ8", "nprobe=2", 40, 1, ""),
+        ("NSG8", "", 5000, 1, ""),
+        ("NSG8", "", 5000, 2, "does not support incremental addition"),
+        ("IVF6000,Flat", "", 5000, 1, "at most 5000 lists"),
+        ("IVF4,Flat", "nprobe=-1", 5000, 1, "nprobe"),
+    ],
+)
+def test_an_index_is_tried_as_it_will_be_used(factory, parameters, count, chunks, message):
+    settings = {"dim": 32, "count": count, "chunks": chunks, "k": 5}
+    if not message:
+        require_index(factory, parameters, **settings)
+    else:
+        with pytest.raises(ValueError, match=message):
+            require_index(factory, parameters, **settings)
+
+
+def test_faiss_errors_of_exact_search_are_errors_of_ours(monkeypatch):
+    def fails(*_):
+        raise RuntimeError(
+            "Error in virtual void* faiss::f(int) at /x/GpuResources.cpp:530: Error: 'err' failed: no memory"
+        )
+
+    monkeypatch.setattr("faiss.knn", fails)
+    with pytest.raises(ValueError, match="^FAISS cannot search exactly: 'err' failed: no memory"):
+        nearest(np.eye(3, dtype="f"), in_chunks(np.eye(3, dtype="f"), [3]), 1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

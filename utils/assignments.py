@@ -1,5 +1,6 @@
 """What the VLAD layer looks at: photos with their patches coloured by the cluster that they are assigned to."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .outputs import whole
+from .report import drawable, save_figure
+
 # Told apart by colour-blind eyes too (Okabe and Ito 2008); more clusters than these share a rainbow.
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 GHOST = (72, 72, 80)
 SHOWN_SIDE = 480  # the photo's longer one, in pixels
+TITLE_WIDTH = 44  # letters in a line above a photo
 MOST_MAPS = 8  # soft assignments drawn beside the photo
 
 
@@ -72,14 +77,16 @@ def draw_assignments(path: Path, photos: Sequence[AssignedPhoto], *, ghost_clust
     grid = figure.subplots(len(photos), 2 + maps, squeeze=False, width_ratios=[1.7, 1.7, *[1] * maps])
     for row, photo in zip(grid, photos, strict=True):
         shape = photo.pixels.shape[0] / photo.pixels.shape[1]
-        size = (min(SHOWN_SIDE, round(SHOWN_SIDE / shape)), min(SHOWN_SIDE, round(SHOWN_SIDE * shape)))
+        # Width and height, of the thinnest strip too.
+        size = tuple(max(1, min(SHOWN_SIDE, round(SHOWN_SIDE * side))) for side in (1 / shape, shape))
         shown = AssignedPhoto(
             title=photo.title,
             pixels=np.asarray(Image.fromarray(photo.pixels).resize(size)),
             assignment=photo.assignment,
         )
         row[0].imshow(shown.pixels)
-        row[0].set_title(photo.title, fontsize=9)
+        title = "\n".join(textwrap.wrap(drawable(photo.title), TITLE_WIDTH))
+        row[0].set_title(title, fontsize=8, loc="left", parse_math=False)
         row[1].imshow(coloured(shown, ghost_clusters))
         row[1].set_title("patches by cluster, ghosts dark" if ghost_clusters else "patches by cluster", fontsize=9)
         soft = list(photo.assignment[:clusters])
@@ -92,4 +99,5 @@ def draw_assignments(path: Path, photos: Sequence[AssignedPhoto], *, ghost_clust
         for axes in row:
             axes.set_xticks([])
             axes.set_yticks([])
-    figure.savefig(path, dpi=110)
+    with whole(path) as unfinished:
+        save_figure(figure, unfinished, dpi=110)

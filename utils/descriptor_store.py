@@ -2,23 +2,113 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from . import distributed
+from .lock import is_held
+from .outputs import whole
+
+logger = logging.getLogger(__name__)
+
+
+class RowFile:
+    """An array in a `.npy` file, written and read some rows at a time.
+
+    By plain reads and writes: what a memory map touches would count as this process's memory, and a full disk would
+    end the process there, without a message.
+
+    Args:
+        path: of the file, `create`d or already there.
+        shape: N and the shape of a row.
+        dtype: of the numbers on disk.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]):
+        self.path = path
+        self.shape = shape
+        self.dtype = dtype
+        self._row = int(np.prod(shape[1:])) * dtype.itemsize  # in bytes
+        self._start = 0
+
+    def create(self) -> None:
+        """Makes the file, or makes it anew; rows that are never written are zero, and take no space until then."""
+        with open(self.path, "wb") as file:
+            description = np.lib.format.dtype_to_descr(self.dtype)
+            header = {"descr": description, "fortran_order": False, "shape": self.shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + self.shape[0] * self._row)
+
+    def open(self) -> None:
+        """Reads where the rows begin.
+
+        Raises:
+            ValueError: the file is not an array of this shape and these numbers, or not of its full length.
+            OSError: it cannot be read.
+        """
+        with open(self.path, "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            self._start = file.tell()
+        expected, found = self._start + self.shape[0] * self._row, self.path.stat().st_size
+        if (shape, dtype) != (self.shape, self.dtype) or found != expected:
+            raise ValueError(f"{self.path.name} has {found} bytes, not {expected}, or another shape")
+
+    def write(self, indices: NDArray[np.int64], rows: NDArray[Any]) -> None:
+        """Writes rows, the ones at `indices`, each as large as one of `shape`.
+
+        Raises:
+            OSError: they could not be written whole.
+        """
+        with open(self.path, "r+b", buffering=0) as file:
+            for run, first in self._runs(indices):
+                file.seek(first)
+                data = np.ascontiguousarray(rows[run], dtype=self.dtype).view(np.uint8).reshape(-1).data
+                while data:  # one call writes 2 GB at most
+                    data = data[file.write(data) :]
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Reads the rows at `indices`.
+
+        Raises:
+            OSError: the file ends before them.
+        """
+        rows = np.empty((len(indices), *self.shape[1:]), dtype=self.dtype)
+        with open(self.path, "rb", buffering=0) as file:
+            for run, first in self._runs(indices):
+                file.seek(first)
+                wanted = rows[run].view(np.uint8).reshape(-1).data
+                while wanted:
+                    count = file.readinto(wanted)
+                    if not count:
+                        raise OSError(f"{self.path} is cut short; remove it and start again")
+                    wanted = wanted[count:]
+        return rows
+
+    def _runs(self, indices: NDArray[np.int64]) -> Iterator[tuple[slice, int]]:
+        """Which of `indices` are neighbours, and where the first of them lies in the file: in file order, one run."""
+        starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)
+        for start, end in zip(starts, [*starts[1:], len(indices)], strict=True):
+            yield slice(start, end), self._start + int(indices[start]) * self._row
 
 
 class DescriptorStore:
     """One row of numbers for each of N images, in `<name>.npy`, beside `<name>.done`, a byte for each: is it there?
 
     A row is written before its byte is set, so that a killed process leaves no row that is there by half; what it wrote
-    stays (the operating system's memory survives a process, not a power cut). Files are read and written row by row
-    rather than mapped: mapped pages would count as this process's memory.
+    stays (the operating system's memory survives a process, not a power cut). `<name>.json` says what the rows depend
+    on. Where one of the three is missing or damaged, all is begun anew, and a warning says so.
 
     Args:
         folder: made if missing.
@@ -26,9 +116,11 @@ class DescriptorStore:
         shape: N and the shape of a row.
         dtype: of the numbers on disk, float32 or float16.
         fingerprint: what the rows depend on; None for a store that nobody comes back to, which always starts empty.
+        photos: N files that the rows depend on too: what is in them, not where they lie.
 
     Raises:
         ValueError: the files that are there hold something else; the message names what differs.
+        OSError: they cannot be read or written.
     """
 
     def __init__(
@@ -39,26 +131,26 @@ class DescriptorStore:
         *,
         dtype: str = "float32",
         fingerprint: Mapping[str, Any] | None = None,
+        photos: Sequence[str] = (),
     ):
         self.path = folder / f"{name}.npy"
         self.shape = shape
         self.dtype = np.dtype(dtype)
-        self._row = int(np.prod(shape[1:])) * self.dtype.itemsize  # in bytes
-        content = {"shape": list(shape), "dtype": dtype, **(fingerprint or {})}
+        self._rows = RowFile(self.path, shape, self.dtype)
+        self._kept = fingerprint is not None
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
-            record = self.path.with_suffix(".json")
-            if fingerprint is not None and record.exists():
-                _require_same(json.loads(record.read_text()), content, self.path)
-            else:
-                np.lib.format.open_memmap(self.path, mode="w+", dtype=self.dtype, shape=shape)
-                self._done_path.write_bytes(bytes(len(self)))
-                record.write_text(json.dumps(content, indent=2) + "\n")  # last: without it all is begun anew
+            content = {"shape": list(shape), "dtype": dtype, **(fingerprint or {})}
+            if photos:
+                content |= {"files": _files_digest(photos), "contents": None}
+            if not self._goes_on(content, photos):
+                try:
+                    self._begin(content, photos)
+                except OSError as error:
+                    self.remove()
+                    raise self._unwritten(error) from error
         distributed.barrier()
-        with open(self.path, "rb") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            self._start = file.tell()
+        self._rows.open()
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -67,39 +159,102 @@ class DescriptorStore:
     def _done_path(self) -> Path:
         return self.path.with_suffix(".done")
 
+    @property
+    def _record_path(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    def _begin(self, content: dict[str, Any], photos: Sequence[str]) -> None:
+        if photos and content["contents"] is None:
+            content["contents"] = _contents_digest(photos)
+        # In this order, so that what is half there can be told from the files of somebody else.
+        self._done_path.write_bytes(bytes(len(self)))
+        self._rows.create()
+        self._write_record(content)
+
+    def _write_record(self, content: dict[str, Any]) -> None:
+        with whole(self._record_path) as path:
+            path.write_text(json.dumps(content, indent=2) + "\n")
+
+    def _goes_on(self, content: dict[str, Any], photos: Sequence[str]) -> bool:
+        """Whether the files that are there are whole, and hold what is asked for."""
+        if not self._kept:
+            return False
+        here = [path for path in (self.path, self._done_path, self._record_path) if path.exists()]
+        if not here:
+            return False
+        if here == [self.path]:
+            raise ValueError(
+                f"{self.path} was not made by --descriptors_folder: no {self._record_path.name} lies beside it; move "
+                "it away, or name another --descriptors_folder"
+            )
+        try:
+            written = json.loads(self._record_path.read_text())
+            if not isinstance(written, dict):
+                raise ValueError("no record")
+        except (ValueError, FileNotFoundError, RecursionError):
+            return self._begun_anew(f"{self._record_path.name} is missing or damaged")
+        if photos and "contents" in written:
+            same_files = written.get("files") == content["files"]
+            content["contents"] = written["contents"] if same_files else _contents_digest(photos)
+        _require_same(written, content, self.path)
+        try:
+            self._rows.open()
+            count = self._done_path.stat().st_size
+        except (ValueError, EOFError, FileNotFoundError) as error:
+            return self._begun_anew(f"{self.path.name} or {self._done_path.name} is missing or damaged ({error})")
+        if count != len(self):
+            return self._begun_anew(f"{self._done_path.name} has {count} bytes for {len(self)} images")
+        if written != content:  # the same photos, copied or touched
+            self._write_record(content)
+        return True
+
+    def _begun_anew(self, why: str) -> bool:
+        logger.warning("%s in %s, so these descriptors are computed anew", why, self.path.parent)
+        return False
+
     def missing(self) -> NDArray[np.int64]:
         """Indices of the rows that are not there yet."""
         return np.flatnonzero(np.fromfile(self._done_path, dtype=np.uint8) == 0)
 
     def write(self, indices: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
-        """Writes rows, the ones at `indices`."""
-        with open(self.path, "r+b", buffering=0) as file:
-            for index, row in zip(indices, rows.astype(self.dtype), strict=True):
-                file.seek(self._start + int(index) * self._row)
-                if file.write(row.tobytes()) != self._row:
-                    raise OSError(f"{self.path} could not be written whole; free space and start again")
-        with open(self._done_path, "r+b", buffering=0) as file:
-            for index in indices:
-                file.seek(int(index))
-                file.write(b"\1")
+        """Writes rows, the ones at `indices`.
+
+        Raises:
+            OSError: they could not be written, mostly for want of space; they do not count as there.
+        """
+        try:
+            self._rows.write(indices, rows)
+            with open(self._done_path, "r+b", buffering=0) as file:
+                for index in indices:
+                    file.seek(int(index))
+                    file.write(b"\1")
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError) -> OSError:
+        then = "give the same command again: it goes on from here" if self._kept else "start again"
+        return OSError(f"cannot write {self.path} ({error.strerror or error}); make room there and {then}")
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Reads the rows at `indices`, as float32."""
-        rows = np.empty((len(indices), *self.shape[1:]), dtype=self.dtype)
-        # One read for each run of neighbours: in file order that is one in all.
-        runs = np.flatnonzero(np.diff(indices, prepend=-2) != 1)
-        with open(self.path, "rb", buffering=0) as file:
-            for start, end in zip(runs, [*runs[1:], len(indices)], strict=True):
-                file.seek(self._start + int(indices[start]) * self._row)
-                wanted = rows[start:end].view(np.uint8).reshape(-1)
-                if file.readinto(wanted) != len(wanted):  # type: ignore[arg-type]
-                    raise OSError(f"{self.path} is cut short; remove it and start again")
-        return rows.astype(np.float32, copy=False)
+        return self._rows.read(indices).astype(np.float32, copy=False)
+
+    def remove(self) -> None:
+        """Removes the store's own files, and its folder if nothing else is in it."""
+        with suppress(OSError):
+            for path in (self._record_path, self._done_path, self.path):
+                path.unlink(missing_ok=True)
+            self.path.parent.rmdir()
 
 
 def _require_same(written: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
-    keys = [key for key in asked | written if written.get(key) != asked.get(key)]
-    if "images" in keys or "weights" in keys:
+    if "contents" in asked and "contents" not in written:
+        raise ValueError(
+            f"{path} was made by an earlier version, which did not look into the photos; remove {path.parent}, or name "
+            "another --descriptors_folder"
+        )
+    keys = [key for key in asked | written if key != "files" and written.get(key) != asked.get(key)]
+    if "contents" in keys or "weights" in keys:
         keys = [key for key in keys if key != "shape"]  # which follows from them
     if keys:
         differences = [_in_words(key, written.get(key), asked.get(key), path) for key in keys]
@@ -112,7 +267,7 @@ def _require_same(written: dict[str, Any], asked: dict[str, Any], path: Path) ->
 def _in_words(key: str, was: Any, now: Any, path: Path) -> str:
     """How a store differs from what is wanted; nobody can read the digest of a thousand photos."""
     photos = {"queries": "query", "pca": "PCA"}.get(path.stem, path.stem) + " photos"
-    if key == "images":
+    if key == "contents":
         return f"the {photos} have changed"
     if key == "weights":
         return "the weights are another model's"
@@ -121,6 +276,51 @@ def _in_words(key: str, was: Any, now: Any, path: Path) -> str:
     name = {"dtype": "--descriptor_dtype", "shape": "the shape"}.get(key, f"--{key}")
     shown = [" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in (was, now)]
     return f"{name} was {shown[0]} and is {shown[1]} now"
+
+
+def _files_digest(paths: Sequence[str]) -> str:
+    """Of what changes whenever a file is written, replaced, moved or touched."""
+
+    def line(path: str) -> str:
+        found = os.stat(path)
+        return f"{os.path.realpath(path)!a} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+    return digest(map(line, paths))
+
+
+def _contents_digest(paths: Sequence[str]) -> str:
+    """Of every byte of the files, in their order."""
+
+    def of(path: str) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(of, paths)
+        return digest(tqdm(found, total=len(paths), desc="bytes of the photos", unit="image", delay=2))
+
+
+def warn_of_leftovers(runs: Iterable[Path]) -> None:
+    """Warns of descriptors that runs left behind as they died, with their size and the command that removes them.
+
+    Args:
+        runs: their folders; one that a live process has locked is passed over.
+    """
+    left = [
+        folder
+        for run in sorted(runs)
+        for pattern in ("extracted", "*/extracted", "*/*/extracted", "descriptors")
+        for folder in sorted(run.glob(pattern))
+        if any(folder.glob("*.done")) and not is_held(run)
+    ]
+    if left:
+        # As `du` counts: rows that were never written take no space.
+        size = sum(path.stat().st_blocks * 512 for folder in left for path in folder.iterdir())
+        logger.warning(
+            "runs that did not end in order left %s of descriptors that nothing needs; to remove them: rm -r %s",
+            f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB",
+            " ".join(shlex.quote(str(folder)) for folder in left),
+        )
 
 
 def digest(content: Iterable[str] | Mapping[str, Tensor]) -> str:

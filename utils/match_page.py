@@ -2,18 +2,20 @@
 
 import hashlib
 import os
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
+
+from .outputs import whole
 
 THUMBNAIL_SIDE = 240  # the longer one, in pixels
 
@@ -48,6 +50,7 @@ img { max-width: calc(100% - 8px); height: auto; display: block; border: 4px sol
 figcaption { padding: 2px 4px 0; }
 b { font-weight: 600; }
 i { font: bold 15px/1 sans-serif; color: var(--frame); }
+em { font-style: normal; color: var(--wrong); }
 .name { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; color: var(--faint); }
 </style>
 <header>
@@ -95,6 +98,11 @@ def write_match_page(
     predictions: NDArray[np.int64],
     correct: NDArray[np.bool_] | None,
     metres: NDArray[np.float64] | None,
+    read: Callable[[str], Image.Image],
+    judged: NDArray[np.bool_] | None = None,
+    similarity: NDArray[np.float64] | None = None,
+    rule: str = "",
+    findable: NDArray[np.bool_] | None = None,
 ) -> Path:
     """Writes `index.html` and, of each image shown, one thumbnail: a row a query, filtered in the browser.
 
@@ -105,87 +113,102 @@ def write_match_page(
         database: paths of N images.
         predictions: Q x K database indices, best first; -1 is none.
         correct: which of them are right, Q x K; None where nothing is known of that.
-        metres: how far each is from its query, Q x K; None where positions are unknown.
+        metres: how far each is from its query, Q x K, not a number where a position is unknown; None where all are.
+        read: gives an image as the model saw it, perhaps smaller, but not below `THUMBNAIL_SIDE`.
+        judged: of which matches it is known whether they are right, Q x K; None for all.
+        similarity: cosine of the descriptors of query and match, Q x K; None where it is not known.
+        rule: what makes a match correct, e.g. "within 25 m".
+        findable: which queries have a correct image in the database, Q; None for all.
 
     Returns:
         The path of `index.html`, which is written last.
 
     Raises:
-        ValueError: an image cannot be read; the message names the file.
+        ValueError: as `read`.
+        OSError: the page cannot be written.
     """
     count, k = predictions.shape
     found = predictions >= 0
     paths = sorted({*queries, *(database[index] for index in np.unique(predictions[found]))})
     (folder / "thumbnails").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as pool:
-        images = pool.map(partial(_write_thumbnail, folder=folder), paths)
+        images = pool.map(partial(_write_thumbnail, folder=folder, read=read), paths)
         image_of = dict(zip(paths, tqdm(images, total=len(paths), desc="thumbnails", unit="image"), strict=True))
 
     kinds: dict[str, NDArray[np.bool_]] = {"all": np.ones(count, dtype=bool)}
     filters, legend = "", "Grey frames: which matches are correct is not known."
     if correct is not None:
         right = correct & found
-        kinds |= {"first-wrong": ~right[:, 0], "none-correct": right.sum(axis=1) == 0}
-        labels = ("all", "first match wrong", f"no correct match among {k}")
+        judged = np.ones_like(found) if judged is None else judged
+        of_queries = judged.any(axis=1)
+        kinds["first-wrong"] = np.asarray(judged[:, 0] & ~right[:, 0])
+        kinds["none-correct"] = np.asarray(of_queries & ~right.any(axis=1))
+        labels = ["all", "first match wrong", f"no correct match among {k}"]
+        findable = np.ones(count, dtype=bool) if findable is None else findable
+        if not findable.all():
+            kinds["nothing-to-find"] = ~findable
+            labels.append("nothing to find")
         filters = "\n".join(
             f'<label><input type="radio" name="show" value="{kind}"{" checked" * (kind == "all")}>{label} '
             f"({has.sum()})</label>"
             for label, (kind, has) in zip(labels, kinds.items(), strict=True)
         )
-        legend = "✓ in a green frame: correct. ✗ in a red frame: wrong."
+        legend = f"✓ in a green frame: correct{rule and f', {escape(rule)}'}. ✗ in a red frame: wrong."
+        if not judged.all():
+            legend += " Grey frames: a position is not known."
+    if similarity is not None:
+        legend += " Similarity: cosine of the two descriptors."
+    legend += " A photo leads to the full one."
 
     rows = []
     for query, query_path in enumerate(queries):
-        figures = [_figure(query_path, image_of[query_path], "query", f"<b>query {query}</b>")]
+        caption = f"<b>query {query}</b>"
+        if findable is not None and not findable[query]:
+            caption += f" <em>nothing to find{rule and f' {escape(rule)}'}</em>"
+        figures = [_figure(query_path, image_of[query_path], "query", caption, folder)]
         for rank in np.flatnonzero(found[query]):
-            frame, caption = "unknown", f"<b>{rank + 1}</b>"
-            if correct is not None:
+            frame, caption, facts = "unknown", f"<b>{rank + 1}</b>", []
+            if correct is not None and judged is not None and judged[query, rank]:
                 frame, sign = ("correct", "✓") if correct[query, rank] else ("wrong", "✗")
                 caption += f" <i>{sign}</i>"
-            if metres is not None:
-                caption += f" {_distance(metres[query, rank])}"
+            if metres is not None and not np.isnan(metres[query, rank]):
+                facts.append(_distance(metres[query, rank]))
+            if similarity is not None:
+                facts.append(f"similarity {similarity[query, rank]:.3f}")
+            caption += f" {', '.join(facts)}" if facts else ""
             path = database[predictions[query, rank]]
-            figures.append(_figure(path, image_of[path], frame, caption))
+            figures.append(_figure(path, image_of[path], frame, caption, folder))
         classes = " ".join(kind for kind, has in kinds.items() if has[query])
         rows.append(f'<section class="{classes}">\n' + "\n".join(figures) + "\n</section>")
 
     page = PAGE.substitute(title=escape(title), legend=legend, filters=filters, cells=k + 1, rows="\n".join(rows))
-    temporary = folder / "index.html.tmp"
-    temporary.write_text(page, encoding="utf-8", errors="replace")  # file names may hold bytes that are not UTF-8
-    return temporary.replace(folder / "index.html")
+    with whole(folder / "index.html") as path_of_page:
+        path_of_page.write_text(page, encoding="utf-8", errors="replace")  # file names may hold other bytes
+    return folder / "index.html"
 
 
-def _write_thumbnail(path: str, folder: Path) -> str:
+def _write_thumbnail(path: str, folder: Path, read: Callable[[str], Image.Image]) -> str:
     """Writes an image's thumbnail below `folder` and returns the `<img>` that shows it."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE))  # a JPEG is decoded no larger than needed
-            upright = _upright(image).convert("RGB")
-        small = ImageOps.contain(upright, (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path} ({error}); replace or remove it") from error
+    image = read(path)
+    scale = THUMBNAIL_SIDE / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)  # of the thinnest strip too
+    small = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
     # Named by the whole path: safe in an address, and no other image's, in an older page of this folder either.
     source = f"thumbnails/{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.jpg"
     small.save(folder / source, quality=80)
     return f'<img src="{source}" width="{small.width}" height="{small.height}" loading="lazy" alt="">'
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF data says, if that can be understood."""
-    try:
-        image.getexif()  # cached by this; the raw EXIF goes, since Pillow would rewrite it and fail on odd tags
-        for name in ("exif", "Raw profile type exif"):
-            image.info.pop(name, None)
-        return ImageOps.exif_transpose(image)
-    except (ValueError, TypeError, SyntaxError, struct.error):
-        return image
+def _figure(path: str, image: str, frame: str, caption: str, folder: Path) -> str:
+    """An image with its caption and file name, which leads to the full one; `frame` is its kind.
 
-
-def _figure(path: str, image: str, frame: str, caption: str) -> str:
-    """An image with its caption and file name; `frame` is query, correct, wrong or unknown."""
+    Kinds are query, correct, wrong and unknown. The link is relative to the page, so that it leads on where both are
+    moved or served together.
+    """
     name = escape(os.path.basename(path))
+    link = quote(os.fsencode(os.path.relpath(path, folder)))
     return (
-        f'<figure class="{frame}" title="{escape(path)}">{image}'
+        f'<figure class="{frame}" title="{escape(path)}"><a href="{link}" target="_blank">{image}</a>'
         f'<figcaption>{caption}<span class="name">{name}</span></figcaption></figure>'
     )
 

@@ -1,15 +1,21 @@
 """What a run looks like: curves, tables, predictions."""
 
 import csv
-import io
+import logging
+import os
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import metrics
+from .outputs import whole
+
+logger = logging.getLogger(__name__)
 
 TRAINING = "training.png"
 
@@ -35,9 +41,8 @@ def draw_training(folder: Path) -> None:
     for axes in (loss, recall):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    (folder / TRAINING).write_bytes(picture.getvalue())
+    with whole(folder / TRAINING) as path:
+        save_figure(figure, path, dpi=120)
 
 
 def draw_recalls(
@@ -57,12 +62,29 @@ def draw_recalls(
     axes = figure.subplots()
     for name, curve in curves.items():
         axes.plot(range(1, 1 + len(curve)), curve, marker="o", markersize=3, label=name)
-    axes.set(xlabel="N", ylabel="recall@N (%)", ylim=(0, 103), title=title)
+    axes.set(xlabel="N", ylabel="recall@N (%)", ylim=(0, 103))
+    axes.set_title(drawable(title), parse_math=False)
     longest = max(map(len, curves.values()))
     axes.set_xticks(sorted({min(n, longest) for n in ticks}))
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
-    figure.savefig(folder / "recalls.png", dpi=120)
+    with whole(folder / "recalls.png") as path:
+        save_figure(figure, path, dpi=120)
+
+
+def drawable(text: str) -> str:
+    """The text on one line, with a mark where it holds bytes that are no characters: matplotlib refuses to draw them.
+
+    It goes with `parse_math=False`, since a name may hold dollar signs.
+    """
+    return " ".join(text.encode(errors="replace").decode().split())
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Writes a PNG, without a word on characters that matplotlib's font lacks and draws as boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(path, dpi=dpi, format="png")
 
 
 def recall_table(table: Mapping[str, Mapping[str, Mapping[int, float]]]) -> str:
@@ -85,35 +107,77 @@ def write_predictions(
     database: Sequence[str],
     predictions: NDArray[np.int64],
     distances: NDArray[np.float32],
-    correct: NDArray[np.bool_] | None,
+    *,
+    correct: NDArray[np.bool_] | None = None,
+    judged: NDArray[np.bool_] | None = None,
+    metres: NDArray[np.float64] | None = None,
+    positions: NDArray[np.float64] | None = None,
+    geographic: bool = False,
 ) -> None:
-    """Writes `predictions.csv`: query, rank from 1, database image, squared L2 distance, correct (1, 0 or empty).
+    """Writes `predictions.csv`, a row for each query and rank; what is not known is left empty.
+
+    Names are written byte by byte as they are on disk, so that a name that is not UTF-8 stays that name.
 
     Args:
         folder: the run's.
         queries: Q paths.
         database: N paths.
         predictions: Q x k database indices, best first; -1 is left out.
-        distances: of the descriptors, Q x k.
-        correct: Q x k, None where it is not known.
+        distances: squared L2 distances of the descriptors, Q x k.
+        correct: Q x k; None where it is not known.
+        judged: of which of them it is known, Q x k; None for all.
+        metres: from the query to the database image, on the ground, Q x k; not a number where that is not known.
+        positions: of the database, N x 2; UTM east and north in metres.
+        geographic: or latitude and longitude in degrees.
     """
-    with open(folder / "predictions.csv", "w", newline="") as file:
+    axes = ("database_latitude", "database_longitude") if geographic else ("database_east", "database_north")
+    digits = 7 if geographic else 2  # centimetres
+    with (
+        whole(folder / "predictions.csv") as path,
+        open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
-        writer.writerow(["query", "rank", "database", "squared_distance", "correct"])
-        for query, path in enumerate(queries):
+        writer.writerow(["query", "rank", "database", "squared_descriptor_distance", "correct", "metres", *axes])
+        for query, name in enumerate(queries):
             for rank, image in enumerate(predictions[query]):
-                if image >= 0:
-                    right = "" if correct is None else int(correct[query, rank])
-                    writer.writerow([path, rank + 1, database[image], f"{distances[query, rank]:.6g}", right])
+                if image < 0:
+                    continue
+                known = judged is None or judged[query, rank]
+                right = int(correct[query, rank]) if correct is not None and known else ""
+                away = _number(metres[query, rank], 2) if metres is not None else ""
+                place = ["", ""] if positions is None else [_number(value, digits) for value in positions[image]]
+                distance = f"{distances[query, rank]:.6g}"
+                writer.writerow([name, rank + 1, database[image], distance, right, away, *place])
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if np.isfinite(value) else ""
+
+
+def write_paths(path: Path, images: Sequence[str]) -> None:
+    """Writes a list of paths, one a line; a line break within one is written as \\n, so that line n is image n."""
+    lines = [image.replace("\n", "\\n").replace("\r", "\\r") for image in images]
+    broken = [image for image, line in zip(images, lines, strict=True) if image != line]
+    if broken:
+        logger.warning("%s: line breaks in %d paths are written as \\n, e.g. %r", path.name, len(broken), broken[0])
+    path.write_bytes(os.fsencode("".join(f"{line}\n" for line in lines)))
 
 
 def write_submission(
     folder: Path, query_keys: Sequence[str], database_keys: Sequence[str], predictions: NDArray[np.int64]
 ) -> None:
-    """Writes `submission.zip` for the MSLS challenge: a csv with a line a query, its key and the predicted keys."""
+    """Writes `submission.zip` for the MSLS challenge: a csv with a line a query, its key and the predicted keys.
+
+    Args:
+        folder: the run's.
+        query_keys: Q of them, without spaces.
+        database_keys: N, likewise.
+        predictions: Q x k database indices, best first, as many for each query.
+    """
+    assert (predictions >= 0).all()
     lines = [
-        " ".join([key, *(database_keys[image] for image in row if image >= 0)]) + "\n"
+        " ".join([key, *(database_keys[image] for image in row)]) + "\n"
         for key, row in zip(query_keys, predictions, strict=True)
     ]
-    with zipfile.ZipFile(folder / "submission.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("submission.csv", "".join(lines))
+    with whole(folder / "submission.zip") as path, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("submission.csv", os.fsencode("".join(lines)))

@@ -21,7 +21,9 @@ import torchvision
 from tqdm import tqdm
 
 from . import checkpoint, distributed
+from .descriptor_store import warn_of_leftovers
 from .lock import FolderLock
+from .outputs import whole
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class LogFile(logging.FileHandler):
     failed = False
 
     def __init__(self, path: Path, level: int):
-        super().__init__(path)
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")  # names may be no UTF-8
         self.setLevel(level)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
@@ -128,6 +130,8 @@ class RunLog:
                 file = LogFile(folder / name, level)
                 self._add(file, level)
                 self._copy_buffer(file)
+            runs = (run for run in folder.parent.iterdir() if run != folder and (run / "info.log").exists())
+            warn_of_leftovers(runs)
             self._root.removeHandler(self._buffer)
         self._folder = distributed.broadcast(folder)
         assert self._folder is not None
@@ -251,5 +255,8 @@ def write_results(folder: Path, results: dict[str, Any], settings: dict[str, Any
     if not distributed.is_main():
         return
     content = {**results, "options": settings, "environment": environment(device)}
-    (folder / "results.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
-    logger.info("log and results.json in %s", folder)
+    first = not (folder / "results.json").exists()
+    with whole(folder / "results.json") as path:
+        path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    if first:
+        logger.info("log and results.json in %s", folder)

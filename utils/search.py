@@ -1,7 +1,9 @@
 """Nearest neighbours of descriptors, and what is counted and merged from them."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -15,6 +17,7 @@ logger = logging.getLogger(__name__)
 Chunk = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 TRAINING_BYTES = 2**30  # of descriptors that an approximate index is trained on, at most
+PAIRS_TOGETHER = 2**20  # of a query and a correct image, about
 CHECKED_QUERIES = 1000  # that an approximate index is compared with exact search on, at most
 
 
@@ -50,9 +53,12 @@ def nearest(
 def _knn(
     queries: NDArray[np.float32], descriptors: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    if getattr(faiss, "get_num_gpus", int)():
-        return faiss.knn_gpu(_gpu_resources(), queries, descriptors, k)
-    return faiss.knn(queries, descriptors, k)
+    try:
+        if getattr(faiss, "get_num_gpus", int)():
+            return faiss.knn_gpu(_gpu_resources(), queries, descriptors, k)
+        return faiss.knn(queries, descriptors, k)
+    except (RuntimeError, AssertionError, MemoryError) as error:
+        raise ValueError(f"FAISS cannot search exactly: {without_place(str(error)) or 'no memory left'}") from error
 
 
 @cache
@@ -79,20 +85,74 @@ def new_index(dim: int, factory: str, parameters: str = "") -> Any:
     Raises:
         ValueError: FAISS does not understand it.
     """
-    try:
+    with refusals(f"make --index {factory!r} {parameters!r} for descriptors of {dim} numbers"):
         index = faiss.index_factory(dim, factory)
         if parameters:
             faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        raise ValueError(
-            f"FAISS cannot make --index {factory!r} {parameters!r} for descriptors of {dim} numbers: "
-            f"{_reason(error)}; see FAISS's page on the index factory"
-        ) from error
     return index
 
 
-def _reason(error: RuntimeError) -> str:
-    return str(error).split("Error: ")[-1]
+def train_index(index: Any, sample: NDArray[np.float32], factory: str) -> None:
+    """Trains an index, made by `factory`, on n x D descriptors.
+
+    Raises:
+        ValueError: they are too few for it, mostly.
+    """
+    with refusals(f"train --index {factory!r} on {len(sample)} descriptors", len(sample)):
+        index.train(sample)
+
+
+def add_to_index(index: Any, descriptors: NDArray[np.float32], factory: str) -> None:
+    """Adds n x D descriptors to an index.
+
+    Raises:
+        ValueError: it does not take them.
+    """
+    with refusals(f"fill --index {factory!r}"):
+        index.add(descriptors)
+
+
+def search_index(
+    index: Any, queries: NDArray[np.float32], k: int, factory: str, parameters: str
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Squared distances and rows of the index, each Q x k; -1 where it finds fewer.
+
+    Raises:
+        ValueError: it does not search in this way.
+    """
+    with refusals(f"search --index {factory!r} {parameters!r}"):
+        found: tuple[NDArray[np.float32], NDArray[np.int64]] = index.search(queries, k)
+    return found
+
+
+@contextmanager
+def refusals(what: str, rows: int | None = None) -> Iterator[None]:
+    """Within the block, an error of FAISS becomes a ValueError that gives FAISS's own reason and a remedy.
+
+    Args:
+        what: FAISS cannot do.
+        rows: descriptors there are to train on, where it does that.
+    """
+    try:
+        yield
+    except (RuntimeError, AssertionError, MemoryError, TypeError) as error:
+        reason = without_place(str(error)) or type(error).__name__
+        remedy = "see FAISS's page on the index factory"
+        if rows is not None and "number of clusters" in reason:
+            remedy = f"use one of at most {rows} lists and {rows} codewords"
+        elif rows is not None and "PCA matrix cannot output" in reason:
+            remedy = f"use one that reduces to at most {rows} numbers"
+        raise ValueError(f"FAISS cannot {what}: {reason}; {remedy}, or leave out --index for exact search") from error
+
+
+def without_place(message: str) -> str:
+    """What FAISS says, without the function and the line that says it."""
+    return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", message.strip(), flags=re.DOTALL)
+
+
+def training_step(count: int, dim: int) -> int:
+    """An approximate index is trained on every so many-th of `count` descriptors of `dim` numbers."""
+    return max(1, -(-count * dim * 4 // TRAINING_BYTES))
 
 
 def nearest_by_index(
@@ -119,33 +179,28 @@ def nearest_by_index(
         ("nearest") and among its first k ("first_k"), with the number of queries this was seen on, in percent.
 
     Raises:
-        ValueError: as `new_index`, or the database is too small to train on.
+        ValueError: as `new_index`, `train_index`, `add_to_index` and `search_index`.
     """
     _require_finite(queries)
     k = min(k, count)
     dim = queries.shape[1]
-    step = -(-count * dim * 4 // TRAINING_BYTES)
+    step = training_step(count, dim)
     index = new_index(dim, factory, parameters)
     sample = np.concatenate([descriptors[::step].copy() for _, descriptors in chunks()])
-    try:
-        index.train(sample)
-    except RuntimeError as error:
-        raise ValueError(
-            f"FAISS cannot train --index {factory!r} on {len(sample)} descriptors: {_reason(error)}; "
-            "use fewer lists, or no --index"
-        ) from error
+    _require_finite(sample)
+    train_index(index, sample, factory)
     del sample
     checked = queries[:: -(-len(queries) // CHECKED_QUERIES)]
     order = []
 
     def added() -> Iterable[Chunk]:
         for indices, descriptors in chunks():
-            index.add(descriptors)
+            add_to_index(index, descriptors, factory)
             order.append(indices)
             yield indices, descriptors
 
     _, exact = nearest(checked, added(), k)
-    distances, rows = index.search(queries, k)
+    distances, rows = search_index(index, queries, k, factory, parameters)
     predictions = np.where(rows < 0, -1, np.concatenate(order)[rows])
     approximate = predictions[:: -(-len(queries) // CHECKED_QUERIES)]
     agreement = {
@@ -169,11 +224,26 @@ def correct_among(predictions: NDArray[np.int64], positives: Sequence[NDArray[np
 
     Args:
         predictions: Q x k database indices; -1 is none.
-        positives: for each query the indices of its correct database images.
+        positives: for each query the indices of its correct database images, gone over once; of dense ones, no more
+            than about a million are in memory.
 
     Returns:
         Q x k.
     """
+    correct = np.zeros(predictions.shape, dtype=bool)
+    start, pairs = 0, 0
+    waiting: list[NDArray[np.int64]] = []
+    for query, found in enumerate(positives):
+        waiting.append(found)
+        pairs += len(found)
+        if pairs >= PAIRS_TOGETHER or query == len(predictions) - 1:
+            rows = slice(start, query + 1)
+            correct[rows] = _correct_of_some(predictions[rows], waiting)
+            start, pairs, waiting = query + 1, 0, []
+    return correct
+
+
+def _correct_of_some(predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
     # Each (query, image) pair as one number, so that all queries are looked up at once.
     images = 1 + max(predictions.max(initial=0), max((p.max(initial=0) for p in positives), default=0))
     query_of_positive = np.repeat(np.arange(len(positives)), [len(p) for p in positives])

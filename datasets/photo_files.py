@@ -1,0 +1,157 @@
+"""Which files below a folder are images, and which photos are there twice or cannot be read."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+# Of datasets: more would change the figures of one where such a file happens to lie.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+# Of anyone's photos: the formats that Pillow reads by itself and that hold photos; of several frames the first counts.
+PHOTO_SUFFIXES = (
+    *IMAGE_SUFFIXES, ".jpe", ".jfif", ".mpo", ".apng", ".webp", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".tif",
+    ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".pcx",
+    ".sgi", ".qoi", ".dds", ".psd",
+)  # fmt: skip
+
+# What cameras write and nothing here reads.
+UNREAD_PHOTOS = (
+    ".heic", ".heif", ".hif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef",
+    ".srw",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies below a folder.
+
+    Attributes:
+        paths: of the images, sorted.
+        others: how many other files there are, by their suffix in lower case; "" stands for none.
+        links: to folders that are listed already, or that hold this one; they were not followed.
+    """
+
+    paths: list[str]
+    others: Counter[str]
+    links: list[str]
+
+    @property
+    def left_out(self) -> str:
+        """What was left out, e.g. "3 files (2 .heic, 1 .mov)"; "" where nothing was."""
+        said = []
+        if count := self.others.total():
+            kinds = ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in self.others.most_common())
+            said.append(f"{count:,} file{'s' if count > 1 else ''} ({kinds})")
+        if self.links:
+            said.append(f"{len(self.links)} link{'s' if len(self.links) > 1 else ''} to what is listed already")
+            said[-1] += f", e.g. {self.links[0]}"
+        return " and ".join(said)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise error
+
+
+def scan(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
+    """Lists the images below a folder.
+
+    Names that begin with a dot are passed over. A folder is visited once: links to folders come after the folders
+    themselves, each in the order of their names, and the first path to a folder stays.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    paths: list[str] = []
+    others: Counter[str] = Counter()
+    links: list[str] = []
+    waiting, visited = [os.fspath(folder)], set()
+    root, endings = os.path.realpath(folder), tuple(suffixes)
+    while waiting:
+        top = waiting.pop(0)
+        real = os.path.realpath(top)
+        if real in visited or root.startswith(os.path.join(real, "")):
+            links.append(top)
+            continue
+        for parent, folders, names in os.walk(top, onerror=_refuse):
+            visited.add(os.path.realpath(parent))
+            below = sorted(name for name in folders if not name.startswith("."))
+            folders.clear()
+            for name in below:
+                path = os.path.join(parent, name)
+                if os.path.islink(path):
+                    waiting.append(path)
+                elif os.path.realpath(path) not in visited:  # a link may lead to a folder that holds a visited one
+                    folders.append(name)
+            names = [name for name in names if name[0] != "."]
+            images = [name for name in names if name.lower().endswith(endings)]
+            paths += [f"{parent}{os.sep}{name}" for name in images]
+            if len(images) < len(names):
+                rest = (name for name in names if not name.lower().endswith(endings))
+                others.update(os.path.splitext(name)[1].lower() for name in rest)
+    return Listing(sorted(paths), others, links)
+
+
+def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[str]:
+    """Paths of the images below a folder, sorted by name, as `scan`; the log says what was left out.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no image in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no folder {folder}; check --eval_datasets_folder and --eval_dataset_name, or --database_folder and "
+            "--queries_folder"
+        )
+    listing = scan(folder, suffixes)
+    left_out = listing.left_out
+    if not listing.paths:
+        raise ValueError(
+            f"no image ({', '.join(suffixes[:3])}{', ...' if len(suffixes) > 3 else ''}) in {folder}"
+            f"{f', but {left_out}' if left_out else ''}; put the photos there, other formats (HEIC) converted"
+        )
+    if left_out:
+        advice = (
+            "of datasets, .jpg, .jpeg and .png are read" if suffixes == IMAGE_SUFFIXES else "convert photos to JPEG"
+        )
+        logger.warning("%s: left out %s; %s", folder, left_out, advice)
+    return listing.paths
+
+
+def identity(path: str) -> tuple[int, int] | str:
+    """The same for two paths, links or hard links, to one file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return found.st_dev, found.st_ino
+
+
+def unreadable(paths: Sequence[str], read: Callable[[str], object], progress: str) -> dict[str, str]:
+    """The photos that cannot be read, and why.
+
+    Args:
+        paths: any number of them.
+        read: reads one, or raises ValueError.
+        progress: the bar's name.
+    """
+
+    def reason(path: str) -> str | None:
+        try:
+            read(path)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reasons = tqdm(pool.map(reason, paths), total=len(paths), desc=progress, unit="image")
+        return {path: found for path, found in zip(paths, reasons, strict=True) if found is not None}
