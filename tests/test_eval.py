@@ -123,7 +123,9 @@ def test_the_curve_is_marked_at_the_recall_values(evaluated, monkeypatch, values
     """Of 15 database images; a recall at more is the recall at 15."""
     figures = []
     real = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **settings: figures.append(self) or real(self, *args))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **settings: figures.append(self) or real(self, *args, **settings)
+    )
     evaluated("--recall_values", *values)
     (axes,) = figures[0].axes
     assert axes.get_xticks().tolist() == marked
@@ -150,12 +152,17 @@ def test_company_does_not_change_what_a_photo_of_ones_own_finds(city, evaluated,
         folders = [f"--database_folder={tmp_path}/database", f"--queries_folder={tmp_path}/{queries}", "--no_labels"]
         found = rows_of(evaluated(*folders, model="encoder", dataset=False))
         asked = sorted((tmp_path / "alone").iterdir())[0].name
-        rows.append([(r["database"], float(r["squared_distance"])) for r in found if Path(r["query"]).name == asked])
+        rows.append(
+            [(r["database"], float(r["squared_descriptor_distance"])) for r in found if Path(r["query"]).name == asked]
+        )
     shown = capsys.readouterr().err
     assert [image for image, _ in rows[0]] == [image for image, _ in rows[1]]
     np.testing.assert_allclose([d for _, d in rows[0]], [d for _, d in rows[1]], atol=1e-5)
     in_company = rows_of(evaluated(*folders, "--encoder_context=file_order", model="encoder", dataset=False))
-    assert max(abs(float(r["squared_distance"]) - d) for r, (_, d) in zip(in_company, rows[1], strict=True)) > 1e-3
+    assert (
+        max(abs(float(r["squared_descriptor_distance"]) - d) for r, (_, d) in zip(in_company, rows[1], strict=True))
+        > 1e-3
+    )
     capsys.readouterr()
     line = "plain folders, not as benchmarks are published: photos are turned as EXIF says"
     antialiased = "; the resize is antialiased (--no-antialias switches that off)"
