@@ -11,7 +11,7 @@ for a folder that is none of these.
 
 from pathlib import Path
 
-from utils.command_line import Parser
+from utils.command_line import Parser, end_with_parent, left_on_signals
 
 
 def command_line() -> Parser:
@@ -89,6 +89,7 @@ class Photo:
 
 def read_image(path: str, *, exif: bool = False) -> Photo | Fault:
     """What is in an image file, with `exif` its position too, or else its fault."""
+    end_with_parent()
     try:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
@@ -116,8 +117,11 @@ def read_images(paths: Sequence[str], *, workers: int | None, name: str, exif: b
         name: stands at the progress bar.
     """
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        results = pool.map(partial(read_image, exif=exif), paths, chunksize=IMAGES_PER_TASK)
-        return list(tqdm(results, total=len(paths), unit="image", desc=name, disable=not paths))
+        try:
+            results = pool.map(partial(read_image, exif=exif), paths, chunksize=IMAGES_PER_TASK)
+            return list(tqdm(results, total=len(paths), unit="image", desc=name, disable=not paths))
+        finally:
+            pool.shutdown(cancel_futures=True)  # what is still to do when a signal comes
 
 
 def images_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
@@ -463,7 +467,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.workers is not None and args.workers < 1:
         parser.error(f"--workers {args.workers} cannot read; give 1 or more")
     try:
-        return check(parser, args.folders, threshold=args.threshold, workers=args.workers)
+        with left_on_signals():
+            return check(parser, args.folders, threshold=args.threshold, workers=args.workers)
     except OSError as error:
         parser.error(f"{error}; make the folder readable")
 

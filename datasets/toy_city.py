@@ -29,7 +29,7 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from utils.command_line import Parser
+from utils.command_line import Parser, end_with_parent, left_on_signals
 
 Colour = tuple[int, int, int]
 Row = dict[str, Any]
@@ -649,6 +649,7 @@ def evaluation_name(easting: float, northing: float, camera: Camera, rng: Genera
 
 def render_street(street: Street) -> list[Row]:
     """Render all visits of a street into its folder and return the dataframe rows, none for an evaluation street."""
+    end_with_parent()
     rng = np.random.default_rng([street.seed, zlib.crc32(street.group.encode()), street.index])
     length = (street.places - 1) * street.spacing + 2 * STRIP_MARGIN
     facades = draw_facades(rng, length)
@@ -744,9 +745,12 @@ def write_toy_city(
 
         rows: dict[str, list[Row]] = {city: [] for city in cities}
         with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-            done = tqdm(pool.map(render_street, streets), total=len(streets), unit="street", disable=not progress)
-            for street, street_rows in zip(streets, done, strict=True):
-                rows.setdefault(street.group, []).extend(street_rows)
+            try:
+                done = tqdm(pool.map(render_street, streets), total=len(streets), unit="street", disable=not progress)
+                for street, street_rows in zip(streets, done, strict=True):
+                    rows.setdefault(street.group, []).extend(street_rows)
+            finally:
+                pool.shutdown(cancel_futures=True)  # what is still to do when a signal comes
         for city in cities:
             with open(gsv / "Dataframes" / f"{city}.csv", "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(rows[city][0]), lineterminator="\n")
@@ -782,7 +786,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parser.parse(argv))
     args["size"] = tuple(args["size"])
     try:
-        gsv, trees = write_toy_city(args.pop("output"), progress=True, **args)
+        with left_on_signals():
+            gsv, trees = write_toy_city(args.pop("output"), progress=True, **args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"wrote {gsv} and {trees}")

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -17,6 +18,18 @@ SMALL = "--eval_dataset_name=toy_city --backbone=dino_tiny --device=cpu --resize
 TRAINING = [*SMALL, *"--crossimage_encoder --train_resize 56 56 --train_batch_size=4 --lr=0.001 --epochs_num=3".split()]
 
 
+def marked(mark):
+    """Command lines of the processes with this in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
 def run_signalled(*arguments, torchrun=False):
     """The finished job, and the processes that it left behind."""
     mark = uuid.uuid4().hex
@@ -26,14 +39,7 @@ def run_signalled(*arguments, torchrun=False):
     job = subprocess.run(
         command, capture_output=True, text=True, timeout=300, start_new_session=True, env={**os.environ, "MARK": mark}
     )
-    left = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "environ").read_bytes():
-                left.append((folder / "cmdline").read_text())
-        except OSError:
-            continue
-    return job, left
+    return job, marked(mark)
 
 
 def steps_in(save_dir):
@@ -151,3 +157,31 @@ def test_one_process_that_stops_in_validation_ends_the_others_without_a_tracebac
     )
     assert job.returncode != 0 and steps_in(tmp_path) == (0, 4) and not left
     assert "stopped by SIGTERM: all that was trained" in job.stderr and "[rank1]" not in job.stderr
+
+
+@pytest.mark.parametrize(
+    ("signum", "whole_group"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGKILL, False)]
+)
+def test_a_pool_of_processes_ends_with_the_program(tmp_path, signum, whole_group):
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "-m", "datasets.toy_city", f"--output={tmp_path}", "--workers=2", "--places=20"]
+    job = subprocess.Popen(
+        command,
+        cwd=Path(train_script.__file__).parent,
+        env={**os.environ, "MARK": mark},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    shown = b""
+    while b"street/s" not in shown:
+        shown += os.read(job.stderr.fileno(), 1000)
+        assert job.poll() is None, shown
+    os.killpg(job.pid, signum) if whole_group else job.send_signal(signum)
+    assert job.wait(30) == (-signum if signum == signal.SIGKILL else 128 + signum)
+    assert b"Traceback" not in shown + job.stderr.read()
+    for _ in range(100):
+        if not marked(mark):
+            break
+        time.sleep(0.1)
+    assert not marked(mark)
+    assert not list(tmp_path.iterdir()) or signum == signal.SIGKILL
