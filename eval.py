@@ -1,9 +1,11 @@
 """Evaluates a checkpoint: recall@N on database/queries datasets, in every encoder context asked for."""
 
 from parser import SUBMITTED, EvalOptions, parse
+from utils.command_line import quiet_ctrl_c
 
 if __name__ == "__main__":
     OPTIONS = parse(EvalOptions)  # before the seconds of importing the rest: a mistake is answered at once
+    quiet_ctrl_c()
 
 import logging
 import os

@@ -121,6 +121,16 @@ def test_each_signal_is_noted_and_its_handler_put_back(signum, capfd):
         signal.signal(signum, before)
 
 
+def test_ctrl_c_while_the_script_starts_shows_no_traceback(tmp_path):
+    command = [sys.executable, "-v", "train.py", f"--eval_datasets_folder={tmp_path}"]
+    job = subprocess.Popen(command, cwd=Path(train_script.__file__).parent, stderr=subprocess.PIPE)
+    shown = b""
+    while b"import 'torch'" not in shown and b"torch/__init__" not in shown:
+        shown += os.read(job.stderr.fileno(), 100_000)
+    job.send_signal(signal.SIGINT)
+    assert b"Traceback" not in job.stderr.read() and job.wait() == -signal.SIGINT
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     code = f"""
 import os, signal, sys

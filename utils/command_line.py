@@ -35,6 +35,12 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
+def quiet_ctrl_c() -> None:
+    """From here on Ctrl-C ends the program without a traceback, until something else is made of it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def left_on_signals() -> Iterator[None]:
     """Within the block Ctrl-C, SIGTERM and SIGHUP end the program by SystemExit, with status 128 + signal: what is
