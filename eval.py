@@ -115,9 +115,9 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                 table[task.dataset.name], of_task = evaluate(model, task, task_stores, options, device, outputs)
                 matches.append(of_task)
             if len(tasks) > 1:
+                logger.info("%s", report.recall_table(table))
                 with outputs.writing(str(folder / "results.json")):
                     run_log.write_results(folder, {"recalls": table}, asdict(options), device)
-                logger.info("%s", report.recall_table(table))
             for task, of_task in zip(tasks, matches, strict=True):
                 write_outputs(model, task, of_task, options, device, outputs)
         if outputs.missing:
@@ -424,6 +424,8 @@ def evaluate(
                 spread = {n: deviation[min(n, k)] for n in options.recall_values}
                 results["contexts"][context]["deviations"] = spread
                 line += f"; deviations {format_recalls(spread)}"
+        if context == contexts[0]:
+            logger.info("log and results.json in %s", task.folder)
         logger.info("%s", line)
         with outputs.writing(str(task.folder / "results.json")):
             task.folder.mkdir(parents=True, exist_ok=True)

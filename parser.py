@@ -336,7 +336,7 @@ class TrainOptions(Options):
         object.__setattr__(self, "eval_dataset_name", _dataset_name(self.eval_dataset_name))
         for name in ("lr_encoder", "encoder_training"):
             if name in self.given and not self.crossimage_encoder:
-                raise ValueError(f"--{name} is of the --crossimage_encoder; give that, or leave it out")
+                logger.warning("--%s has no part without --crossimage_encoder", name)
         if self.foundation_model_path is not None and self.resume not in (None, "auto"):
             logger.warning("--foundation_model_path has no part: --resume %s gives all weights", self.resume)
         _require_patches("--train_resize", self.train_resize)

@@ -232,6 +232,7 @@ def run(options: TrainOptions) -> dict[int, float]:
         validation = {"epochs": progress.epoch, "best_epoch": best["epoch_num"], "best_recalls": best["recalls"]}
         results = {"recalls": recalls, "dataset": test.sizes, "validation": validation, "places": len(places)}
         run_log.write_results(folder, results, asdict(options), device)
+        logger.info("log and results.json in %s", folder)
         logger.info("Recalls on %s: %s", test, format_recalls(recalls))
     return recalls
 

@@ -224,8 +224,5 @@ def write_results(folder: Path, results: dict[str, Any], settings: dict[str, Any
     if not distributed.is_main():
         return
     content = {**results, "options": settings, "environment": environment(device)}
-    first = not (folder / "results.json").exists()
     with whole(folder / "results.json") as path:
         path.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    if first:
-        logger.info("log and results.json in %s", folder)
