@@ -16,7 +16,12 @@ demo: $(DEMO)/toy_city
 	$(VENV) train.py $(DEMO_TRAINING) --save_dir=demo/before --epochs_num=0
 	$(VENV) train.py $(DEMO_TRAINING) --save_dir=demo/after --epochs_num=8 --train_batch_size=32 --lr=0.001
 	$(VENV) eval.py $(DEMO_OPTIONS) --save_dir=demo/matches --resume=$(call NEWEST,after)/best_model.pth \
-		--save_predictions=5 --save_assignments=3
+		--save_predictions=5
+	@# The pictures show clusters of trained features, as the recipe finds them; those of an untrained backbone die out.
+	$(VENV) train.py $(DEMO_TRAINING) --save_dir=demo/clusters --epochs_num=0 \
+		--foundation_model_path=$(call NEWEST,after)/best_model.pth
+	$(VENV) eval.py $(DEMO_OPTIONS) --save_dir=demo/assignments --resume=$(call NEWEST,clusters)/best_model.pth \
+		--save_assignments=3
 	@echo; for run in before after; do \
 		folder=$(call NEWEST,$$run); \
 		echo "$$run training: $$(sed -n 's/.*INFO Recalls/Recalls/p' $$folder/info.log), in $$folder"; \

@@ -1,8 +1,13 @@
 """Evaluates a checkpoint: recall@N on database/queries datasets, in every encoder context asked for."""
 
+from parser import SUBMITTED, EvalOptions, parse
+
+if __name__ == "__main__":
+    OPTIONS = parse(EvalOptions)  # before the seconds of importing the rest: a mistake is answered at once
+
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,8 +22,7 @@ from datasets.database_queries import DatabaseQueries, image_key, list_images, r
 from datasets.protocols import protocol_of, warn_of_counts
 from datasets.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
 from model import SuperVLADNet, build_model
-from model.weights import find_checkpoint, load_checkpoint, model_of, read_file
-from parser import SUBMITTED, EvalOptions, parse
+from model.weights import find_checkpoint, load_checkpoint, model_of, read_file, size_of
 from test import Search, extract, format_recalls, image_batches, images_at_a_time
 from utils import distributed, match_page, report, run_log, search
 from utils.assignments import AssignedPhoto, draw_assignments
@@ -58,7 +62,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
     """
     with distributed.processes(), run_log.RunLog() as log, Preemption(at_once=True) as preemption:
         device = pick_device(options.device)
-        run_log.log_header(asdict(options), device)
+        run_log.log_header(asdict(options), device, given=options.given)
         seed_everything(options.seed)
         allow_tf32(options.precision == "tf32")
 
@@ -66,11 +70,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         distances = [positive_distance(options, name) for name, _ in found]
         path = distributed.on_main(lambda: find_checkpoint(options.resume))
         content = read_file(path)
-        options = completed(options, model_of(options.resume, content))
-        validated_at = content.get("resize", list(options.resize))
-        if list(options.resize) != validated_at:
-            size = " ".join(map(str, validated_at))
-            logger.warning("the model was validated at %s, and --resize is %d %d", size, *options.resize)
+        options = completed(options, model_of(options.resume, content), size_of(content))
         model = build_model(**options.model)
         pca_paths = pca_images(options, model.descriptor_dim)
         load_checkpoint(model, path, content)
@@ -88,6 +88,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                 "largest difference between the two encoder layers: %.1e (3e-4 or less: one step at published rates)",
                 model.encoder.layer_difference(),
             )
+        say_what_plain_folders_change(options, encoder=model.encoder is not None)
         folder = log.open(options.save_dir)
         preemption.advice = (
             "--descriptors_folder would have kept what was computed"
@@ -106,7 +107,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         table: dict[str, dict[str, dict[int, float]]] = {}
         outputs = Outputs()
         with ExitStack() as held:
-            stores = [extracted(model, task, pca_paths, options, device, held) for task in tasks]
+            stores = [extracted(model, task, pca_paths, options, device, held, preemption.stop) for task in tasks]
             if not distributed.is_main():
                 return {}  # nobody waits for the search
             # All results come before the first output that can fail.
@@ -125,17 +126,44 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
     return table
 
 
-def completed(options: EvalOptions, written: dict[str, Any]) -> EvalOptions:
-    """The options with the checkpoint's own backbone, and clusters and encoder, where the command line says nothing of
-    them."""
+def completed(options: EvalOptions, written: dict[str, Any], size: tuple[int, int] | None) -> EvalOptions:
+    """The options with what the checkpoint says, where the command line says nothing: backbone; clusters and encoder;
+    the size of the images.
+
+    Args:
+        options: as given.
+        written: what `build_model` takes for the checkpoint.
+        size: height and width at which it was validated.
+    """
     found = {"supervlad_clusters" if name == "clusters" else name: value for name, value in written.items()}
     if "backbone" in options.given:
         found.pop("backbone", None)
     if {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*options.given}:
         found = {name: value for name, value in found.items() if name == "backbone"}
+    if size is not None and "resize" not in options.given:
+        found["resize"] = size
+    elif size is not None and size != options.resize:
+        logger.warning("the model was validated at %d %d, and --resize is %d %d", *size, *options.resize)
     if found:
-        logger.info("from the checkpoint: %s", ", ".join(f"--{name} {value}" for name, value in found.items()))
+        shown = {**found, "resize": "{} {}".format(*size)} if "resize" in found and size is not None else found
+        logger.info("from the checkpoint: %s", ", ".join(f"--{name} {value}" for name, value in shown.items()))
     return replace(options, **found)
+
+
+def say_what_plain_folders_change(options: EvalOptions, *, encoder: bool) -> None:
+    """Writes in one line how an evaluation of two plain folders departs from the published protocol."""
+    if not options.plain_folders:
+        return
+    changes = ["photos are turned as EXIF says"]
+    if options.antialias:
+        changes.append("the resize is antialiased (--no-antialias switches that off)")
+    if encoder and options.encoder_context[0] == "independent":
+        changes.append("the encoder sees each photo by itself (--encoder_context file_order: neighbours by name)")
+        if "infer_batch_size" in options.given and options.encoder_context == ("independent",):
+            logger.warning(
+                "--infer_batch_size %d has no part in --encoder_context independent", options.infer_batch_size
+            )
+    logger.info("plain folders, not as benchmarks are published: %s", "; ".join(changes))
 
 
 def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
@@ -265,6 +293,7 @@ def extracted(
     options: EvalOptions,
     device: torch.device,
     held: ExitStack,
+    stop: Callable[[], None],
 ) -> dict[str, DescriptorStore]:
     """Runs the backbone over database, queries and perhaps the images for a PCA, as far as that was not done before.
 
@@ -318,6 +347,7 @@ def extracted(
             device=device,
             progress=f"{task.dataset.name} {name}",
             upright=options.plain_folders,
+            stop=stop,
         )
         extract(model, paths, stores[name], read_images, options.precision)
     return stores
@@ -460,7 +490,7 @@ def write_outputs(
         )
     if matches.curves:
         with outputs.writing(str(folder / "recalls.png")):
-            report.draw_recalls(folder, dataset.name, matches.curves)
+            report.draw_recalls(folder, dataset.name, matches.curves, options.recall_values)
     if options.save_submission:
         with outputs.writing(str(folder / "submission.zip")):
             query_keys, database_keys = (
@@ -543,10 +573,15 @@ def write_assignments(
         logger.info("soft assignments of %d queries: %s", len(list(folder.glob("*.png"))), folder)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; exit status 2 for bad input."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Returns:
+        The exit status, 0; others, such as 2 for bad input, are raised as SystemExit.
+    """
     run(parse(EvalOptions, argv))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(OPTIONS)

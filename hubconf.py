@@ -1,40 +1,59 @@
 """torch.hub entry points: `torch.hub.load("<folder or owner/name>", "supervlad")`.
 
-Each returns a model in evaluation mode that turns images, B x 3 x H x W in [0, 1] with ImageNet's mean and standard
-deviation taken out and sides that are multiples of 14, into descriptors B x K*D of unit L2 norm.
+`prepare` gives the function that turns a photo into an image. Each of the others gives a model in evaluation mode that
+turns images, B x 3 x H x W in [0, 1] with ImageNet's mean and standard deviation taken out and sides that are multiples
+of 14, into descriptors B x K*D of unit L2 norm. With the cross-image encoder, those depend on what shares the batch.
 """
 
 import importlib.util
+import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-dependencies = ["torch", "numpy"]
-
-_PACKAGE = "_supervlad_model"  # not `model`, a name that the caller's own code may have
+dependencies = ["torch", "numpy"]  # of the models; `prepare` takes torchvision and Pillow too
 
 
-def _ours(name: str) -> ModuleType:
-    """A module of this repository's `model` package."""
-    if _PACKAGE not in sys.modules:
-        folder = Path(__file__).parent / "model"
+def _ours(folder: str, module: str = "") -> ModuleType:
+    """A package of this repository, or a module of it, which imports nothing of ours but relatively."""
+    name = f"_supervlad_{folder}"  # not `model`, a name that the caller's own code may have
+    if name not in sys.modules:
+        path = Path(__file__).parent / folder
         spec = importlib.util.spec_from_file_location(
-            _PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
+            name, path / "__init__.py", submodule_search_locations=[str(path)]
         )
         assert spec is not None and spec.loader is not None
         package = importlib.util.module_from_spec(spec)
-        sys.modules[_PACKAGE] = package
+        sys.modules[name] = package
         spec.loader.exec_module(package)
-    return importlib.import_module(name, _PACKAGE)
+    return importlib.import_module(f"{name}.{module}" if module else name)
 
 
 def _released(name: str, pretrained: bool, backbone: str = "dino") -> Any:
-    weights = _ours(".weights")
-    model = sys.modules[_PACKAGE].build_model(backbone=backbone, **weights.RELEASED[name].model)
-    if pretrained:
-        weights.load_checkpoint(model, weights.fetch_released(name))
+    weights = _ours("model", "weights")
+    try:
+        model = _ours("model").build_model(backbone=backbone, **weights.RELEASED[name].model)
+        if pretrained:
+            weights.load_checkpoint(model, weights.fetch_released(name, asked=name))
+    except ValueError as error:  # whose remedies are options of a command line
+        raise ValueError(re.sub(r"(?<!\S)--(?=[a-z])", "", str(error))) from error
     return model.eval()
+
+
+def prepare(resize: tuple[int, int] = (322, 322), antialias: bool = True, upright: bool = True) -> Any:
+    """The function that turns a photo, a path or a Pillow image, into an image 3 x H x W for the models.
+
+    The defaults are what eval.py does with plain folders; benchmarks are published without antialiasing and turning.
+
+    Args:
+        resize: height and width in pixels, multiples of 14; the released models were validated at 322 x 322.
+        antialias: whether the resize is antialiased.
+        upright: whether the photo is turned as its EXIF data says.
+    """
+    transforms = _ours("datasets", "transforms")
+    return partial(transforms.prepare, transform=transforms.evaluation_transform(resize, antialias), upright=upright)
 
 
 def supervlad(pretrained: bool = True, crossimage_encoder: bool = False, backbone: str = "dino") -> Any:

@@ -1,11 +1,17 @@
-"""The options of train.py and eval.py. Their defaults are the recipe of the paper; argparse ends in this file."""
+"""The options of train.py and eval.py. Their defaults are the recipe of the paper; argparse ends in this file.
+
+The scripts read them before they import torch and the rest, which takes seconds: nothing but the standard library here.
+"""
 
 import argparse
 import logging
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +102,9 @@ class EvalOptions(Options):
         nargs="+",
         type=str,
     )
+    resize: tuple[int, int] = option(
+        (322, 322), "height and width of images, in pixels, where the checkpoint does not say", nargs=2, type=int
+    )
     antialias: bool = option(
         None,
         "antialias the resize; by default it is for plain folders, whose photos may be large, and not for datasets, as "
@@ -133,8 +142,9 @@ class EvalOptions(Options):
     )
     majority_weight: float = option(0.01, "weight of agreement between crops in maj_voting")
     encoder_context: tuple[str, ...] = option(
-        ("file_order",),
-        "photos that share a batch in the encoder: neighbours by name (as published), any, or none",
+        None,
+        "photos that share a batch in the encoder: neighbours by name (file_order, as published, the default for "
+        "datasets), any, or none (independent, the default for plain folders)",
         nargs="+",
         type=str,
         choices=CONTEXTS,
@@ -241,6 +251,8 @@ class EvalOptions(Options):
         plain = (self.database_folder is not None) + (self.queries_folder is not None)
         if self.antialias is None:
             object.__setattr__(self, "antialias", self.plain_folders)
+        if self.encoder_context is None:
+            object.__setattr__(self, "encoder_context", ("independent" if self.plain_folders else "file_order",))
         if plain == 1:
             raise ValueError("--database_folder and --queries_folder go together; give both")
         if self.eval_datasets_folder is None and (not plain or self.pca_dim):
@@ -290,7 +302,9 @@ class TrainOptions(Options):
     )
     checkpoint_every: int = option(0, "steps between checkpoints within an epoch; 0 writes one an epoch")
     foundation_model_path: Path | None = option(
-        None, "official DINOv2 weights of the backbone; by default fetched once", type=Path
+        None,
+        "official DINOv2 weights of the backbone, or a checkpoint to take its backbone from; by default fetched once",
+        type=Path,
     )
     cities: tuple[str, ...] = option((), "GSV-Cities to train on; by default all that are there", nargs="+", type=str)
     images_per_place: int = option(4, "images of a place in a batch; places with fewer are left out")
@@ -315,6 +329,7 @@ class TrainOptions(Options):
     optim: str = option("adam", "optimiser", choices=("adam", "adamw", "sgd"))
     precision: str = option("fp32", "arithmetic of the training step", choices=("fp32", "tf32", "bf16", "fp16"))
     mixed_precision: bool = option(False, "the released name of --precision fp16")
+    deterministic: bool = option(False, "the same bits from run to run on a GPU too, by slower kernels")
     clip_grad_norm: float = option(0.0, "largest L2 norm of all gradients together; 0 does not clip")
     activation_checkpointing: bool = option(False, "compute trained blocks twice rather than keep their activations")
     grad_cache_chunk: int = option(0, "images in memory at a time in the backbone's backward pass; 0 for all of them")
@@ -324,7 +339,8 @@ class TrainOptions(Options):
         """The options that decide what a training run computes; the others may change when it goes on."""
         free = {"resume", "save_dir", "epochs_num", "patience", "device", "num_workers", "checkpoint_every"}
         free |= {"extraction_batch_size", "mixed_precision"}
-        free |= {"activation_checkpointing", "grad_cache_chunk", "compile"}  # they only round differently
+        # These only round differently.
+        free |= {"activation_checkpointing", "grad_cache_chunk", "compile", "deterministic"}
         free |= {"given"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}
         return {f"--{name}": value for name, value in values.items() if not isinstance(value, Path)}
@@ -394,9 +410,48 @@ def _require_positive(options: Options, *names: str) -> None:
             raise ValueError(f"--{name} {getattr(options, name)} is not above 0; give a positive number")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Speaks once for all the processes that torchrun started on a machine."""
+
+    @property
+    def silent(self) -> bool:
+        """Whether another process of this machine says the same."""
+        return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+
+    def print_help(self, file: Any = None) -> None:
+        if not self.silent:
+            super().print_help(file)
+
+    def error(self, message: str) -> NoReturn:
+        if self.silent:
+            time.sleep(5)  # torchrun ends all once one has left, and the one that speaks should come to it
+            self.exit(2)
+        super().error(message)
+
+
+def _unknown(words: Sequence[str], flags: Sequence[str], other: type[Options]) -> str:
+    """What to say of words on the command line that are neither options nor their values."""
+    misspelt = [word.split("=")[0] for word in words if word.startswith("-")] or [words[0]]
+    messages = []
+    for word in misspelt:
+        name = word.lstrip("-").replace("-", "_")
+        message = f"unknown option {word}"
+        if f"--{name}" not in flags and name in {entry.name for entry in fields(other) if entry.metadata}:
+            message += f", it is one of {'train.py' if other is TrainOptions else 'eval.py'}"
+        elif near := get_close_matches(f"--{name}", flags, n=1):
+            message += f", did you mean {near[0]}?"
+        messages.append(message)
+    return "; ".join(messages)
+
+
 def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) -> AnyOptions:
     """Reads the command line (`sys.argv` when None); bad options print one message and exit with status 2."""
-    parser = argparse.ArgumentParser(description=options_class.__doc__, allow_abbrev=False)
+    parser = _Parser(
+        description=options_class.__doc__,
+        allow_abbrev=False,
+        usage="%(prog)s [--option value ...]; %(prog)s --help lists all options",
+    )
+    flags = ["--help"]
     for entry in fields(options_class):
         if not entry.metadata:
             continue
@@ -409,8 +464,12 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
                 settings.setdefault("type", type(default))
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             settings["help"] += f" (default: {shown})" if shown not in (None, "") else ""
-        parser.add_argument(f"--{entry.name}", default=argparse.SUPPRESS, **settings)
-    values: dict[str, Any] = vars(parser.parse_args(argv))
+        flags += parser.add_argument(f"--{entry.name}", default=argparse.SUPPRESS, **settings).option_strings
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unknown(unknown, flags, EvalOptions if options_class is TrainOptions else TrainOptions))
+    logger.disabled = parser.silent
+    values: dict[str, Any] = vars(given)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
         return options_class(**values, given=tuple(values))

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, SequentialSampler, default_collate
 from tqdm import tqdm
@@ -106,7 +105,7 @@ def image_batches(
         device=device,
         collate=list if on_device else default_collate,
     )
-    with tqdm(total=len(paths), desc=progress, unit="image", disable=not distributed.is_main()) as bar:
+    with tqdm(total=len(paths), desc=progress, unit="image", disable=not (paths and distributed.is_main())) as bar:
         for batch in to_device(loader if on_device else ([batch] for batch in loader), device):
             stop()
             batch_images = transform_sizes(transform, batch) if on_device else batch[0]
@@ -230,8 +229,10 @@ class Search:
             order = (*seed, side) if context == "shuffled" else None
             batches = EncoderContext(1 if alone else infer_batch_size, order)
             self._describe[name] = partial(descriptors, model, store, batches, device=device)
-        self.pca: PCA | None = None
+        self.pca: Any = None
         if pca_dim:
+            from sklearn.decomposition import PCA  # nearly a second to import, and seldom asked for
+
             self.pca = PCA(pca_dim, random_state=seed[0]).fit(self.rows("pca"))
 
     def chunks(self, name: str) -> Iterator[Chunk]:

@@ -1,5 +1,10 @@
 """Fine-tunes SuperVLAD on GSV-Cities, keeping the model that recalls most on the validation split."""
 
+from parser import TrainOptions, parse
+
+if __name__ == "__main__":
+    OPTIONS = parse(TrainOptions)  # before the seconds of importing the rest: a mistake is answered at once
+
 import logging
 import math
 import time
@@ -18,7 +23,6 @@ from datasets.transforms import TrainingTransform, evaluation_transform, normali
 from model import SuperVLADNet, build_model
 from model.initialization import initialize_layer, sample_local_features
 from model.weights import FOUNDATION_FILES, fetch_foundation, load_checkpoint, load_foundation, read_file
-from parser import TrainOptions, parse
 from test import evaluate, format_recalls, image_batches
 from utils import checkpoint, distributed, report, run_log
 from utils.device import (
@@ -29,6 +33,8 @@ from utils.device import (
     peak_memory,
     pick_device,
     reading_workers,
+    require_determinism,
+    reset_peak_memory,
     to_device,
 )
 from utils.multi_similarity import MinedMultiSimilarity
@@ -52,9 +58,10 @@ def run(options: TrainOptions) -> dict[int, float]:
     """
     with distributed.processes(), run_log.RunLog() as log, Preemption() as preemption:
         device = pick_device(options.device)
-        run_log.log_header(asdict(options), device)
+        run_log.log_header(asdict(options), device, given=options.given)
         seed_everything(options.seed)
         allow_tf32(options.precision == "tf32")
+        require_determinism(options.deterministic)
 
         # The data: places to train on, and the splits that judge.
         places = GSVCities(
@@ -270,6 +277,7 @@ def train_one_epoch(
     criterion = MinedMultiSimilarity()
     model.train()
     replica = distributed.replicate(model)
+    reset_peak_memory(device)
     started = waiting = time.perf_counter()
     waited, seen, mined = 0.0, 0, 0
     skipped = optimization.skipped
@@ -279,7 +287,7 @@ def train_one_epoch(
         unit="step",
         total=len(batches),
         initial=len(progress.losses),
-        disable=not distributed.is_main(),
+        disable=not distributed.is_main() or len(progress.losses) == len(batches),
     )
     for images, labels in to_device(bar, device):
         waited += time.perf_counter() - waiting
@@ -314,10 +322,15 @@ def train_one_epoch(
     return f"{speed} skipped_steps={skipped}" if skipped else speed
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; exit status 2 for bad input."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Returns:
+        The exit status, 0; others, such as 2 for bad input, are raised as SystemExit.
+    """
     run(parse(TrainOptions, argv))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(OPTIONS)

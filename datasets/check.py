@@ -9,7 +9,29 @@ such as an image of 16 bits, is a line of the same form. The exit status is 0 if
 for a folder that is none of these.
 """
 
-import argparse
+from pathlib import Path
+
+from utils.command_line import Parser
+
+
+def command_line() -> Parser:
+    """What the command takes."""
+    parser = Parser(
+        prog="python -m datasets.check",
+        usage="%(prog)s FOLDER [FOLDER ...] [--option value ...]; --help lists all options",
+        description="Verify data without a model.",
+    )
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="FOLDER", help="evaluation dataset, GSV-Cities, or photos"
+    )
+    parser.add_argument("--threshold", type=float, default=25.0, help="metres from a query to a positive (default: 25)")
+    parser.add_argument("--workers", type=int, help="processes to read with (default: one for each core)")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse()  # before the seconds of importing the rest: a mistake is answered at once
+
 import csv
 import hashlib
 import os
@@ -19,7 +41,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -96,7 +117,7 @@ def read_images(paths: Sequence[str], *, workers: int | None, name: str, exif: b
     """
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         results = pool.map(partial(read_image, exif=exif), paths, chunksize=IMAGES_PER_TASK)
-        return list(tqdm(results, total=len(paths), unit="image", desc=name))
+        return list(tqdm(results, total=len(paths), unit="image", desc=name, disable=not paths))
 
 
 def images_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
@@ -435,13 +456,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 1 if there is any fault.
     """
-    parser = argparse.ArgumentParser(prog="python -m datasets.check", description="Verify data without a model.")
-    parser.add_argument(
-        "folders", type=Path, nargs="+", metavar="FOLDER", help="evaluation dataset, GSV-Cities, or photos"
-    )
-    parser.add_argument("--threshold", type=float, default=25.0, help="metres from a query to a positive (default: 25)")
-    parser.add_argument("--workers", type=int, help="processes to read with (default: one for each core)")
-    args = parser.parse_args(argv)
+    parser = command_line()
+    args = parser.parse(argv)
     if not args.threshold >= 0:
         parser.error(f"--threshold {args.threshold} is not a distance; give metres, 0 or more")
     if args.workers is not None and args.workers < 1:
@@ -452,7 +468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{error}; make the folder readable")
 
 
-def check(parser: argparse.ArgumentParser, folders: Sequence[Path], *, threshold: float, workers: int | None) -> int:
+def check(parser: Parser, folders: Sequence[Path], *, threshold: float, workers: int | None) -> int:
     """Checks folders and prints what it finds; the parser says which folder is none."""
     photos = []
     for folder in folders:

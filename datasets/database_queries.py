@@ -16,8 +16,6 @@ from typing import Any, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics.pairwise import haversine_distances
-from sklearn.neighbors import BallTree, KDTree
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,7 +25,7 @@ from .exif import gps_positions
 from .photo_files import PHOTO_SUFFIXES, identity, list_images, unreadable
 from .pixel_modes import Depth
 from .positives import read_positives, read_text
-from .transforms import Transform, read_noted, read_pixels
+from .transforms import Transform, prepare, read_noted, read_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,7 @@ class ImageList(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         pixels, depth = read_noted(self.paths[index], upright=self.upright)
         self.depths[index] = int(depth)
-        return pixels if self.transform is None else self.transform(pixels[None])[0]
+        return pixels if self.transform is None else prepare(pixels, self.transform)
 
     def log_depths(self, name: str) -> None:
         """Says how many images were not of 8 bits a channel, `name` in front."""
@@ -181,6 +179,14 @@ def like_degrees(positions: NDArray[np.float64]) -> bool:
     return bool(len(found) and far.min() <= 90 and far.max() <= 180 and (found != np.floor(found)).any())
 
 
+def haversine_metres(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distances over the mean sphere, in metres, between latitudes and longitudes in degrees, ... x 2 each."""
+    a, b = np.radians(a), np.radians(b)
+    squared = np.sin((b - a) / 2) ** 2  # of half the chord, along each axis
+    along = squared[..., 0] + np.cos(a[..., 0]) * np.cos(b[..., 0]) * squared[..., 1]
+    return 2 * EARTH_RADIUS * np.arcsin(np.sqrt(along.clip(0, 1)))
+
+
 def image_key(path: str) -> str:
     """The image's own key, e.g. MSLS's: the seventh field of `@east@north@zone@letter@lat@lon@key@...`; "" without."""
     fields = os.path.basename(path).split("@")
@@ -202,12 +208,14 @@ class _Near(Sequence[NDArray[np.int64]]):
     ):
         self._found_in = np.flatnonzero(known(database))
         placed, self._queries = database[self._found_in], queries
-        self._tree: KDTree | BallTree | None = None
+        self._tree: Any = None
         self._radius = distance
         if geographic:
             placed, self._queries = np.radians(placed), np.radians(queries)
             self._radius = distance / EARTH_RADIUS
         if len(placed):
+            from sklearn.neighbors import BallTree, KDTree  # nearly a second to import: not at every start
+
             self._tree = (
                 BallTree(placed, leaf_size=30, metric="haversine") if geographic else KDTree(placed, leaf_size=30)
             )
@@ -452,9 +460,7 @@ class DatabaseQueries:
         found = self.database_positions[predictions]  # (Q, k, 2)
         if not self.geographic:
             return np.linalg.norm(found - self.queries_positions[:, None], axis=2)
-        pairs = zip(np.radians(np.nan_to_num(self.queries_positions)), np.radians(np.nan_to_num(found)), strict=True)
-        metres = EARTH_RADIUS * np.concatenate([haversine_distances(query[None], row) for query, row in pairs])
-        return np.where(self.judged(predictions), metres, np.nan)
+        return haversine_metres(self.queries_positions[:, None], found)
 
 
 def _other_than_queries(

@@ -34,12 +34,17 @@ def orientation(path: str | os.PathLike[str]) -> int:
         OSError, PIL.Image.DecompressionBombError: no image can be recognised in the file, or one too large.
     """
     with Image.open(path) as image:
-        if image.format == "TIFF":
-            return 1
-        try:
-            found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
-        except _NOT_AS_IT_SHOULD_BE:
-            return 1
+        return orientation_of(image)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """`orientation` of an image that is open."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _NOT_AS_IT_SHOULD_BE:
+        return 1
     return found if 1 <= found <= 8 else 1
 
 

@@ -12,10 +12,10 @@ World frame of a street, in metres: x runs east along the facades, y up from the
 in the plane z = 0 and the camera south of it, so a heading of 0 degrees looks straight at them.
 """
 
-import argparse
 import csv
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -28,6 +28,8 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
+
+from utils.command_line import Parser
 
 Colour = tuple[int, int, int]
 Row = dict[str, Any]
@@ -726,6 +728,7 @@ def write_toy_city(
     with tempfile.TemporaryDirectory(prefix=".toy_city_", dir=output) as name:
         gsv, trees = Path(name, "gsv_cities"), Path(name, "toy_city")
         (gsv / "Dataframes").mkdir(parents=True)
+        (gsv / "MADE.txt").write_text(f"Drawn by datasets.toy_city, seed {seed}; nothing of GSV-Cities is here.\n")
         streets = []
         for city in cities:
             folder = gsv / "Images" / city
@@ -756,9 +759,13 @@ def write_toy_city(
     return targets
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description="Render a made city for training and evaluation.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, or 2 for bad input, raised as SystemExit."""
+    parser = Parser(
+        prog="python -m datasets.toy_city",
+        usage="%(prog)s [--option value ...]; --help lists all options",
+        description="Render a made city for training and evaluation.",
+    )
     parser.add_argument("--output", type=Path, default=Path("data"), help="folder for gsv_cities and toy_city")
     parser.add_argument("--seed", type=int, default=0, help="source of every random number")
     parser.add_argument("--cities", nargs="+", default=["London", "Boston"], choices=sorted(CITIES))
@@ -772,14 +779,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(160, 120), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--workers", type=int, help="processes to render with (default: one for each core)")
     parser.add_argument("--overwrite", action="store_true", help="replace the two folders if they exist")
-    args = vars(parser.parse_args(argv))
+    args = vars(parser.parse(argv))
     args["size"] = tuple(args["size"])
     try:
         gsv, trees = write_toy_city(args.pop("output"), progress=True, **args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"wrote {gsv} and {trees}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as TF
 
-from .exif import cannot_read, orientation, turned
+from .exif import cannot_read, orientation, orientation_of, turned
 from .pixel_modes import Depth, to_rgb
 from .randaugment import RandAugment
 
@@ -48,20 +48,23 @@ def open_noted(path: Path | str) -> tuple[Image.Image, Depth, str]:
         raise cannot_read(path, error) from error
 
 
-def read_pixels(path: Path | str, *, upright: bool = False) -> Tensor:
-    """Reads an image file as RGB: bytes, 3 x H x W.
+def read_pixels(photo: Path | str | Image.Image, *, upright: bool = False) -> Tensor:
+    """Reads an image as RGB: bytes, 3 x H x W.
 
     JPEGs in colour or grey go through torchvision, which gives the same bytes as Pillow in less time. All else, and
     what it does not manage, goes through Pillow.
 
     Args:
-        path: of the file.
+        photo: path of a file, or an image that Pillow has opened.
         upright: turn the image as its EXIF data says.
 
     Raises:
         ValueError: it cannot be read; the message names the file.
     """
-    return read_noted(path, upright=upright)[0]
+    if isinstance(photo, Image.Image):
+        pixels = TF.pil_to_tensor(to_rgb(photo)[0])
+        return turned(pixels, orientation_of(photo)) if upright else pixels
+    return read_noted(photo, upright=upright)[0]
 
 
 def read_noted(path: Path | str, *, upright: bool = False) -> tuple[Tensor, Depth]:
@@ -183,6 +186,30 @@ CROPS = {name: 5 if transform is five_crops else 1 for name, transform in TEST_M
 def evaluation_transform(size: Size, antialias: bool = False, test_method: str = "hard_resize") -> Transform:
     """A test method with its `size` (height, width): bytes B x 3 x H x W, on any device, to what the model takes."""
     return partial(TEST_METHODS[test_method], size=size, antialias=antialias)
+
+
+def prepare(
+    photo: Path | str | Image.Image | Tensor, transform: Transform | None = None, *, upright: bool = True
+) -> Tensor:
+    """A photo as the model takes it. eval.py and torch.hub's `prepare` call this, so that descriptors are the same.
+
+    By default that is what eval.py does with plain folders. A benchmark's photo, as published, is
+    `prepare(photo, evaluation_transform((322, 322)), upright=False)`: neither antialiased nor turned.
+
+    Args:
+        photo: path of a file, an image that Pillow has opened, or pixels that `read_pixels` gave.
+        transform: of `evaluation_transform`; by default both sides to 322 pixels, antialiased.
+        upright: turn the photo as its EXIF data says.
+
+    Returns:
+        What the transform makes of the photo, normalised: (crops x) 3 x H x W.
+
+    Raises:
+        ValueError: it cannot be read; the message names the file.
+    """
+    transform = transform or evaluation_transform((322, 322), antialias=True)
+    pixels = photo if isinstance(photo, Tensor) else read_pixels(photo, upright=upright)
+    return transform(pixels[None])[0]
 
 
 def transform_sizes(transform: Transform, images: Sequence[Tensor]) -> Tensor:

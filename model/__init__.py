@@ -11,17 +11,37 @@ K clusters, G ghost clusters.
 The modules of this package import each other relatively and nothing else of the repository.
 """
 
-from .cross_image import CrossImageEncoder
-from .dinov2 import BACKBONES, DINOv2
-from .network import SuperVLADNet
-from .supervlad import SuperVLAD
+from typing import TYPE_CHECKING, Any
+
+from .sizes import BACKBONES
+
+if TYPE_CHECKING:
+    from .cross_image import CrossImageEncoder
+    from .dinov2 import DINOv2
+    from .network import SuperVLADNet
+    from .supervlad import SuperVLAD
 
 __all__ = ["BACKBONES", "SuperVLADNet", "build_model"]
 
 
-def build_model(
+def __getattr__(name: str) -> Any:
+    """Loads the parts, and torch with them, once one is asked for: `python -m model.export --help` asks for none."""
+    if name not in ("CrossImageEncoder", "DINOv2", "SuperVLAD", "SuperVLADNet", "build_model"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .cross_image import CrossImageEncoder
+    from .dinov2 import DINOv2
+    from .network import SuperVLADNet
+    from .supervlad import SuperVLAD
+
+    for part in (CrossImageEncoder, DINOv2, SuperVLAD, SuperVLADNet):
+        globals().setdefault(part.__name__, part)
+    globals()["build_model"] = _build_model
+    return globals()[name]
+
+
+def _build_model(
     *, backbone: str = "dino", clusters: int = 4, ghost_clusters: int = 1, crossimage_encoder: bool = False
-) -> SuperVLADNet:
+) -> "SuperVLADNet":
     """Builds the network with random weights; `model.weights` loads published ones.
 
     Args:
@@ -46,3 +66,7 @@ def build_model(
         aggregation=SuperVLAD(features.channels, clusters, ghost_clusters),
         encoder=CrossImageEncoder(features.channels) if crossimage_encoder else None,
     )
+
+
+if TYPE_CHECKING:
+    build_model = _build_model

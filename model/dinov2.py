@@ -4,45 +4,12 @@ Shapes: B images, H x W pixels, h x w = H/14 x W/14 patches, T tokens (class tok
 C channels, nh heads of hs channels.
 """
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-PATCH_SIZE = 14  # in pixels
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneSize:
-    """What tells one member of the family from another; `image_size` is the side seen in pre-training, in pixels."""
-
-    channels: int
-    depth: int
-    heads: int
-    swiglu: bool = False
-    registers: int = 0
-    image_size: int = 518
-
-
-_SMALL = BackboneSize(channels=384, depth=12, heads=6)
-_BASE = BackboneSize(channels=768, depth=12, heads=12)
-_LARGE = BackboneSize(channels=1024, depth=24, heads=16)
-_GIANT = BackboneSize(channels=1536, depth=40, heads=24, swiglu=True)
-
-BACKBONES = {
-    "dino": _BASE,
-    "dino_small": _SMALL,
-    "dino_large": _LARGE,
-    "dino_giant": _GIANT,
-    "dino_reg": replace(_BASE, registers=4),
-    "dino_small_reg": replace(_SMALL, registers=4),
-    "dino_large_reg": replace(_LARGE, registers=4),
-    "dino_giant_reg": replace(_GIANT, registers=4),
-    # Ours, for the demo and the tests; as deep as ViT-B, so that --freeze_te means the same. No published weights.
-    "dino_tiny": BackboneSize(channels=96, depth=12, heads=6, image_size=112),
-}
+from .sizes import PATCH_SIZE, BackboneSize
 
 
 class Attention(nn.Module):
@@ -198,14 +165,23 @@ class DINOv2(nn.Module):
         if (h, w) == (grid, grid):
             return self.pos_embed
         cls_position, positions = self.pos_embed.float().split([1, grid**2], dim=1)
-        positions = positions.view(1, grid, grid, -1).permute(0, 3, 1, 2)  # (1, C, grid, grid)
-        if self.size.registers:
-            positions = F.interpolate(positions, size=(h, w), mode="bicubic", antialias=True)
+        if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled() and self.pos_embed.requires_grad:
+            # On a GPU the resampling's gradient is added up in no fixed order; a matrix product's is.
+            basis = torch.eye(grid**2, device=positions.device).view(1, grid**2, grid, grid)
+            resampled = self._resample(basis, h, w).flatten(2).transpose(1, 2) @ positions  # (1, h*w, C)
         else:
-            # The weights were trained with this 0.1: it shifts the sampling positions, so size= gives other features.
-            scale = ((h + 0.1) / grid, (w + 0.1) / grid)
-            positions = F.interpolate(positions, scale_factor=scale, mode="bicubic")
-        return torch.cat((cls_position, positions.flatten(2).transpose(1, 2)), dim=1).to(self.pos_embed.dtype)
+            positions = positions.view(1, grid, grid, -1).permute(0, 3, 1, 2)  # (1, C, grid, grid)
+            resampled = self._resample(positions, h, w).flatten(2).transpose(1, 2)
+        return torch.cat((cls_position, resampled), dim=1).to(self.pos_embed.dtype)
+
+    def _resample(self, positions: Tensor, h: int, w: int) -> Tensor:
+        """1 x C x grid x grid to 1 x C x h x w."""
+        grid = positions.shape[-1]
+        if self.size.registers:
+            return F.interpolate(positions, size=(h, w), mode="bicubic", antialias=True)
+        # The weights were trained with this 0.1: it shifts the sampling positions, so size= gives other features.
+        scale = ((h + 0.1) / grid, (w + 0.1) / grid)
+        return F.interpolate(positions, scale_factor=scale, mode="bicubic")
 
     def tokens(self, images: Tensor) -> Tensor:
         """The final-norm tokens of normalised images B x 3 x H x W: B x T x C, class token and registers in front.

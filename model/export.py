@@ -7,26 +7,88 @@ The ONNX file takes `images`, B x 3 x H x W in [0, 1] with ImageNet's mean and s
 and of the one size that it was written for, and gives `descriptors`, B x K*D. It is compared with PyTorch before it is
 put into place.
 The safetensors file is another form of the checkpoint, which eval.py and train.py read.
+Both carry as metadata, in JSON, what the model is (`model`) and how photos become images: `resize` (height and width),
+`antialias`, `upright` (turned as EXIF says), `mean` and `std`; by default as eval.py prepares those of plain folders.
+With the cross-image encoder the images of a batch look at each other: a descriptor depends on them.
 """
 
 import argparse
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from .sizes import BACKBONES, PATCH_SIZE
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; a mistake in it ends the program with status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m model.export",
+        usage="%(prog)s --resume FILE --output FILE [--option value ...]; --help lists all options",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    either = argparse.BooleanOptionalAction
+    added = [
+        parser.add_argument("--resume", type=Path, help="checkpoint: a file, or the name of a released one"),
+        parser.add_argument("--output", type=Path, help="file to write, .onnx or .safetensors"),
+        parser.add_argument(
+            "--resize",
+            type=int,
+            nargs=2,
+            help="height and width of the images; by default the file's own, else 322 322",
+        ),
+        parser.add_argument(
+            "--antialias", action=either, default=True, help="how photos are to be resized, for the record in the file"
+        ),
+        parser.add_argument(
+            "--upright", action=either, default=True, help="whether EXIF turns photos, for the record in the file"
+        ),
+        parser.add_argument("--backbone", choices=tuple(BACKBONES), help="by default the file's own, else dino"),
+        parser.add_argument("--supervlad_clusters", type=int, help="by default the file's own, else 4"),
+        parser.add_argument("--ghost_clusters", type=int, help="by default the file's own, else 1"),
+        parser.add_argument(
+            "--crossimage_encoder", action="store_true", default=None, help="if the file does not tell"
+        ),
+    ]
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = get_close_matches(unknown[0].split("=")[0], [flag for a in added for flag in a.option_strings], n=1)
+        parser.error(f"unknown option {unknown[0]}" + "".join(f", did you mean {flag}?" for flag in near))
+    missing = [f"--{name}" for name in ("resume", "output") if getattr(found, name) is None]
+    if missing:
+        parser.error(f"{' and '.join(missing)} missing; name the checkpoint to read and the file to write")
+    if found.output.suffix not in (".onnx", ".safetensors"):
+        parser.error(f"--output {found.output} is neither .onnx nor .safetensors; name it one of the two")
+    if not found.output.parent.is_dir():
+        parser.error(f"--output {found.output}: there is no folder {found.output.parent}; make it first")
+    if found.resize and any(side < PATCH_SIZE or side % PATCH_SIZE for side in found.resize):
+        parser.error(
+            f"--resize {' '.join(map(str, found.resize))} is not a multiple of the {PATCH_SIZE}-pixel patch; "
+            "use e.g. 322 322"
+        )
+    return found
+
+
+if __name__ == "__main__":
+    arguments()  # before the seconds of importing the rest: a mistake is answered at once
+
 import importlib
 import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import BACKBONES, build_model
-from .dinov2 import PATCH_SIZE
+from . import build_model
 from .network import SuperVLADNet
-from .weights import find_checkpoint, load_checkpoint, model_of, read_file
+from .weights import find_checkpoint, load_checkpoint, model_of, read_file, size_of
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which are taken out of photos in [0, 1]
 TOLERANCE = 1e-4  # between a number of a descriptor from ONNX Runtime and from PyTorch
 ONE_FILE = 1_800_000_000  # bytes of weights; what is larger goes into a second file, since protobuf ends at 2 GiB
 
@@ -126,27 +188,14 @@ def _needed(package: str, remedy: str) -> Any:
         raise ValueError(f"this export takes the package {name}, which is missing; {remedy}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; exit status 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", type=Path, required=True, help="checkpoint: a file, or the name of a released one")
-    parser.add_argument("--output", type=Path, required=True, help="file to write, .onnx or .safetensors")
-    parser.add_argument("--resize", type=int, nargs=2, default=(322, 322), help="height and width of the images")
-    parser.add_argument("--backbone", choices=tuple(BACKBONES), help="by default the file's own, else dino")
-    parser.add_argument("--supervlad_clusters", type=int, help="by default the file's own, else 4")
-    parser.add_argument("--ghost_clusters", type=int, help="by default the file's own, else 1")
-    parser.add_argument("--crossimage_encoder", action="store_true", default=None, help="if the file does not tell")
-    options = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        The exit status, 0; 2 is raised as SystemExit for bad input.
+    """
+    options = arguments(argv)
     try:
-        if options.output.suffix not in (".onnx", ".safetensors"):
-            raise ValueError(f"--output {options.output} is neither .onnx nor .safetensors; name it one of the two")
-        if not options.output.parent.is_dir():
-            raise ValueError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
-        if any(side < PATCH_SIZE or side % PATCH_SIZE for side in options.resize):
-            raise ValueError(
-                f"--resize {' '.join(map(str, options.resize))} is not a multiple of the {PATCH_SIZE}-pixel patch; "
-                "use e.g. 322 322"
-            )
         path = find_checkpoint(options.resume)
         content = read_file(path)
         asked = {
@@ -159,12 +208,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = {"backbone": "dino", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": False, **settings}
         model = build_model(**settings).eval()
         load_checkpoint(model, path, content)
+        validated_at = size_of(content)
+        size = tuple(options.resize or validated_at or (322, 322))
+        if validated_at not in (None, size):
+            numbers = " ".join(map(str, (*validated_at, "and --resize is", *size)))
+            print(f"WARNING: the model was validated at {numbers}", file=sys.stderr)
+        preparation = {"resize": size, "antialias": options.antialias, "upright": options.upright}
+        preparation |= {"mean": MEAN, "std": STD}
         metadata = {"model": json.dumps(settings), "source": path.name}
+        metadata |= {name: json.dumps(value) for name, value in preparation.items()}
         if options.output.suffix == ".onnx":
-            metadata |= {"resize": json.dumps(list(options.resize)), "mean": "[0.485, 0.456, 0.406]"}
-            metadata |= {"std": "[0.229, 0.224, 0.225]", "antialias": "false"}
-            difference = export_onnx(model, options.output, size=tuple(options.resize), metadata=metadata)
+            difference = export_onnx(model, options.output, size=size, metadata=metadata)
             print(f"{options.output}: descriptors differ by {difference:.1e} at most from PyTorch's")
+            if model.encoder is not None:
+                print("the encoder looks across a batch: batches of one give what eval.py gives for plain folders")
         else:
             difference = export_safetensors(model, options.output, metadata=metadata)
             print(f"{options.output}: weights read back, largest difference {difference:g}")
@@ -174,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             message = f"{options.output} could not be written ({error}); free space, or use other versions of torch"
         print(f"ERROR: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

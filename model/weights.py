@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dinov2 import BACKBONES, DINOv2
+from .dinov2 import DINOv2
 from .network import SuperVLADNet
+from .sizes import BACKBONES, PATCH_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ FOUNDATION_FILES = {
     "dino_large_reg": "dinov2_vitl14_reg4_pretrain.pth",
     "dino_giant_reg": "dinov2_vitg14_reg4_pretrain.pth",
 }
+
+SPLITS_NAMED = 8  # of clusters into kept ones and ghosts, in an error
 
 
 # What torch.load raises for files that it did not write.
@@ -82,8 +85,12 @@ RELEASED = {
 }
 
 
-def fetch_released(name: str) -> Path:
+def fetch_released(name: str, asked: str | None = None) -> Path:
     """A checkpoint of `RELEASED`, fetched by gdown into torch.hub's cache the first time.
+
+    Args:
+        name: of it.
+        asked: how it was asked for, to say in an error; by default `--resume=<name>`.
 
     Raises:
         ValueError: it is not there and cannot be fetched; the message says from where, and where to put it.
@@ -104,7 +111,8 @@ def fetch_released(name: str) -> Path:
             temporary.unlink(missing_ok=True)
             remedy = "install gdown (pip install gdown), or get" if isinstance(error, ImportError) else "get"
             raise ValueError(
-                f"--resume={name} could not be fetched ({error}); {remedy} {address} in a browser and put it at {path}"
+                f"{asked or f'--resume={name}'} could not be fetched ({error}); {remedy} {address} in a browser and "
+                f"put it at {path}"
             ) from error
     return path
 
@@ -126,6 +134,20 @@ def model_of(name: Path, content: dict[str, Any]) -> dict[str, Any]:
     written = content.get("model")
     known = {"backbone", "clusters", "ghost_clusters", "crossimage_encoder"}
     return written if isinstance(written, dict) and written.keys() <= known else {}
+
+
+def size_of(content: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width in pixels at which a checkpoint's model was validated; None where the file does not say.
+
+    Args:
+        content: of its file.
+    """
+    written = content.get("resize")
+    if not isinstance(written, (list, tuple)) or len(written) != 2:
+        return None
+    if not all(type(side) is int and side > 0 and side % PATCH_SIZE == 0 for side in written):
+        return None  # another project's entry of that name
+    return written[0], written[1]
 
 
 def cached(file: str) -> Path:
@@ -196,19 +218,31 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            return {"model_state_dict": state, "model": json.loads((file.metadata() or {}).get("model", "{}"))}
+            written = file.metadata() or {}
+            facts = {name: _parsed(written[name]) for name in ("model", "resize") if name in written}
+            return {"model_state_dict": state, **facts}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch or write it again") from error
 
 
+def _parsed(text: str) -> Any:
+    """What JSON says; None where the text is none, as in files of other projects."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 def load_foundation(backbone: DINOv2, path: Path) -> None:
-    """Loads an official DINOv2 file, every key of which must fit.
+    """Loads an official DINOv2 file, or the backbone of a checkpoint; every key must fit.
 
     Raises:
         FileNotFoundError, ValueError: as `read_file`, or the file is of another backbone.
     """
     content = read_file(path)
     state = _plain_names(content.get("model_state_dict", content), path)
+    if any(name.startswith("backbone.") for name in state):
+        state = {n.removeprefix("backbone."): value for n, value in state.items() if n.startswith("backbone.")}
     _require_backbone(backbone, state, path)
     _load(backbone, state, path)
 
@@ -249,6 +283,16 @@ def _plain_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return plain
 
 
+def splits(total: int) -> list[tuple[int, int]]:
+    """Every (K, G), K clusters kept and G ghost clusters, of so many in all; the likeliest first.
+
+    That is a released model's, or else the one with a single ghost, the default; then from many clusters to few.
+    """
+    usual = [(r.model["clusters"], r.model["ghost_clusters"]) for r in RELEASED.values()] + [(total - 1, 1)]
+    every = [(K, total - K) for K in range(total, 0, -1)]
+    return sorted(every, key=lambda split: usual.index(split) if split in usual else len(usual))
+
+
 def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dict[str, Any], path: Path) -> None:
     """Compares what the options decide, so that a misfit names the option to change rather than tensors."""
     backbone = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
@@ -256,13 +300,12 @@ def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dic
     layer = model.aggregation
     if "aggregation.conv.weight" in state:
         total, asked = state["aggregation.conv.weight"].shape[0], (layer.clusters, layer.ghost_clusters)
-        if "clusters" in written:
-            fitting = [(written["clusters"], written["ghost_clusters"])]
-        else:  # the tensor tells only the sum
-            K, G = asked
-            fitting = [pair for pair in ((total - G, G), (K, total - K)) if pair[0] >= 1 and pair[1] >= 0]
+        # The tensor tells only the sum.
+        fitting = [(written["clusters"], written["ghost_clusters"])] if "clusters" in written else splits(total)
         if asked not in fitting:
-            flags = " or ".join(f"--supervlad_clusters={K} --ghost_clusters={G}" for K, G in fitting)
+            flags = " or ".join(f"--supervlad_clusters={K} --ghost_clusters={G}" for K, G in fitting[:SPLITS_NAMED])
+            if len(fitting) > SPLITS_NAMED:
+                flags += f", or any other K >= 1 and G >= 0 that make {total} together"
             raise ValueError(
                 f"{path} has {total} clusters, ghost clusters included, but {asked[0]} + {asked[1]} were asked for; "
                 f"use {flags}" + (", whichever it was trained with" if len(fitting) > 1 else "")

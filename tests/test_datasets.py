@@ -64,6 +64,14 @@ def test_missing_cities_are_named(tmp_path, caplog):
     )
 
 
+def test_no_city_is_missing_where_there_are_no_gsv_cities(city, tmp_path, caplog):
+    """The toy city, though it goes by two of the names, and somebody's own cities."""
+    GSVCities(city / "gsv_cities", transform=None)
+    write_table(tmp_path, "Atlantis", [(1, 6)])
+    places_of(tmp_path)
+    assert "23" not in caplog.text
+
+
 def test_gsv_cities_refusals(tmp_path):
     with pytest.raises(FileNotFoundError, match="no GSV-Cities in"):
         places_of(tmp_path)

@@ -34,6 +34,33 @@ def test_reading_workers_leave_the_cores_to_a_model_on_the_cpu(monkeypatch):
         assert reading_workers(CPU) == on_cpu and reading_workers(torch.device("cuda")) == beside_gpu
 
 
+def test_a_containers_quota_of_cores_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(device_module, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(device_module.os, "sched_getaffinity", lambda _: set(range(64)))
+    found = []
+    for text in (None, "max 100000", "150000 100000", "50000 100000", "9900000 100000", "?"):
+        if text is not None:
+            (tmp_path / "cpu.max").write_text(text)
+        found.append(device_module.usable_cores())
+    assert found == [64, 64, 2, 1, 64, 64]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert device_module.usable_cores() == 16
+
+
+def test_a_gpu_that_cannot_be_used_is_told(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    real = device_module.Path.exists
+    monkeypatch.setattr(device_module.Path, "exists", lambda path: str(path) == "/dev/nvidiactl" or real(path))
+    assert device_module.pick_device("cpu") == CPU and not caplog.text
+    assert device_module.pick_device("auto") == CPU and "has an NVIDIA GPU, but PyTorch" in caplog.text
+
+
+def test_peak_memory_on_a_mac_is_in_bytes(monkeypatch):
+    on_linux = device_module.peak_memory(CPU)
+    monkeypatch.setattr(device_module.sys, "platform", "darwin")
+    assert on_linux == pytest.approx(1024 * device_module.peak_memory(CPU), rel=0.1)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_compute_the_same():
     torch.manual_seed(0)

@@ -16,13 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import eval as eval_script
 from datasets import protocols
 from datasets.database_queries import DatabaseQueries, image_key, read_positives
 from datasets.protocols import PROTOCOLS, Protocol, protocol_of
-from model import build_model
+from model import build_model, export
+from model.weights import size_of
+from parser import EvalOptions, parse
 
 SMALL = "--backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56".split()
 
@@ -61,6 +64,112 @@ def results_of(folder):
 def rows_of(folder):
     with open(folder / "predictions.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_the_size_is_the_checkpoints_unless_given(city, weights, tmp_path, capsys):
+    """As backbone, clusters and encoder are; and so in a file of safetensors."""
+    state = torch.load(weights / "plain.pth", weights_only=True)
+    settings = {"backbone": "dino_tiny", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": False}
+    torch.save({"model_state_dict": state, "model": settings, "resize": [56, 70]}, tmp_path / "best.pth")
+    export.main(f"--resume {tmp_path}/best.pth --output {tmp_path}/best.safetensors".split())
+    flags = f"--device=cpu --num_workers=0 --eval_datasets_folder={city} --eval_dataset_name=toy_city".split()
+
+    def recalls(save_dir, file, *given):
+        capsys.readouterr()
+        found = eval_script.run(
+            parse(EvalOptions, [*flags, f"--resume={tmp_path}/{file}", f"--save_dir={tmp_path}/{save_dir}", *given])
+        )
+        (folder,) = (tmp_path / save_dir).iterdir()
+        assert {int(n): r for n, r in results_of(folder)["recalls"].items()} == found["toy_city test"]["file_order"]
+        return results_of(folder)["options"]["resize"], found, capsys.readouterr().err
+
+    size, found, log = recalls("own", "best.pth")
+    assert size == [56, 70] and "from the checkpoint: --backbone dino_tiny," in log and ", --resize 56 70\n" in log
+    assert recalls("safetensors", "best.safetensors")[:2] == (size, found)
+    assert recalls("same", "best.pth", "--resize", "56", "70")[:2] == (size, found) and "validated at" not in log
+    size, _, log = recalls("other", "best.safetensors", "--resize", "56", "56")
+    assert size == [56, 56] and "WARNING: the model was validated at 56 70, and --resize is 56 56" in log
+
+
+@pytest.mark.parametrize("entry", [None, 322, "322 322", [322], [56, 57], [0, 56], [56.0, 56.0], [True, True]])
+def test_what_is_no_size_in_a_checkpoint_is_none(entry):
+    assert size_of({"resize": entry}) is None and size_of({}) is None
+    assert size_of({"resize": [56, 322]}) == size_of({"resize": (56, 322)}) == (56, 322)
+
+
+def test_a_run_returns_recalls_and_main_its_status(city, weights, tmp_path, capsys):
+    flags = [*SMALL, f"--resume={weights}/plain.pth", f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city"]
+    found = eval_script.run(parse(EvalOptions, [*flags, f"--save_dir={tmp_path}/run"]))
+    assert set(found["toy_city test"]["file_order"]) == {1, 5, 10, 20}
+    assert eval_script.main([*flags, f"--save_dir={tmp_path}/main"]) == 0
+    with pytest.raises(SystemExit) as exit_:
+        eval_script.main([*flags, f"--save_dir={tmp_path}/bad", "--resume=/nowhere.pth"])
+    assert exit_.value.code == 2
+
+
+def test_options_are_readable_on_the_terminal_and_whole_in_the_debug_log(evaluated, capsys):
+    folder = evaluated("--no_labels", "--no-antialias")
+    shown = capsys.readouterr().err
+    assert "\noptions given: --backbone dino_tiny --device cpu --num_workers 0 --resize 56 56 --save_dir " in shown
+    assert " --no_labels --no-antialias " in shown and "{" not in shown.split("options given")[1].split("\n")[0]
+    assert '"context_seeds": 5' not in shown + (folder / "info.log").read_text()
+    assert '"context_seeds": 5' in (folder / "debug.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "marked"), [((1, 5, 10, 20), [1, 5, 10, 15]), ((3,), [3]), ((7, 2, 2), [2, 7]), ((99,), [15])]
+)
+def test_the_curve_is_marked_at_the_recall_values(evaluated, monkeypatch, values, marked):
+    """Of 15 database images; a recall at more is the recall at 15."""
+    figures = []
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **settings: figures.append(self) or real(self, *args))
+    evaluated("--recall_values", *values)
+    (axes,) = figures[0].axes
+    assert axes.get_xticks().tolist() == marked
+
+
+def test_bars_with_nothing_to_do_are_hidden(evaluated, tmp_path, capsys):
+    kept = f"--descriptors_folder={tmp_path}/kept"
+    evaluated(kept)
+    assert "toy_city test database: 100%" in capsys.readouterr().err
+    evaluated(kept)
+    assert "toy_city test database:" not in capsys.readouterr().err
+
+
+def test_company_does_not_change_what_a_photo_of_ones_own_finds(city, evaluated, tmp_path, capsys):
+    """With the encoder: plain folders are searched photo by photo, and the log says what else is not as published."""
+    for side in ("database", "queries"):
+        (tmp_path / side).mkdir()
+        for path in sorted((city / "toy_city/images/test" / side).iterdir()):
+            shutil.copy(path, tmp_path / side)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(sorted((tmp_path / "queries").iterdir())[7], tmp_path / "alone")
+    rows = []
+    for queries in ("queries", "alone"):
+        folders = [f"--database_folder={tmp_path}/database", f"--queries_folder={tmp_path}/{queries}", "--no_labels"]
+        found = rows_of(evaluated(*folders, model="encoder", dataset=False))
+        asked = sorted((tmp_path / "alone").iterdir())[0].name
+        rows.append([(r["database"], float(r["squared_distance"])) for r in found if Path(r["query"]).name == asked])
+    shown = capsys.readouterr().err
+    assert [image for image, _ in rows[0]] == [image for image, _ in rows[1]]
+    np.testing.assert_allclose([d for _, d in rows[0]], [d for _, d in rows[1]], atol=1e-5)
+    in_company = rows_of(evaluated(*folders, "--encoder_context=file_order", model="encoder", dataset=False))
+    assert max(abs(float(r["squared_distance"]) - d) for r, (_, d) in zip(in_company, rows[1], strict=True)) > 1e-3
+    capsys.readouterr()
+    line = "plain folders, not as benchmarks are published: photos are turned as EXIF says"
+    antialiased = "; the resize is antialiased (--no-antialias switches that off)"
+    alone = "; the encoder sees each photo by itself (--encoder_context file_order: neighbours by name)"
+    assert shown.count(f"{line}{antialiased}{alone}\n") == 2
+    # What is switched off is not said, nor what the model has not got; a benchmark says nothing of the kind.
+    evaluated(*folders, "--encoder_context=file_order", "--no-antialias", model="encoder", dataset=False)
+    assert f"{line}\n" in capsys.readouterr().err
+    evaluated(*folders, dataset=False)
+    assert f"{line}{antialiased}\n" in capsys.readouterr().err
+    evaluated(*folders, "--infer_batch_size=4", model="encoder", dataset=False)
+    assert "WARNING: --infer_batch_size 4 has no part in --encoder_context independent" in capsys.readouterr().err
+    assert list(results_of(evaluated(model="encoder"))["contexts"]) == ["file_order"]
+    assert "plain folders" not in capsys.readouterr().err
 
 
 def test_three_contexts_from_one_pass(evaluated, capsys, monkeypatch):
@@ -365,8 +474,8 @@ def test_kept_descriptors_are_used_again_or_refused(evaluated, tmp_path, monkeyp
     again = evaluated(kept, "--encoder_context", "file_order", "independent", "--recall_values", 1, 5, 10, 20)
     assert (first / "predictions.csv").read_text() == (again / "predictions.csv").read_text()
     for flags, what in (
-        (["--antialias"], "antialias was False and is True now"),
-        (["--descriptor_dtype=float16"], "dtype"),
+        (["--antialias"], "--antialias was False and is True now"),
+        (["--descriptor_dtype=float16"], "--descriptor_dtype was float32 and is float16 now"),
     ):
         with pytest.raises(SystemExit):
             evaluated(kept, *flags)

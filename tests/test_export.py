@@ -8,8 +8,10 @@ import onnxruntime
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import eval as eval_script
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from model import build_model, export, weights
 from model.weights import load_checkpoint, read_file
 
@@ -25,7 +27,8 @@ def saved(request, tmp_path):
     settings = {"backbone": "dino_tiny", **MODELS[request.param]}
     torch.manual_seed(3)
     model = build_model(**settings).eval()
-    torch.save({"model_state_dict": model.state_dict(), "model": settings}, tmp_path / "best_model.pth")
+    content = {"model_state_dict": model.state_dict(), "model": settings, "resize": [70, 56]}
+    torch.save(content, tmp_path / "best_model.pth")
     return model, settings, tmp_path / "best_model.pth"
 
 
@@ -38,8 +41,10 @@ def test_onnx(saved, tmp_path, capsys, monkeypatch):
         files.add("model.onnx.data")
     else:
         (tmp_path / "model.onnx.data").write_text("of an earlier export")
-    export.main(f"--resume {path} --resize 56 70 --output {tmp_path}/model.onnx".split())
-    assert "model.onnx: descriptors differ by" in capsys.readouterr().out
+    export.main(f"--resume {path} --resize 56 70 --no-upright --output {tmp_path}/model.onnx".split())
+    shown = capsys.readouterr()
+    assert "model.onnx: descriptors differ by" in shown.out and ("batches of one" in shown.out) == bool(model.encoder)
+    assert shown.err == "WARNING: the model was validated at 70 56 and --resize is 56 70\n"
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (image,), (descriptor,) = session.get_inputs(), session.get_outputs()
     assert image.name == "images" and image.shape[1:] == [3, 56, 70] and isinstance(image.shape[0], str)
@@ -52,15 +57,20 @@ def test_onnx(saved, tmp_path, capsys, monkeypatch):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["model"]) == settings and json.loads(facts["resize"]) == [56, 70]
+    assert json.loads(facts["antialias"]) is True and json.loads(facts["upright"]) is False
+    assert json.loads(facts["mean"]) == list(IMAGENET_MEAN) and json.loads(facts["std"]) == list(IMAGENET_STD)
     assert {file.name for file in tmp_path.iterdir()} == files
 
 
 def test_safetensors(saved, tmp_path, city, capsys):
     model, settings, path = saved
-    export.main(f"--resume {path} --output {tmp_path}/model.safetensors".split())
+    assert export.main(f"--resume {path} --output {tmp_path}/model.safetensors".split()) == 0
     assert "weights read back, largest difference 0" in capsys.readouterr().out
     with safe_open(tmp_path / "model.safetensors", framework="np") as file:
-        assert json.loads(file.metadata()["model"]) == settings and set(file.keys()) == set(model.state_dict())
+        facts = file.metadata()
+        assert json.loads(facts["model"]) == settings and set(file.keys()) == set(model.state_dict())
+    assert json.loads(facts["resize"]) == [70, 56], "the checkpoint's, where none is given"
+    assert facts["antialias"] == facts["upright"] == "true"
     other = build_model(**settings)
     load_checkpoint(other, tmp_path / "model.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
@@ -75,6 +85,19 @@ def test_safetensors(saved, tmp_path, city, capsys):
         recalls.append(json.loads((folder / "results.json").read_text())["recalls"])
         assert "from the checkpoint: --backbone dino_tiny, --supervlad_clusters" in (folder / "info.log").read_text()
     assert recalls[0] == recalls[1]
+
+
+@pytest.mark.parametrize(("written", "expected"), [([56, 42], [56, 42]), (None, [322, 322]), ("large", [322, 322])])
+def test_the_size_is_the_checkpoints_unless_given(tmp_path, capsys, written, expected):
+    """Else the released models'; and a file goes on telling it when it is exported again."""
+    model = build_model(backbone="dino_tiny")
+    torch.save({"model_state_dict": model.state_dict(), "resize": written}, tmp_path / "model.pth")
+    export.main(f"--resume {tmp_path}/model.pth --backbone dino_tiny --output {tmp_path}/a.safetensors".split())
+    export.main(f"--resume {tmp_path}/a.safetensors --output {tmp_path}/b.safetensors".split())
+    for name in ("a", "b"):
+        with safe_open(tmp_path / f"{name}.safetensors", framework="np") as file:
+            assert json.loads(file.metadata()["resize"]) == expected
+    assert "WARNING" not in capsys.readouterr().err
 
 
 def test_released_checkpoints_go_by_name(tmp_path, monkeypatch):
@@ -114,6 +137,15 @@ def test_what_is_refused(refused, tmp_path, monkeypatch):
     for package, output in (("onnxscript", "model.onnx"), ("safetensors.torch", "model.safetensors")):
         monkeypatch.setitem(sys.modules, package, None)
         assert f"takes the package {package.split('.')[0]}, which is missing" in refused("", tmp_path / output)
+
+
+def test_safetensors_of_other_projects_say_nothing_of_ours(tmp_path):
+    for number, metadata in enumerate((None, {"model": "vit", "resize": "322x322"}, {"model": "[1]", "resize": "322"})):
+        path = tmp_path / f"{number}.safetensors"
+        save_file({"pos_embed": torch.zeros(1)}, path, metadata)
+        content = read_file(path)
+        assert weights.model_of(path, content) == {} and weights.size_of(content) is None
+        assert "pos_embed" in content["model_state_dict"]
 
 
 def test_safetensors_that_cannot_be_read(tmp_path, monkeypatch):

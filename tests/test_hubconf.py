@@ -1,12 +1,17 @@
 """torch.hub entry points, inside a program that has modules of the same names as ours."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 
+from datasets.database_queries import ImageList
+from datasets.transforms import evaluation_transform
 from model import build_model
 
 REPOSITORY = str(Path(__file__).parents[1])
@@ -23,7 +28,7 @@ def strangers(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     yield tmp_path / "checkpoints"
-    for name in [name for name in sys.modules if name.startswith("_supervlad_model")]:
+    for name in [name for name in sys.modules if name.startswith("_supervlad_")]:
         del sys.modules[name]
 
 
@@ -44,6 +49,39 @@ def test_entry_points(strangers, entry, settings, dim):
     assert descriptors.shape == (2, dim)
     torch.testing.assert_close(descriptors.norm(dim=1), torch.ones(2))
     assert all(sys.modules[name] is module for name, module in before.items())
+
+
+def test_errors_do_not_speak_of_a_command_line(strangers, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    with pytest.raises(ValueError) as error:
+        torch.hub.load(REPOSITORY, "vlad_1cluster", source="local", backbone="dino_tiny")
+    message = str(error.value)
+    assert message.startswith("1-ClusterVLAD could not be fetched (") and "--" not in message
+    assert "https://drive.google.com/uc?id=1pQ" in message and f"put it at {strangers}/1-ClusterVLAD.pth" in message
+    torch.save(build_model(backbone="dino_small").state_dict(), strangers / "SuperVLAD.pth")
+    with pytest.raises(ValueError, match="one of 96, 12 and 0 was asked for; use backbone=dino_small$"):
+        torch.hub.load(REPOSITORY, "supervlad", source="local", backbone="dino_tiny")
+    torch.save(build_model(backbone="dino_tiny", clusters=2).state_dict(), strangers / "SuperVLAD.pth")
+    with pytest.raises(ValueError, match="use supervlad_clusters=1 ghost_clusters=2 or "):
+        torch.hub.load(REPOSITORY, "supervlad", source="local", backbone="dino_tiny")
+    with pytest.raises(ValueError, match="unknown backbone 'resnet'; use one of dino, "):
+        torch.hub.load(REPOSITORY, "supervlad", source="local", backbone="resnet")
+
+
+def test_photos_are_prepared_as_eval_prepares_them(strangers, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels).resize((400, 300)).save(tmp_path / "photo.jpg", exif=exif)
+    for antialias, upright in ((True, True), (False, False), (True, False)):
+        load = partial(torch.hub.load, REPOSITORY, "prepare", source="local", resize=(56, 70))
+        prepare = load() if antialias and upright else load(antialias=antialias, upright=upright)
+        images = ImageList([tmp_path / "photo.jpg"], evaluation_transform((56, 70), antialias), upright=upright)
+        assert prepare(str(tmp_path / "photo.jpg")).shape == (3, 56, 70)
+        assert torch.equal(prepare(tmp_path / "photo.jpg"), images[0])
+        with Image.open(tmp_path / "photo.jpg") as photo:
+            assert torch.equal(prepare(photo), images[0])
+    assert torch.hub.load(REPOSITORY, "prepare", source="local")(tmp_path / "photo.jpg").shape == (3, 322, 322)
 
 
 def test_released_weights_are_loaded(strangers):

@@ -221,3 +221,23 @@ def test_features_of_zeros_give_zeros(dtype):
     exact = model.float().aggregation(random)
     near = model.to(dtype).aggregation(random.to(dtype))
     assert F.cosine_similarity(exact.flatten(1), near.float().flatten(1)).min() > 0.999
+
+
+@pytest.mark.parametrize("backbone", ["dino_tiny", "dino_small_reg"])
+def test_the_position_embedding_as_a_product(backbone):
+    """What --deterministic takes in training, where the gradient of a resampling has no fixed order on a GPU."""
+    model = DINOv2(BACKBONES[backbone])
+    weights = torch.randn(1, 1 + 4 * 5, model.channels)
+    found = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            positions = model.position_embedding(4, 5)
+            (positions * weights).sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        found.append((positions.detach(), model.pos_embed.grad.clone()))
+        model.zero_grad()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert not torch.equal(found[0][1], found[1][1]) or backbone.endswith("reg"), "both ways were taken"

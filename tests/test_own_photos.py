@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
+from sklearn.metrics.pairwise import haversine_distances
 
 import eval as eval_script
-from datasets.database_queries import DatabaseQueries, ImageList, photo_positions
+from datasets.database_queries import EARTH_RADIUS, DatabaseQueries, ImageList, haversine_metres, photo_positions
 from datasets.exif import gps_position, gps_positions
 from datasets.transforms import read_pixels
 from model import build_model
@@ -160,6 +161,14 @@ def test_positives_and_distances_by_gps(walk):
     # A degree is 111,195 m of latitude on the mean sphere; GPS as written is within 0.4 m.
     expected = [[4, math.hypot(4, 20)], [math.hypot(4, 60), 4], [111_195, 111_195]]
     np.testing.assert_allclose(metres, expected, atol=0.6)
+
+
+def test_distances_over_the_sphere():
+    """As scikit-learn computes them, from a metre to the other side of the earth."""
+    degrees = np.random.default_rng(0).uniform((-90, -180), (90, 180), (200, 2))
+    degrees = np.concatenate((degrees, degrees[:50] + 1e-5, [[90, 0], [-90, 0], [0, 180], [0, -180], [0, 0]]))
+    expected = EARTH_RADIUS * haversine_distances(np.radians(degrees))
+    np.testing.assert_allclose(haversine_metres(degrees[:, None], degrees[None]), expected, rtol=1e-9, atol=1e-6)
 
 
 def test_names_come_before_exif(photo, tmp_path):

@@ -157,6 +157,62 @@ def test_training_refusals(flags, capsys):
     assert flags.split()[0].split("=")[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options_class", "flags", "message"),
+    [
+        (EvalOptions, "--resum=x", "unknown option --resum, did you mean --resume?"),
+        (EvalOptions, "--infer-batch-size 3", "unknown option --infer-batch-size, did you mean --infer_batch_size?"),
+        (EvalOptions, "-resume x", "unknown option -resume, did you mean --resume?"),
+        (EvalOptions, "resume=x", "unknown option resume=x, did you mean --resume?"),
+        (EvalOptions, "--noantialias", "unknown option --noantialias, did you mean --no-antialias?"),
+        (EvalOptions, "--train_batch_size 3", "unknown option --train_batch_size, it is one of train.py"),
+        (TrainOptions, "--save_predictions 3", "unknown option --save_predictions, it is one of eval.py"),
+        (TrainOptions, "--eval_dataset_folder D", "did you mean --eval_datasets_folder?"),
+        (
+            TrainOptions,
+            "--zzz 1 --epoch_num 3",
+            "unknown option --zzz; unknown option --epoch_num, did you mean --epochs",
+        ),
+    ],
+)
+def test_a_misspelt_option_names_its_neighbour(options_class, flags, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(options_class, flags.split())
+    usage, error = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and message in error
+    assert usage.startswith("usage: ") and "--help lists all options" in usage
+
+
+def test_one_process_a_machine_speaks(capsys, caplog, monkeypatch):
+    """Of those of torchrun; a rank that another launcher left in the environment silences nobody."""
+    monkeypatch.setattr(parser.time, "sleep", lambda _: None)
+    for launched, local, speaks in (("job", "0", True), ("job", "1", False), (None, "1", True)):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        if launched:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", launched)
+        for flags, status in (("--resum=x", 2), ("", 2), ("--help", 0)):
+            with pytest.raises(SystemExit) as exit_:
+                parse(EvalOptions, flags.split())
+            assert exit_.value.code == status
+            shown = capsys.readouterr()
+            assert bool(shown.out + shown.err) == speaks, flags
+        caplog.clear()
+        parse(EvalOptions, "--eval_datasets_folder=D --resume=x --resize 480 640".split())
+        assert ("is rounded to whole patches" in caplog.text) == speaks
+
+
+def test_plain_folders_are_searched_photo_by_photo():
+    plain, tree = (
+        ["--resume=x", "--database_folder=a", "--queries_folder=b"],
+        ["--resume=x", "--eval_datasets_folder=d"],
+    )
+    context = "--encoder_context=file_order"
+    assert parse(EvalOptions, plain).encoder_context == ("independent",)
+    assert parse(EvalOptions, [*plain, context]).encoder_context == ("file_order",)
+    assert parse(EvalOptions, tree).encoder_context == ("file_order",)
+
+
 def test_help_shows_every_default(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as exit_:

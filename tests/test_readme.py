@@ -2,12 +2,15 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
+import eval as eval_script
 from datasets import check, toy_city
 from model import export
 from parser import EvalOptions, TrainOptions, parse
@@ -57,18 +60,41 @@ def test_modules_that_are_named_can_be_run():
     assert all(callable(module.main) for module in (check, toy_city, export))
 
 
-def test_the_example_of_torch_hub(tmp_path, monkeypatch, capsys):
-    """As it stands but for the weights: random ones, of the small backbone."""
+def test_the_example_of_torch_hub_gives_the_descriptors_of_eval(tmp_path, monkeypatch, capsys):
+    """As it stands but for the weights, random ones of the small backbone: for photos as phones write them."""
     ((_, example),) = blocks("python")
     example = example.replace("/path/to/this/repository", str(ROOT))
     entry = '"supervlad", source="local"'
     assert entry in example
     monkeypatch.chdir(tmp_path)
-    for name, colour in (("a.jpg", (200, 90, 30)), ("b.jpg", (20, 90, 230))):
-        Image.new("RGB", (64, 48), colour).save(name)
-    exec(example.replace(entry, f'{entry}, pretrained=False, backbone="dino_tiny"'), {})
+    held_upright = Image.Exif()
+    held_upright[ExifTags.Base.Orientation] = 6
+    rng = np.random.default_rng(0)
+    for side, name, size, exif in (
+        ("known", "a.jpg", (2592, 1944), held_upright),  # 5 megapixels
+        ("asked", "b.jpg", (1200, 900), None),
+    ):
+        pixels = rng.integers(0, 256, (size[1] // 3, size[0] // 3, 3), dtype=np.uint8)  # detail that aliases
+        Image.fromarray(pixels).resize(size).save(name, **({} if exif is None else {"exif": exif}))
+        (tmp_path / side).mkdir()
+        shutil.copy(name, tmp_path / side)
+    example = example.replace(entry, f'{entry}, pretrained=False, backbone="dino_tiny"')
+    names: dict[str, object] = {}
+    exec(example, names)
     assert re.fullmatch(r"cosine similarity -?[01]\.\d{3}\n", capsys.readouterr().out)
     assert not torch.is_inference_mode_enabled()
+
+    torch.save(names["model"].state_dict(), "model.pth")
+    flags = "--database_folder=known --queries_folder=asked --no_labels --backbone=dino_tiny --resume=model.pth"
+    eval_script.main(f"{flags} --device=cpu --num_workers=0 --save_descriptors --save_dir={tmp_path}/run".split())
+    (folder,) = (tmp_path / "run").iterdir()
+    for name, saved in (("a", "database"), ("b", "queries")):
+        (descriptor,) = np.load(folder / "descriptors" / f"{saved}.npy")
+        np.testing.assert_allclose(descriptor, names[name].numpy(), rtol=0, atol=1e-5)
+    # Neither turned nor antialiased is another descriptor: the test can fail.
+    as_stored = torch.hub.load(str(ROOT), "prepare", source="local", antialias=False, upright=False)
+    with torch.inference_mode():
+        assert names["model"](as_stored("a.jpg")[None])[0] @ names["a"] < 0.999
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

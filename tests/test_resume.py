@@ -153,6 +153,16 @@ def read_late(monkeypatch):
     )
 
 
+def test_deterministic_kernels_are_asked_for(flags, uninterrupted, tmp_path):
+    """On a CPU they are the same, with the position embedding frozen."""
+    try:
+        train_script.main([*flags, f"--save_dir={tmp_path}", "--deterministic"])
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(outcome(tmp_path), uninterrupted)
+
+
 def test_reading_losses_late_changes_nothing(flags, uninterrupted, read_late, tmp_path):
     train_script.main([*flags, f"--save_dir={tmp_path}"])
     assert_same(outcome(tmp_path), uninterrupted)
@@ -282,3 +292,17 @@ def test_other_processes_concern_the_encoder_where_there_is_one(flags, tmp_path,
     train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=0", "--resume=auto"])
     (message,) = [message for message in caplog.messages if "was written by 3 processes and these are 1" in message]
     assert ("encoder" in message) == ("dropout" in message) == encoder
+
+
+def test_an_epoch_without_a_step_left_shows_no_bar(flags, uninterrupted, tmp_path, monkeypatch, capsys):
+    """Stopped in its validation: the epoch's steps are all in the checkpoint."""
+    flags = [*flags, f"--save_dir={tmp_path}", "--resume=auto"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train_script, "evaluate", lambda *_, **__: sys.exit(3))
+        with pytest.raises(SystemExit):
+            train_script.main(flags)
+    assert "epoch 1: 100%" in capsys.readouterr().err
+    train_script.main(flags)
+    shown = capsys.readouterr().err
+    assert "going on from" in shown and "epoch 1:" not in shown and "epoch 2: 100%" in shown
+    assert_same(outcome(tmp_path), uninterrupted)

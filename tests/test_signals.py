@@ -142,3 +142,12 @@ def test_processes_started_while_signals_are_held_back_never_get_them():
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*SIGNALS}
     child.kill()
     child.wait()
+
+
+def test_one_process_that_stops_in_validation_ends_the_others_without_a_traceback(city, tmp_path):
+    flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=0", f"--save_dir={tmp_path}"]
+    job, left = run_signalled(
+        "self", "SIGTERM", "batch", 2, "train", *flags, "--extraction_batch_size=1", torchrun=True
+    )
+    assert job.returncode != 0 and steps_in(tmp_path) == (0, 4) and not left
+    assert "stopped by SIGTERM: all that was trained" in job.stderr and "[rank1]" not in job.stderr

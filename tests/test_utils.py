@@ -178,6 +178,20 @@ def test_a_step_that_overflowed_does_not_retire_the_encoder():
     assert optimization.encoder_retired
 
 
+def test_the_machine_says_which_kernels_step_not_the_file():
+    """A checkpoint of a CPU is gone on from with fused steps on a GPU, and the other way round."""
+    settings = {"lr": 5e-5, "lr_encoder": 1e-4, "steps_per_epoch": 10, "encoder_training": "every_step"}
+    for fused_there, fused_here in ((True, None), (None, True)):
+        there, here = (Optimization(Small(), **settings) for _ in range(2))
+        for optimization, fused in ((there, fused_there), (here, fused_here)):
+            for group in optimization.optimizer.param_groups:
+                group["fused"] = fused
+        state = there.state_dict()
+        here.load_state_dict(state)
+        assert [group["fused"] for group in here.optimizer.param_groups] == [fused_here] * 2
+        assert [group["fused"] for group in state["optimizer"]["param_groups"]] == [fused_there] * 2
+
+
 def test_a_skipped_step_is_counted_and_is_none_of_the_schedule(caplog, recwarn):
     model = Small()
     settings = {"lr": 5e-5, "lr_encoder": 1e-4, "steps_per_epoch": 1, "scale_gradients": True}
@@ -386,6 +400,16 @@ def test_an_error_in_another_process_has_a_log_and_a_line_of_its_own(tmp_path, m
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["rank3.log"]
 
 
+def test_an_error_that_only_says_that_another_process_ended_is_one_line(tmp_path, monkeypatch, capsys):
+    for error in ("[gloo/transport/tcp/pair.cc] Connection closed by peer [::1]", "NCCL: remote process exited"):
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as exit_, run_log.RunLog() as log:
+            folder = log.open(tmp_path)
+            patched.setattr(distributed, "world_size", lambda: 2)
+            raise RuntimeError(error)
+        assert exit_.value.code == 1 and error in (folder / "debug.log").read_text()
+        assert capsys.readouterr().err == "ERROR: another process of the run has ended, and this one ends with it\n"
+
+
 def test_a_line_moves_the_progress_bar_out_of_its_way(capsys):
     with run_log.RunLog(), tqdm(total=9, desc="epoch 1", file=sys.stderr, mininterval=0) as bar:
         bar.update(3)
@@ -404,6 +428,43 @@ def test_generators_go_on_where_they_stood():
     seed_everything(4)
     restore_generators(states)
     assert draw() == expected
+
+
+def test_a_gpu_keeps_the_state_of_its_own_generator(monkeypatch):
+    """Of the process's own GPU, whatever the number of GPUs of the machine; one that is not there is told."""
+    assert generator_states()["cuda"] is None and restore_generators(generator_states())
+    state, put_back = torch.arange(16, dtype=torch.uint8), []
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        gpu.setattr(torch.cuda, "get_rng_state", lambda: state)
+        gpu.setattr(torch.cuda, "set_rng_state", put_back.append)
+        gpu.setattr(distributed, "local_rank", lambda: 1)
+        states = generator_states()
+        assert restore_generators(states) and torch.equal(put_back[0], state)
+        assert restore_generators({**states, "cuda": [state[:8], state[8:]]}) and torch.equal(put_back[1], state[8:])
+        assert not restore_generators({**states, "cuda": [state]}), "an earlier version's file, of one GPU"
+        assert not restore_generators({**states, "cuda": None}) and len(put_back) == 2
+    assert not restore_generators(states)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee ..."),
+            "Tried to allocate 2 GiB.); in",
+        ),
+        (MemoryError(), "out of memory (of the main memory); in training, --precision bf16, --activation"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--extraction_batch_size 4"),
+    ],
+)
+def test_out_of_memory_is_one_line(tmp_path, capsys, error, words):
+    with pytest.raises(SystemExit) as exit_, run_log.RunLog() as log:
+        folder = log.open(tmp_path)
+        raise error
+    shown = capsys.readouterr().err
+    assert exit_.value.code == 1 and shown.startswith("ERROR: out of memory (") and shown.count("\n") == 1
+    assert words in shown and "Traceback" in (folder / "debug.log").read_text()
 
 
 def test_gradients_are_clipped_to_their_norm():
@@ -446,6 +507,23 @@ def test_an_index_that_cannot_be_made(factory, parameters):
     database = np.random.default_rng(0).standard_normal((300, 16)).astype("f")
     with pytest.raises(ValueError, match=f"FAISS cannot (make|train) --index '{factory}'"):
         nearest_by_index(database, lambda: in_chunks(database, [300]), 300, 5, factory=factory, parameters=parameters)
+
+
+@pytest.mark.parametrize(("name", "photos"), [("queries", "query"), ("database", "database"), ("pca", "PCA")])
+def test_what_changed_since_descriptors_were_kept_is_said_in_words(tmp_path, name, photos):
+    """No digests, and no shapes that follow from them."""
+    was = {"weights": "1f", "images": "2e", "upright": False, "resize": [56, 56]}
+    DescriptorStore(tmp_path, name, (9, 1, 4, 8), fingerprint=was)
+
+    def said(count, **change):
+        with pytest.raises(ValueError) as error:
+            DescriptorStore(tmp_path, name, (count, 1, 4, 8), fingerprint={**was, **change})
+        return str(error.value).split("made otherwise: ")[1].split("; give the same")[0]
+
+    assert said(9, images="3d") == said(8, images="3d") == f"the {photos} photos have changed"
+    assert said(9, weights="0a", images="3d") == f"the weights are another model's; the {photos} photos have changed"
+    assert said(9, upright=True) == f"the {photos} photos were not turned as EXIF says and are now"
+    assert said(9, resize=[56, 70]) == "--resize was 56 56 and is 56 70 now"
 
 
 @pytest.mark.parametrize(
@@ -494,11 +572,12 @@ def test_a_store_gives_back_what_was_written(tmp_path, dtype):
         np.testing.assert_array_equal(again.read(np.array(indices)), rows[indices])
     np.testing.assert_array_equal(np.load(tmp_path / "s" / "database.npy"), rows)
     assert np.load(tmp_path / "s" / "database.npy").dtype == dtype
-    for change in ({"shape": (8, 2, 3)}, {"dtype": "int8"}, {"fingerprint": {"weights": "b"}}):
-        with pytest.raises(
-            ValueError,
-            match="database.npy was made otherwise: (the shape was|--descriptor_dtype was|the weights are another)",
-        ):
+    for change, words in (
+        ({"shape": (8, 2, 3)}, "the shape was 9 2 3 and is 8 2 3 now"),
+        ({"dtype": "int8"}, f"--descriptor_dtype was {dtype} and is int8 now"),
+        ({"fingerprint": {"weights": "b"}}, "the weights are another model's"),
+    ):
+        with pytest.raises(ValueError, match=f"database.npy was made otherwise: {words}; give the same"):
             DescriptorStore(tmp_path / "s", "database", **{**settings, **change})
     assert not DescriptorStore(tmp_path / "s", "database", **settings).missing().size, "refusing touched nothing"
 

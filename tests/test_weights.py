@@ -144,15 +144,13 @@ def test_missing_and_damaged_files(tmp_path):
         (
             {"clusters": 1},
             "has 5 clusters, ghost clusters included, but 1 + 1 were asked for; use --supervlad_clusters=4 "
-            "--ghost_clusters=1 or --supervlad_clusters=1 --ghost_clusters=4, whichever it was trained with",
+            "--ghost_clusters=1 or --supervlad_clusters=5 --ghost_clusters=0 or --supervlad_clusters=3 "
+            "--ghost_clusters=2 or --supervlad_clusters=2 --ghost_clusters=3 or --supervlad_clusters=1 "
+            "--ghost_clusters=4, whichever it was trained with",
         ),
         (
             {"clusters": 1, "ghost_clusters": 7},
-            "but 1 + 7 were asked for; use --supervlad_clusters=1 --ghost_clusters=4",
-        ),
-        (
-            {"ghost_clusters": 0},
-            "use --supervlad_clusters=5 --ghost_clusters=0 or --supervlad_clusters=4 --ghost_clusters=1",
+            "but 1 + 7 were asked for; use --supervlad_clusters=4 --ghost_clusters=1",
         ),
         ({"crossimage_encoder": True}, "has no cross-image encoder, but one was asked for; leave out"),
     ],
@@ -161,6 +159,30 @@ def test_a_misfit_names_the_option(tmp_path, asked, message):
     torch.save(released_content(tiny()), tmp_path / "file.pth")
     with pytest.raises(ValueError, match=re.escape(message)):
         load_checkpoint(tiny(**asked), tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize(
+    ("total", "first", "every"),
+    [
+        (1, (1, 0), 1),
+        (2, (1, 1), 2),
+        (3, (1, 2), 3),  # the released 1-cluster model
+        (5, (4, 1), 5),  # the other released ones
+        (8, (7, 1), 8),
+        (65, (64, 1), weights.SPLITS_NAMED),
+    ],
+)
+def test_every_split_that_fits_is_named_the_likeliest_first(tmp_path, total, first, every):
+    torch.save(released_content(tiny(clusters=total, ghost_clusters=0)), tmp_path / "file.pth")
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(tiny(clusters=70, ghost_clusters=1), tmp_path / "file.pth")
+    message = str(error.value)
+    named = [
+        tuple(map(int, pair)) for pair in re.findall(r"--supervlad_clusters=(-?\d+) --ghost_clusters=(-?\d+)", message)
+    ]
+    assert named[0] == first and len(named) == len(set(named)) == every and "\n" not in message
+    assert all(K >= 1 and G >= 0 and total == K + G for K, G in named)
+    assert ("or any other K >= 1 and G >= 0 that make 65 together" in message) == (total == 65)
 
 
 def test_an_encoder_that_was_not_asked_for(tmp_path):
@@ -213,6 +235,17 @@ def test_foundation_file(tmp_path):
         base = build_model(backbone="dino")
     with pytest.raises(ValueError, match="use --backbone=dino_tiny"):
         load_foundation(base.backbone, tmp_path / "dinov2.pth")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_backbone_of_a_checkpoint_is_a_foundation_too(tmp_path, prefix):
+    """Of ours and of the released form; its layer and encoder are left behind."""
+    saved, model = tiny(clusters=2, crossimage_encoder=True), tiny()
+    layer = model.aggregation.conv.weight.clone()
+    state = {prefix + name: value for name, value in saved.state_dict().items()}
+    torch.save({"model_state_dict": state, "resize": [56, 56]}, tmp_path / "best_model.pth")
+    load_foundation(model.backbone, tmp_path / "best_model.pth")
+    assert same_weights(model.backbone, saved.backbone) and torch.equal(model.aggregation.conv.weight, layer)
 
 
 def test_where_foundation_weights_are_published():

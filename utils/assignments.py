@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -43,6 +40,8 @@ def cluster_colours(clusters: int, ghost_clusters: int) -> NDArray[np.float64]:
     if clusters <= len(COLOURS):
         colours = np.array(COLOURS[:clusters], dtype=np.float64) / 255
     else:
+        import matplotlib
+
         colours = matplotlib.colormaps["rainbow"](np.linspace(0, 1, clusters))[:, :3]
     return np.concatenate((colours, np.tile(np.divide(GHOST, 255), (ghost_clusters, 1))))
 
@@ -67,6 +66,9 @@ def draw_assignments(path: Path, photos: Sequence[AssignedPhoto], *, ghost_clust
         photos: with assignments of the same K+G.
         ghost_clusters: G, of which there is one picture, their sum.
     """
+    from matplotlib.colors import LinearSegmentedColormap  # not before a picture is drawn
+    from matplotlib.figure import Figure
+
     clusters = photos[0].assignment.shape[0] - ghost_clusters
     names = [f"cluster {k + 1}" for k in range(clusters)] + ["ghost"] * bool(ghost_clusters)
     maps = len(names) if len(names) <= MOST_MAPS else 0

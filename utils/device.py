@@ -1,16 +1,24 @@
 """The device to compute on, what to expect of it, and the way there and back."""
 
+import logging
+import math
 import os
 import resource
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import distributed
 
+logger = logging.getLogger(__name__)
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container (cgroup v2)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -20,6 +28,7 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ValueError: it is not there.
     """
+    asked = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -34,6 +43,12 @@ def pick_device(name: str) -> torch.device:
                 "start torchrun with --nproc_per_node at most that"
             )
         torch.cuda.set_device(gpu)
+    if name == "cpu" and asked == "auto" and Path("/dev/nvidiactl").exists():
+        logger.warning(
+            "this machine has an NVIDIA GPU, but PyTorch (%s) cannot use it, so the CPU computes; the driver may be "
+            "too old for it, or the container started without --gpus all",
+            torch.__version__,
+        )
     return torch.device(name)
 
 
@@ -46,8 +61,14 @@ def extraction_batch_size(device: torch.device) -> int:
 
 
 def usable_cores() -> int:
-    """Cores for this process: of those that it may run on, its share among the processes that torchrun started here."""
+    """Cores for this process: of those that it may run on, its share among the processes that torchrun started here.
+
+    A container may have a quota of time on more cores than it can use up (docker run --cpus).
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = CPU_QUOTA.read_text().split()  # in microseconds, or "max" for none
+        cores = min(cores, math.ceil(int(quota) / int(period)))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -137,8 +158,26 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def require_determinism(required: bool) -> None:
+    """Whether a GPU is to compute the same bits every time, which is slower; a CPU does so anyway.
+
+    To be called before anything runs on the GPU: cuBLAS reads its setting once.
+    """
+    if required:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(required)
+    torch.backends.cudnn.benchmark = False
+
+
 def peak_memory(device: torch.device) -> float:
-    """The most memory in use so far, in GB: of the CUDA device, else of this process."""
+    """The most memory in use so far, in GB: of the CUDA device since `reset_peak_memory`, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begins to count anew, on a CUDA device."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -37,6 +37,11 @@ def processes() -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: a process that has died would be waited for
 
 
+def is_of_a_lost_process(error: RuntimeError) -> bool:
+    """Whether an error says, in the words of Gloo or NCCL, no more than that another process has ended."""
+    return world_size() > 1 and ("by peer" in str(error) or "remote process exited" in str(error))
+
+
 def rank() -> int:
     """This process's number; 0 is the one that writes."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -52,7 +52,8 @@ class _WithItsGradient(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(exact.device.type, enabled=False), _without_tf32():
             value = loss(exact, labels)
             if exact.requires_grad:
-                ctx.save_for_backward(*torch.autograd.grad(value, exact))
+                value.backward()
+                ctx.save_for_backward(exact.grad)
         ctx.dtype = descriptors.dtype
         return value.detach()
 

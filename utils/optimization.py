@@ -135,8 +135,12 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Goes on from what `state_dict` gave; which kernels step is this machine's to say, not the file's."""
+        groups = [
+            {**of_file, **{name: own.get(name) for name in ("fused", "foreach", "capturable")}}
+            for of_file, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped = state.get("skipped", 0)

@@ -183,7 +183,11 @@ class Progress:
             metrics.cut_rows(self.folder, self.epoch)
         states = content["generators"]
         if len(states) == distributed.world_size():
-            restore_generators(states[distributed.rank()])
+            if not restore_generators(states[distributed.rank()]):
+                logger.warning(
+                    "the checkpoint was written on another kind of device: what is drawn there (the encoder's dropout) "
+                    "is not what a run without a break would draw"
+                )
         else:
             encoder = ""
             if self.optimization.encoder is not None:

@@ -1,17 +1,15 @@
 """What a run looks like: curves, tables, predictions."""
 
 import csv
-import io
 import logging
 import os
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from . import metrics
@@ -24,6 +22,9 @@ TRAINING = "training.png"
 
 def draw_training(folder: Path) -> None:
     """Draws the loss and the validation recalls of `metrics.csv`, epoch by epoch, into `training.png` beside it."""
+    from matplotlib.figure import Figure  # not before a picture is drawn: it takes a quarter of a second
+    from matplotlib.ticker import MaxNLocator
+
     with open(folder / metrics.FILE, newline="") as file:
         rows = list(csv.DictReader(file))
     epochs = [int(row["epoch"]) for row in rows]
@@ -40,20 +41,31 @@ def draw_training(folder: Path) -> None:
     for axes in (loss, recall):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    (folder / TRAINING).write_bytes(picture.getvalue())
+    with whole(folder / TRAINING) as path:
+        save_figure(figure, path, dpi=120)
 
 
-def draw_recalls(folder: Path, title: str, curves: Mapping[str, Sequence[float]]) -> None:
-    """Draws recall@N for N = 1, 2, ... of each named curve, in percent, into `recalls.png`."""
+def draw_recalls(
+    folder: Path, title: str, curves: Mapping[str, Sequence[float]], ticks: Sequence[int] = (1, 5, 10, 20)
+) -> None:
+    """Draws recall@N for N = 1, 2, ... of each named curve, in percent, into `recalls.png`.
+
+    Args:
+        folder: the run's.
+        title: stands above.
+        curves: by name.
+        ticks: the N to mark; those beyond the curves' end mark the end, which is their recall.
+    """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():
         axes.plot(range(1, 1 + len(curve)), curve, marker="o", markersize=3, label=name)
     axes.set(xlabel="N", ylabel="recall@N (%)", ylim=(0, 103))
     axes.set_title(drawable(title), parse_math=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    longest = max(map(len, curves.values()))
+    axes.set_xticks(sorted({min(n, longest) for n in ticks}))
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
     with whole(folder / "recalls.png") as path:
@@ -68,7 +80,7 @@ def drawable(text: str) -> str:
     return " ".join(text.encode(errors="replace").decode().split())
 
 
-def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
     """Writes a PNG, without a word on characters that matplotlib's font lacks and draws as boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)

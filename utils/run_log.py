@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -92,6 +93,8 @@ class RunLog:
         self._root.setLevel(logging.DEBUG)
         for talkative in ("PIL", "matplotlib"):  # they describe every image and every font
             logging.getLogger(talkative).setLevel(logging.INFO)
+        for compiler in ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx"):  # and every graph
+            logging.getLogger(compiler).setLevel(logging.WARNING)
         self._add(self._buffer, logging.DEBUG)
         self._add(TerminalHandler(sys.stderr), logging.INFO if distributed.is_main() else logging.ERROR)
         return self
@@ -142,8 +145,9 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, Exception):
             logger.debug("the run ended here", exc_info=error)
-        if isinstance(error, (ValueError, OSError)):
-            logger.error("%s", _message(error))
+        message, status = _in_one_line(error)
+        if message:
+            logger.error("%s", message)
         if isinstance(error, Exception) and not distributed.is_main() and self._folder is not None:
             with suppress(OSError):
                 self._folder.mkdir(parents=True, exist_ok=True)  # on another machine's disk
@@ -155,15 +159,28 @@ class RunLog:
             handler.close()
         self._root.setLevel(self._previous_level)
         self._locks.close()
-        if isinstance(error, (ValueError, OSError)):
-            raise SystemExit(2) from None
+        if message:
+            raise SystemExit(status) from None
 
 
-def _message(error: Exception) -> str:
-    message = str(error)
-    if message.startswith("Caught "):  # from a DataLoader's worker, which wraps the message in its traceback
-        message = message.splitlines()[-1].split(": ", 1)[-1]
-    return message
+OUT_OF_MEMORY = (
+    "out of memory ({}); in training, --precision bf16, --activation_checkpointing and --grad_cache_chunk 48 take "
+    "less, in evaluation --extraction_batch_size 4"
+)
+
+
+def _in_one_line(error: BaseException | None) -> tuple[str, int]:
+    """What to say of an error whose traceback would help nobody, and the exit status; an empty line for the others."""
+    if isinstance(error, (ValueError, OSError)):
+        message = str(error)
+        if message.startswith("Caught "):  # from a DataLoader's worker, which wraps the message in its traceback
+            message = message.splitlines()[-1].split(": ", 1)[-1]
+        return message, 2
+    if isinstance(error, RuntimeError) and distributed.is_of_a_lost_process(error):
+        return "another process of the run has ended, and this one ends with it", 1
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
+        return OUT_OF_MEMORY.format(str(error).splitlines()[0] if str(error) else "of the main memory"), 1
+    return "", 0
 
 
 def _make_folder(parent: Path) -> Path:
@@ -205,11 +222,25 @@ def git_revision() -> str:
     return found or "unknown"
 
 
-def log_header(settings: dict[str, Any], device: torch.device) -> None:
-    """Writes the command line, the options, the versions and the device at the top of the log."""
+def log_header(settings: dict[str, Any], device: torch.device, *, given: Sequence[str] = ()) -> None:
+    """Writes the command line, the options, the versions and the device at the top of the log.
+
+    Args:
+        settings: every option by its name; for debug.log.
+        device: what is computed on.
+        given: names of the options that were set, which are what a reader wants to see.
+    """
     logger.info("command: %s", " ".join([Path(sys.executable).name, *sys.argv]))
-    logger.info("options: %s", json.dumps(settings, default=str))
+    logger.info("options given: %s", " ".join(as_flag(name, settings[name]) for name in given) or "none")
+    logger.debug("options: %s", json.dumps(settings, default=str))
     logger.info("environment: %s", json.dumps(environment(device)))
+
+
+def as_flag(name: str, value: Any) -> str:
+    """An option as it is written on a command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
 
 
 def log_parameters(model: torch.nn.Module) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import distributed
+
 
 def seed_everything(seed: int) -> None:
     """Seeds Python, NumPy and torch on every device."""
@@ -15,20 +17,28 @@ def seed_everything(seed: int) -> None:
 
 
 def generator_states() -> dict[str, Any]:
-    """Where the generators of Python, NumPy, torch and every CUDA GPU stand, as tensors and plain values."""
+    """Where the generators of Python, NumPy, torch and this process's CUDA GPU stand, as tensors and plain values."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
-def restore_generators(states: dict[str, Any]) -> None:
-    """Puts the generators back to where `generator_states` found them; GPUs that were not there then are left alone."""
+def restore_generators(states: dict[str, Any]) -> bool:
+    """Puts the generators back to where `generator_states` found them.
+
+    Returns:
+        Whether all of them: a GPU has no state from a process that had none, and the other way round.
+    """
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    cuda = states["cuda"]
+    if isinstance(cuda, list):  # files of earlier versions hold those of all GPUs of the machine
+        cuda = dict(enumerate(cuda)).get(distributed.local_rank())
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    return (cuda is not None) == torch.cuda.is_available()

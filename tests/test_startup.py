@@ -1,0 +1,53 @@
+"""What a user waits for before anything happens."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SLOW = {"torch", "torchvision", "faiss", "sklearn", "scipy", "matplotlib", "pytorch_metric_learning"}
+
+
+def run(*command):
+    """A process, and the top-level modules that it imported."""
+    done = subprocess.run([sys.executable, "-X", "importtime", *command], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    done.stderr = "\n".join(line for line in lines if not line.startswith("import time:"))
+    return done, {line.split("|")[-1].strip().split(".")[0] for line in lines if line.startswith("import time:")}
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        ("train.py --epoch_num=3", 2, "unknown option --epoch_num, did you mean --epochs_num?"),
+        ("eval.py --resum=x", 2, "unknown option --resum, did you mean --resume?"),
+        ("eval.py", 2, "--eval_datasets_folder is missing"),
+        ("train.py --eval_datasets_folder=D --patience=0", 2, "--patience 0 is not above 0"),
+        ("eval.py --help", 0, ""),
+        ("-m model.export --outptu=x.onnx", 2, "unknown option --outptu=x.onnx, did you mean --output?"),
+        ("-m model.export --resume=x --output=y --backbone=dino_tyni", 2, "invalid choice: 'dino_tyni'"),
+        ("-m model.export", 2, "--resume and --output missing"),
+        ("-m model.export --resume=x --output=model.pt", 2, "neither .onnx nor .safetensors"),
+        ("-m model.export --resume=x --output=y.onnx --resize 56 57", 2, "--resize 56 57 is not a multiple of the 14"),
+        ("-m datasets.check data --treshold=3", 2, "unknown option --treshold=3, did you mean --threshold?"),
+        ("-m datasets.check --help", 0, ""),
+        ("-m datasets.toy_city --ouput=x", 2, "unknown option --ouput=x, did you mean --output?"),
+    ],
+)
+def test_a_mistake_is_answered_before_anything_slow_is_imported(command, status, message):
+    done, imported = run(*command.split())
+    assert done.returncode == status and message in done.stderr
+    assert "argparse" in imported and not imported & SLOW
+    if "toy_city" not in command:
+        assert "numpy" not in imported
+    shown = done.stdout if status == 0 else done.stderr
+    assert shown.startswith("usage: ") and "--help lists all options\n" in shown
+    assert status == 0 or len(done.stderr.splitlines()) == 2
+
+
+def test_the_scripts_start_without_what_only_some_runs_need():
+    done, imported = run("-c", "import eval, model.export")
+    assert done.returncode == 0 and {"torch", "faiss"} <= imported
+    assert not imported & {"sklearn", "scipy", "matplotlib", "pytorch_metric_learning", "onnx", "safetensors"}

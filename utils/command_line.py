@@ -1,0 +1,28 @@
+"""Command lines that answer at once: standard library only."""
+
+import argparse
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that names the option which a misspelt one may stand for, and takes no abbreviations."""
+
+    def __init__(self, **settings: Any):
+        self._flags: list[str] = []
+        super().__init__(allow_abbrev=False, **settings)
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As argparse's."""
+        action = super().add_argument(*names, **settings)
+        self._flags += action.option_strings
+        return action
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Reads the command line (`sys.argv` when None); a mistake in it ends the program with status 2."""
+        found, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = get_close_matches(unknown[0].split("=")[0], self._flags, n=1)
+            self.error(f"unknown option {unknown[0]}" + "".join(f", did you mean {flag}?" for flag in near))
+        return found
