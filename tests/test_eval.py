@@ -150,12 +150,17 @@ def test_company_does_not_change_what_a_photo_of_ones_own_finds(city, evaluated,
         folders = [f"--database_folder={tmp_path}/database", f"--queries_folder={tmp_path}/{queries}", "--no_labels"]
         found = rows_of(evaluated(*folders, model="encoder", dataset=False))
         asked = sorted((tmp_path / "alone").iterdir())[0].name
-        rows.append([(r["database"], float(r["squared_distance"])) for r in found if Path(r["query"]).name == asked])
+        rows.append(
+            [(r["database"], float(r["squared_descriptor_distance"])) for r in found if Path(r["query"]).name == asked]
+        )
     shown = capsys.readouterr().err
     assert [image for image, _ in rows[0]] == [image for image, _ in rows[1]]
     np.testing.assert_allclose([d for _, d in rows[0]], [d for _, d in rows[1]], atol=1e-5)
     in_company = rows_of(evaluated(*folders, "--encoder_context=file_order", model="encoder", dataset=False))
-    assert max(abs(float(r["squared_distance"]) - d) for r, (_, d) in zip(in_company, rows[1], strict=True)) > 1e-3
+    assert (
+        max(abs(float(r["squared_descriptor_distance"]) - d) for r, (_, d) in zip(in_company, rows[1], strict=True))
+        > 1e-3
+    )
     capsys.readouterr()
     line = "plain folders, not as benchmarks are published: photos are turned as EXIF says"
     antialiased = "; the resize is antialiased (--no-antialias switches that off)"

@@ -103,7 +103,7 @@ def test_an_output_that_fails_costs_one_line(evaluate, monkeypatch, capsys, name
     assert results_of(folder)["recalls"]
     for other in {"predictions.csv", "recalls.png", "descriptors/database.npy", "matches/index.html"}:
         assert (folder / other).exists() == (not other.startswith(name))
-    assert not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob("*.tmp*"))
 
 
 def test_results_that_cannot_be_written_are_on_the_terminal(evaluate, monkeypatch, capsys):
