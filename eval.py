@@ -159,10 +159,6 @@ def say_what_plain_folders_change(options: EvalOptions, *, encoder: bool) -> Non
         changes.append("the resize is antialiased (--no-antialias switches that off)")
     if encoder and options.encoder_context[0] == "independent":
         changes.append("the encoder sees each photo by itself (--encoder_context file_order: neighbours by name)")
-        if "infer_batch_size" in options.given and options.encoder_context == ("independent",):
-            logger.warning(
-                "--infer_batch_size %d has no part in --encoder_context independent", options.infer_batch_size
-            )
     logger.info("plain folders, not as benchmarks are published: %s", "; ".join(changes))
 
 

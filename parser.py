@@ -185,12 +185,12 @@ class EvalOptions(Options):
             lines.append("--eval_datasets_folder has no part where --database_folder and --queries_folder are searched")
         if encoder:
             if "infer_batch_size" in self.given and set(self.encoder_context) == {"independent"}:
-                lines.append("--infer_batch_size has no part in --encoder_context independent")
+                lines.append(f"--infer_batch_size {self.infer_batch_size} has no part in --encoder_context independent")
             return lines
         if "infer_batch_size" in self.given:
             lines.append(
-                "--infer_batch_size has no part without the cross-image encoder; --extraction_batch_size is for speed "
-                "and memory"
+                f"--infer_batch_size {self.infer_batch_size} has no part without the cross-image encoder; "
+                "--extraction_batch_size is for speed and memory"
             )
         if "encoder_context" in self.given and set(self.encoder_context) != {"file_order"}:
             lines.append(
