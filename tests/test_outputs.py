@@ -324,6 +324,11 @@ def test_leftovers_of_every_kind(tmp_path, caplog):
     assert [os.path.relpath(path, tmp_path)[0] for path in removed] == ["a", "b", "c", "d"]
 
 
+def test_a_leftover_that_vanishes_stops_nobody(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log, "warn_of_leftovers", lambda _: no_space())
+    assert evaluate()[0] == 0
+
+
 def test_a_submission_has_as_many_keys_in_each_line(evaluate, tree, tmp_path, capsys):
     data = tree("msls", database=15)
     for side in ("database", "queries"):

@@ -130,8 +130,9 @@ class RunLog:
                 file = LogFile(folder / name, level)
                 self._add(file, level)
                 self._copy_buffer(file)
-            runs = (run for run in folder.parent.iterdir() if run != folder and (run / "info.log").exists())
-            warn_of_leftovers(runs)
+            with suppress(OSError):  # what vanishes under our eyes, or is another user's
+                runs = (run for run in folder.parent.iterdir() if run != folder and (run / "info.log").exists())
+                warn_of_leftovers(runs)
             self._root.removeHandler(self._buffer)
         self._folder = distributed.broadcast(folder)
         assert self._folder is not None
