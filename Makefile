@@ -21,7 +21,7 @@ demo: $(DEMO)/toy_city
 	$(VENV) train.py $(DEMO_TRAINING) --save_dir=demo/clusters --epochs_num=0 \
 		--foundation_model_path=$(call NEWEST,after)/best_model.pth
 	$(VENV) eval.py $(DEMO_OPTIONS) --save_dir=demo/assignments --resume=$(call NEWEST,clusters)/best_model.pth \
-		--save_assignments=3
+		--save_assignments=6
 	@echo; for run in before after; do \
 		folder=$(call NEWEST,$$run); \
 		echo "$$run training: $$(sed -n 's/.*INFO Recalls/Recalls/p' $$folder/info.log), in $$folder"; \

@@ -123,7 +123,9 @@ def test_the_curve_is_marked_at_the_recall_values(evaluated, monkeypatch, values
     """Of 15 database images; a recall at more is the recall at 15."""
     figures = []
     real = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **settings: figures.append(self) or real(self, *args))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **settings: figures.append(self) or real(self, *args, **settings)
+    )
     evaluated("--recall_values", *values)
     (axes,) = figures[0].axes
     assert axes.get_xticks().tolist() == marked

@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -610,6 +611,21 @@ def test_seeding_covers_every_generator():
         seed_everything(5)
         draws.append((np.random.rand(), torch.rand(1).item(), random.random()))
     assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "flag"),
+    [
+        (True, "--name"),
+        (False, "--no-name"),
+        (None, "--name none"),
+        ((56, 70), "--name 56 70"),
+        (Path("my photos"), "--name 'my photos'"),
+        (1e-4, "--name 0.0001"),
+    ],
+)
+def test_options_are_shown_as_they_are_typed(value, flag):
+    assert run_log.as_flag("name", value) == flag
 
 
 def test_devices(monkeypatch):

@@ -81,7 +81,8 @@ def is_whole(path: Path) -> bool:
 def remove_leftovers(folder: Path) -> None:
     """Removes what processes that died while writing have left; for who has the folder to itself."""
     for path in folder.glob("*.tmp"):
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink()
 
 
 def require_same(asked: dict[str, Any], written: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import shlex
 import subprocess
 import sys
 import time
@@ -241,7 +242,8 @@ def as_flag(name: str, value: Any) -> str:
     """An option as it is written on a command line."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {' '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
+    values = value if isinstance(value, (tuple, list)) else ["none" if value is None else value]
+    return shlex.join([f"--{name}", *map(str, values)])
 
 
 def log_parameters(model: torch.nn.Module) -> None:
