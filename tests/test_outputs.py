@@ -114,6 +114,16 @@ def test_results_that_cannot_be_written_are_on_the_terminal(evaluate, monkeypatc
     assert (folder / "predictions.csv").exists()
 
 
+def test_the_recalls_of_a_training_are_on_the_terminal(city, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_log, "write_results", no_space)
+    flags = [*SMALL, f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", "--train_batch_size=4"]
+    with pytest.raises(SystemExit) as exit_:
+        train_script.main([*flags, "--train_resize", "56", "56", "--epochs_num=0", f"--save_dir={tmp_path}/trained"])
+    lines = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 1 and lines[-2].startswith("Recalls on toy_city test")
+    assert lines[-1].startswith("ERROR: ") and "results.json could not be written: [Errno 28]" in lines[-1]
+
+
 def test_all_results_come_before_the_first_output(evaluate, tree, monkeypatch):
     """Of two contexts and two datasets."""
     tree("a")
