@@ -118,9 +118,9 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                 table[task.dataset.name], of_task = evaluate(model, task, task_stores, options, device, outputs)
                 matches.append(of_task)
             if len(tasks) > 1:
+                logger.info("%s", report.recall_table(table))
                 with outputs.writing(str(folder / "results.json")):
                     run_log.write_results(folder, {"recalls": table}, asdict(options), device)
-                logger.info("%s", report.recall_table(table))
             for task, of_task in zip(tasks, matches, strict=True):
                 write_outputs(model, task, of_task, options, device, outputs)
         if outputs.missing:
@@ -161,10 +161,6 @@ def say_what_plain_folders_change(options: EvalOptions, *, encoder: bool) -> Non
         changes.append("the resize is antialiased (--no-antialias switches that off)")
     if encoder and options.encoder_context[0] == "independent":
         changes.append("the encoder sees each photo by itself (--encoder_context file_order: neighbours by name)")
-        if "infer_batch_size" in options.given and options.encoder_context == ("independent",):
-            logger.warning(
-                "--infer_batch_size %d has no part in --encoder_context independent", options.infer_batch_size
-            )
     logger.info("plain folders, not as benchmarks are published: %s", "; ".join(changes))
 
 
@@ -456,6 +452,8 @@ def evaluate(
                 spread = {n: deviation[min(n, k)] for n in options.recall_values}
                 results["contexts"][context]["deviations"] = spread
                 line += f"; deviations {format_recalls(spread)}"
+        if context == contexts[0]:
+            logger.info("log and results.json in %s", task.folder)
         logger.info("%s", line)
         with outputs.writing(str(task.folder / "results.json")):
             task.folder.mkdir(parents=True, exist_ok=True)

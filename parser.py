@@ -185,12 +185,12 @@ class EvalOptions(Options):
             lines.append("--eval_datasets_folder has no part where --database_folder and --queries_folder are searched")
         if encoder:
             if "infer_batch_size" in self.given and set(self.encoder_context) == {"independent"}:
-                lines.append("--infer_batch_size has no part in --encoder_context independent")
+                lines.append(f"--infer_batch_size {self.infer_batch_size} has no part in --encoder_context independent")
             return lines
         if "infer_batch_size" in self.given:
             lines.append(
-                "--infer_batch_size has no part without the cross-image encoder; --extraction_batch_size is for speed "
-                "and memory"
+                f"--infer_batch_size {self.infer_batch_size} has no part without the cross-image encoder; "
+                "--extraction_batch_size is for speed and memory"
             )
         if "encoder_context" in self.given and set(self.encoder_context) != {"file_order"}:
             lines.append(
@@ -352,7 +352,7 @@ class TrainOptions(Options):
         object.__setattr__(self, "eval_dataset_name", _dataset_name(self.eval_dataset_name))
         for name in ("lr_encoder", "encoder_training"):
             if name in self.given and not self.crossimage_encoder:
-                raise ValueError(f"--{name} is of the --crossimage_encoder; give that, or leave it out")
+                logger.warning("--%s has no part without --crossimage_encoder", name)
         if self.foundation_model_path is not None and self.resume not in (None, "auto"):
             logger.warning("--foundation_model_path has no part: --resume %s gives all weights", self.resume)
         _require_patches("--train_resize", self.train_resize)

@@ -41,6 +41,7 @@ from utils.device import (
 )
 from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
+from utils.outputs import Outputs
 from utils.preemption import Preemption
 from utils.progress import Progress
 from utils.reading import ImageLoader
@@ -56,7 +57,8 @@ def run(options: TrainOptions) -> dict[int, float]:
         Recall@N of the best model on the test split in percent, `{N: percent}`.
 
     Raises:
-        SystemExit: bad input (status 2), or a signal that asked to stop (128 + signal, after a checkpoint).
+        SystemExit: bad input (status 2), results.json not written (1), or a signal that asked to stop (128 + signal,
+            after a checkpoint).
     """
     with distributed.processes(), run_log.RunLog() as log, Preemption() as preemption:
         device = pick_device(options.device)
@@ -240,8 +242,13 @@ def run(options: TrainOptions) -> dict[int, float]:
         recalls = recall(test, recall_values=options.recall_values)
         validation = {"epochs": progress.epoch, "best_epoch": best["epoch_num"], "best_recalls": best["recalls"]}
         results = {"recalls": recalls, "dataset": test.sizes, "validation": validation, "places": len(places)}
-        run_log.write_results(folder, results, asdict(options), device)
+        logger.info("log and results.json in %s", folder)
         logger.info("Recalls on %s: %s", test, format_recalls(recalls))
+        outputs = Outputs()
+        with outputs.writing(str(folder / "results.json")):
+            run_log.write_results(folder, results, asdict(options), device)
+        if outputs.missing:
+            raise SystemExit(1)
     return recalls
 
 

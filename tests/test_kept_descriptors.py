@@ -138,7 +138,7 @@ def test_a_store_of_the_version_before_is_refused(evaluate, tmp_path):
     evaluate()
     for record in (tmp_path / "kept").rglob("*.json"):
         written = json.loads(record.read_text())
-        del written["contents"], written["files"]
+        del written["files"]
         record.write_text(json.dumps({**written, "images": "0123456789abcdef"}))
     status, said = evaluate()
     assert status == 2 and "was made by an earlier version, which did not look into the photos; remove " in said
@@ -266,3 +266,8 @@ def test_a_dataset_in_other_words(city, tmp_path):
     DescriptorStore(tmp_path, "x", **settings, photos=moved)
     with pytest.raises(ValueError, match="the x photos have changed"):
         DescriptorStore(tmp_path, "x", **settings, photos=moved[1:] + moved[:1])
+    record = json.loads((tmp_path / "x.json").read_text())
+    del record["images"]
+    (tmp_path / "x.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="the x photos have changed"):
+        DescriptorStore(tmp_path, "x", **settings, photos=moved)

@@ -146,8 +146,6 @@ def test_refusals(flags, message, capsys):
         "--clip_grad_norm -1",
         "--lr 0",
         "--epochs_num -1",
-        "--lr_encoder 1e-3",
-        "--encoder_training every_step",
         "--eval_dataset_name /data/pitts30k",
         "--eval_dataset_name ../pitts30k",
     ],
@@ -244,3 +242,5 @@ def test_options_without_a_part_are_told(caplog):
     assert parse(EvalOptions, given).unused(encoder=True) == parse(EvalOptions, given[:2]).unused(encoder=False) == []
     parse(TrainOptions, ["--eval_datasets_folder=D", "--resume=r.pth", "--foundation_model_path=f"])
     assert "--foundation_model_path has no part" in caplog.text
+    parse(TrainOptions, ["--eval_datasets_folder=D", "--lr_encoder=1e-3", "--encoder_training=every_step"])
+    assert "--lr_encoder has no part" in caplog.text and "--encoder_training has no part" in caplog.text

@@ -142,7 +142,7 @@ class DescriptorStore:
             folder.mkdir(parents=True, exist_ok=True)
             content = {"shape": list(shape), "dtype": dtype, **(fingerprint or {})}
             if photos:
-                content |= {"files": _files_digest(photos), "contents": None}
+                content |= {"files": _files_digest(photos), "images": None}
             if not self._goes_on(content, photos):
                 try:
                     self._begin(content, photos)
@@ -164,8 +164,8 @@ class DescriptorStore:
         return self.path.with_suffix(".json")
 
     def _begin(self, content: dict[str, Any], photos: Sequence[str]) -> None:
-        if photos and content["contents"] is None:
-            content["contents"] = _contents_digest(photos)
+        if photos and content["images"] is None:
+            content["images"] = _contents_digest(photos)
         # In this order, so that what is half there can be told from the files of somebody else.
         self._done_path.write_bytes(bytes(len(self)))
         self._rows.create()
@@ -193,9 +193,9 @@ class DescriptorStore:
                 raise ValueError("no record")
         except (ValueError, FileNotFoundError, RecursionError):
             return self._begun_anew(f"{self._record_path.name} is missing or damaged")
-        if photos and "contents" in written:
-            same_files = written.get("files") == content["files"]
-            content["contents"] = written["contents"] if same_files else _contents_digest(photos)
+        if photos and "files" in written:
+            same_files = written["files"] == content["files"]
+            content["images"] = (same_files and written.get("images")) or _contents_digest(photos)
         _require_same(written, content, self.path)
         try:
             self._rows.open()
@@ -248,13 +248,13 @@ class DescriptorStore:
 
 
 def _require_same(written: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
-    if "contents" in asked and "contents" not in written:
+    if "files" in asked and "files" not in written:
         raise ValueError(
             f"{path} was made by an earlier version, which did not look into the photos; remove {path.parent}, or name "
             "another --descriptors_folder"
         )
     keys = [key for key in asked | written if key != "files" and written.get(key) != asked.get(key)]
-    if "contents" in keys or "weights" in keys:
+    if {"images", "weights"} & set(keys):
         keys = [key for key in keys if key != "shape"]  # which follows from them
     if keys:
         differences = [_in_words(key, written.get(key), asked.get(key), path) for key in keys]
@@ -267,7 +267,7 @@ def _require_same(written: dict[str, Any], asked: dict[str, Any], path: Path) ->
 def _in_words(key: str, was: Any, now: Any, path: Path) -> str:
     """How a store differs from what is wanted; nobody can read the digest of a thousand photos."""
     photos = {"queries": "query", "pca": "PCA"}.get(path.stem, path.stem) + " photos"
-    if key == "contents":
+    if key == "images":
         return f"the {photos} have changed"
     if key == "weights":
         return "the weights are another model's"

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Gives the path to write a file or a folder at, which is moved to `path` at the end, and removed if that fails."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")  # some go by the suffix
     try:
         yield temporary
         temporary.replace(path)

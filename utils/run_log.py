@@ -131,8 +131,9 @@ class RunLog:
                 file = LogFile(folder / name, level)
                 self._add(file, level)
                 self._copy_buffer(file)
-            runs = (run for run in folder.parent.iterdir() if run != folder and (run / "info.log").exists())
-            warn_of_leftovers(runs)
+            with suppress(OSError):  # what vanishes under our eyes, or is another user's
+                runs = (run for run in folder.parent.iterdir() if run != folder and (run / "info.log").exists())
+                warn_of_leftovers(runs)
             self._root.removeHandler(self._buffer)
         self._folder = distributed.broadcast(folder)
         assert self._folder is not None
@@ -257,8 +258,5 @@ def write_results(folder: Path, results: dict[str, Any], settings: dict[str, Any
     if not distributed.is_main():
         return
     content = {**results, "options": settings, "environment": environment(device)}
-    first = not (folder / "results.json").exists()
     with whole(folder / "results.json") as path:
         path.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    if first:
-        logger.info("log and results.json in %s", folder)
