@@ -1,7 +1,7 @@
 """Evaluates a checkpoint: recall@N on database/queries datasets, in every encoder context asked for."""
 
 from parser import SUBMITTED, EvalOptions, parse
-from utils.command_line import quiet_ctrl_c
+from utils.signals import quiet_ctrl_c
 
 if __name__ == "__main__":
     OPTIONS = parse(EvalOptions)  # before the seconds of importing the rest: a mistake is answered at once

@@ -1,7 +1,7 @@
 """Fine-tunes SuperVLAD on GSV-Cities, keeping the model that recalls most on the validation split."""
 
 from parser import TrainOptions, parse
-from utils.command_line import quiet_ctrl_c
+from utils.signals import quiet_ctrl_c
 
 if __name__ == "__main__":
     OPTIONS = parse(TrainOptions)  # before the seconds of importing the rest: a mistake is answered at once

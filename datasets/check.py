@@ -11,7 +11,8 @@ for a folder that is none of these.
 
 from pathlib import Path
 
-from utils.command_line import Parser, end_with_parent, left_on_signals
+from utils.command_line import Parser
+from utils.signals import end_with_parent, left_on_signals, signals_held_back
 
 
 def command_line() -> Parser:
@@ -118,7 +119,8 @@ def read_images(paths: Sequence[str], *, workers: int | None, name: str, exif: b
     """
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         try:
-            results = pool.map(partial(read_image, exif=exif), paths, chunksize=IMAGES_PER_TASK)
+            with signals_held_back():
+                results = pool.map(partial(read_image, exif=exif), paths, chunksize=IMAGES_PER_TASK)
             return list(tqdm(results, total=len(paths), unit="image", desc=name, disable=not paths))
         finally:
             pool.shutdown(cancel_futures=True)  # what is still to do when a signal comes

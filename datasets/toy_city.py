@@ -29,7 +29,8 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from utils.command_line import Parser, end_with_parent, left_on_signals
+from utils.command_line import Parser
+from utils.signals import end_with_parent, left_on_signals, signals_held_back
 
 Colour = tuple[int, int, int]
 Row = dict[str, Any]
@@ -746,7 +747,9 @@ def write_toy_city(
         rows: dict[str, list[Row]] = {city: [] for city in cities}
         with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
             try:
-                done = tqdm(pool.map(render_street, streets), total=len(streets), unit="street", disable=not progress)
+                with signals_held_back():
+                    done = pool.map(render_street, streets)
+                done = tqdm(done, total=len(streets), unit="street", disable=not progress)
                 for street, street_rows in zip(streets, done, strict=True):
                     rows.setdefault(street.group, []).extend(street_rows)
             finally:

@@ -1,5 +1,7 @@
 """A toy city for the tests that read photos."""
 
+import signal
+
 import pytest
 import torch
 
@@ -28,3 +30,10 @@ def city(tmp_path_factory):
 def unseeded():
     """Gives each test the same randomness, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def listening():
+    """Signals as a terminal sends them: a shell ignores SIGINT for what it starts in the background, nohup SIGHUP."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

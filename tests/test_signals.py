@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import train as train_script
-from utils.preemption import SIGNALS, Preemption, signals_held_back
+from utils.preemption import Preemption
+from utils.signals import SIGNALS, signals_held_back
 
 SMALL = "--eval_dataset_name=toy_city --backbone=dino_tiny --device=cpu --resize 56 56".split()
 TRAINING = [*SMALL, *"--crossimage_encoder --train_resize 56 56 --train_batch_size=4 --lr=0.001 --epochs_num=3".split()]

@@ -3,25 +3,21 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 from . import distributed
+from .signals import SIGNALS
 
 logger = logging.getLogger(__name__)
-
-# Of schedulers, `timeout` and torchrun; Ctrl-C; a lost terminal; and what submitit and `sbatch --signal` send.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Preemption:
     """Notes the signals that ask to stop instead of dying of them, within a `with` block.
 
     Whoever is in it asks `agreed` or calls `stop` where the program can end. The program says at once that it was
-    asked, and when it ends, what to do next. A second Ctrl-C ends it on the spot. Signals that were ignored before, as
-    `nohup` ignores SIGHUP, stay so.
+    asked, and when it ends, what to do next. A second Ctrl-C ends it on the spot. A SIGHUP that was ignored before, as
+    `nohup` does, stays so.
 
     Args:
         at_once: leave by SystemExit when the signal comes, for a program that can be left anywhere.
@@ -38,7 +34,7 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         for signum in SIGNALS:
-            if signal.getsignal(signum) != signal.SIG_IGN:
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 self._previous[signum] = signal.signal(signum, self._note)
         return self
 
@@ -71,13 +67,3 @@ class Preemption:
         """Ends the program if a signal has come here, with the exit status that a shell gives for it: 128 + signal."""
         if self.signum is not None:
             raise SystemExit(128 + self.signum)
-
-
-@contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Within the block, `SIGNALS` wait; processes started in it never get them, since they inherit that."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

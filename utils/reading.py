@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .preemption import signals_held_back
+from .signals import signals_held_back
 
 logger = logging.getLogger(__name__)
 

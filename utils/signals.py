@@ -1,0 +1,61 @@
+"""Signals that ask a program to stop, and the processes that it started: standard library only."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import FrameType
+
+# Of schedulers, `timeout` and torchrun; Ctrl-C; a lost terminal; and what submitit and `sbatch --signal` send.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Within the block, `SIGNALS` wait; processes started in it never get them, since they inherit that."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def quiet_ctrl_c() -> None:
+    """From here on Ctrl-C ends the program without a traceback, until something else is made of it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def left_on_signals() -> Iterator[None]:
+    """Within the block Ctrl-C, SIGTERM and SIGHUP end the program by SystemExit, with status 128 + signal: what is
+    temporary is cleaned up, and no traceback is shown."""
+
+    def leave(signum: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    signums = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, leave) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@cache
+def end_with_parent() -> None:
+    """To be called in a process of a pool: it ends with the one that started it, however that ends; it would wait for
+    work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
