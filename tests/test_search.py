@@ -505,3 +505,8 @@ def test_descriptors_of_no_use_are_not_kept(evaluate, weights, tmp_path):
     status, said, folder = evaluate(f"--resume={tmp_path}/nan.pth")
     assert status == 2 and "not finite" in said and "kept" not in said
     assert not list(folder.rglob("*.npy"))
+
+
+def test_the_trial_of_an_index_does_not_wait_for_pytorch():
+    code = "import sys, utils.index_trial; assert 'faiss' in sys.modules and 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(eval_script.__file__).parent).returncode == 0
