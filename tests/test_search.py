@@ -24,6 +24,7 @@ from datasets.transforms import evaluation_transform
 from model import build_model
 from utils import device as device_module
 from utils import distributed, search
+from utils.descriptor_store import DescriptorStore
 from utils.search import CPU, UselessDescriptors, first_of_all, knn_by_torch, nearest
 
 GPU = torch.device("cuda")
@@ -324,8 +325,8 @@ def matches(folder):
 def test_all_processes_search_what_one_finds(evaluate, flags, tmp_path):
     """Bit for bit, on as many threads each, in every context."""
     more = [f"--descriptors_folder={tmp_path}/kept", "--eval_dataset_name=toy_city", "--infer_batch_size=4"]
-    more += ["--test_method=nearest_crop", "--pca_dim=5", "--pca_dataset_folder=toy_city/images/train"]
-    with search.cores(1):
+    more += ["--test_method=nearest_crop"]
+    with search.cores(max(1, device_module.usable_cores() // 2)):
         evaluation.CHUNK_BYTES, chunk_bytes = 1, evaluation.CHUNK_BYTES
         evaluation.ENCODED_TOGETHER, together = 1, evaluation.ENCODED_TOGETHER
         try:
@@ -419,6 +420,30 @@ def test_validation_is_searched_by_all_too(monkeypatch, city, tmp_path, processe
     assert str(main) == "process 1 could not search its part of the database: no memory left"
     assert isinstance(second, MemoryError) and [type(other) for other in others] == (processes - 2) * [SystemExit]
     assert not (tmp_path / "descriptors").exists()
+
+
+def test_a_pca_is_fitted_once_for_all(monkeypatch, tmp_path):
+    torch.manual_seed(1)
+    model = build_model(backbone="dino_tiny", clusters=2, crossimage_encoder=True).eval()
+    rng = np.random.default_rng(0)
+    stores = {}
+    for name, count in (("database", 40), ("queries", 9), ("pca", 30)):
+        stores[name] = DescriptorStore(tmp_path, name, (count, 1, *model.vectors_shape))
+        stores[name].write(np.arange(count), rng.standard_normal(stores[name].shape).astype("f"))
+    monkeypatch.setattr(evaluation, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(evaluation, "ENCODED_TOGETHER", 1)
+    settings = {"context": "shuffled", "infer_batch_size": 4, "pca_dim": 6, "device": CPU}
+    distances, predictions = evaluation.Search(model, stores, **settings).run(50)
+    described, real = [], evaluation.Search.rows
+    monkeypatch.setattr(
+        evaluation.Search, "rows", lambda self, name: described.append((name, distributed.rank())) or real(self, name)
+    )
+    threads = Threads(monkeypatch, 2)
+    found = threads.run(lambda: evaluation.Search(model, stores, **settings, by_all=True).run(50))
+    assert sorted(described) == [("pca", 0), ("queries", 0), ("queries", 1)]
+    np.testing.assert_array_equal(found[0][1], predictions)
+    np.testing.assert_allclose(found[0][0], distances, rtol=1e-4)
+    assert predictions.shape == (9, 40)
 
 
 def fails_with(error):
