@@ -9,8 +9,9 @@ if __name__ == "__main__":
 
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from datasets.protocols import protocol_of, warn_of_counts
 from datasets.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
 from model import SuperVLADNet, build_model
 from model.weights import find_checkpoint, load_checkpoint, model_of, read_file, size_of
-from test import Search, extract, format_recalls, image_batches, images_at_a_time
+from test import Search, extract, format_recalls, image_batches, images_at_a_time, searched_by_all
 from utils import distributed, match_page, report, run_log, search
 from utils.assignments import AssignedPhoto, draw_assignments
 from utils.descriptor_store import DescriptorStore, digest
@@ -111,12 +112,15 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         with ExitStack() as held:
             stores = [extracted(model, task, pca_paths, options, device, held, preemption.stop) for task in tasks]
             if not distributed.is_main():
-                return {}  # nobody waits for the search
+                for task, task_stores in zip(tasks, stores, strict=True):
+                    help_search(model, task, task_stores, options, device)
+                return {}  # nobody waits for a search that the main process does alone
             # All results come before the first output that can fail.
             matches = []
-            for task, task_stores in zip(tasks, stores, strict=True):
-                table[task.dataset.name], of_task = evaluate(model, task, task_stores, options, device, outputs)
-                matches.append(of_task)
+            with kept_if_it_fails(model, tasks, stores, pca_paths, options, folder / "kept"):
+                for task, task_stores in zip(tasks, stores, strict=True):
+                    table[task.dataset.name], of_task = evaluate(model, task, task_stores, options, device, outputs)
+                    matches.append(of_task)
             if len(tasks) > 1:
                 logger.info("%s", report.recall_table(table))
                 with outputs.writing(str(folder / "results.json")):
@@ -284,6 +288,39 @@ def pca_images(options: EvalOptions, descriptor_dim: int) -> list[str]:
     return list(chosen.tolist())
 
 
+def images_of(task: Task, pca_paths: list[str]) -> dict[str, tuple[list[str], str]]:
+    """What is extracted for a task: paths and test method by name."""
+    images = {
+        "database": (task.dataset.database_paths, "hard_resize"),
+        "queries": (task.dataset.queries_paths, task.test_method),
+    }
+    if pca_paths:
+        images["pca"] = (pca_paths, "hard_resize")
+    return images
+
+
+def kept_in(descriptors_folder: Path, task: Task) -> Path:
+    """Where `--descriptors_folder` has what was extracted for a task."""
+    return descriptors_folder / task.dataset.name.replace(" ", "_")
+
+
+def weights_digest(model: SuperVLADNet) -> str:
+    """Of the weights that the extraction depends on."""
+    return digest({**model.backbone.state_dict(), **model.aggregation.state_dict()})
+
+
+def fingerprint_of(weights: str, options: EvalOptions, test_method: str) -> dict[str, Any]:
+    """What extracted descriptors depend on, besides the photos."""
+    return {
+        "weights": weights,
+        "test_method": test_method,
+        "resize": list(options.resize),
+        "antialias": options.antialias,
+        "upright": options.plain_folders,
+        "precision": options.precision,
+    }
+
+
 def extracted(
     model: SuperVLADNet,
     task: Task,
@@ -297,16 +334,11 @@ def extracted(
 
     What is not kept is removed, and what is kept open to others again, when `held` ends.
     """
-    images = {
-        "database": (task.dataset.database_paths, "hard_resize"),
-        "queries": (task.dataset.queries_paths, task.test_method),
-    }
-    if pca_paths:
-        images["pca"] = (pca_paths, "hard_resize")
+    images = images_of(task, pca_paths)
     batch_size = options.extraction_batch_size or extraction_batch_size(device)
     folder, fingerprint = task.folder / "extracted", None
     if options.descriptors_folder is not None:
-        folder = options.descriptors_folder / task.dataset.name.replace(" ", "_")
+        folder = kept_in(options.descriptors_folder, task)
         if distributed.is_main():
             try:
                 held.enter_context(FolderLock(folder, "--descriptors_folder"))
@@ -314,18 +346,11 @@ def extracted(
                 raise OSError(
                     f"cannot keep descriptors in {folder} ({error.strerror}); name another --descriptors_folder"
                 ) from error
-        weights = digest({**model.backbone.state_dict(), **model.aggregation.state_dict()})
+        weights = weights_digest(model)
     stores = {}
     for name, (paths, test_method) in images.items():
         if options.descriptors_folder is not None:  # nobody comes back to the others
-            fingerprint = {
-                "weights": weights,
-                "test_method": test_method,
-                "resize": list(options.resize),
-                "antialias": options.antialias,
-                "upright": options.plain_folders,
-                "precision": options.precision,
-            }
+            fingerprint = fingerprint_of(weights, options, test_method)
         stores[name] = DescriptorStore(
             folder,
             name,
@@ -351,6 +376,36 @@ def extracted(
     return stores
 
 
+@contextmanager
+def kept_if_it_fails(
+    model: SuperVLADNet,
+    tasks: Sequence[Task],
+    stores: Sequence[dict[str, DescriptorStore]],
+    pca_paths: list[str],
+    options: EvalOptions,
+    folder: Path,
+) -> Iterator[None]:
+    """Keeps what was extracted in `folder`, as `--descriptors_folder` does, if the search fails within the block."""
+    try:
+        yield
+    except search.UselessDescriptors:
+        raise
+    except Exception:
+        advice = "the same command"
+        if options.descriptors_folder is None:
+            advice += f" with --descriptors_folder={shlex.quote(str(folder.absolute()))}"
+            weights = weights_digest(model)
+            for task, of_task in zip(tasks, stores, strict=True):
+                for name, (paths, test_method) in images_of(task, pca_paths).items():
+                    fingerprint = fingerprint_of(weights, options, test_method)
+                    try:
+                        of_task[name].keep(kept_in(folder, task), fingerprint, paths)
+                    except (OSError, ValueError) as problem:
+                        logger.warning("%s of %s could not be kept: %s", name, task.dataset.name, problem)
+        logger.warning("what was extracted is kept: %s goes on with the search", advice)
+        raise
+
+
 @dataclass(frozen=True, kw_only=True)
 class Matches:
     """What the search found in the first encoder context asked for, and the recall curves of all.
@@ -372,6 +427,44 @@ class Matches:
     correct: NDArray[np.bool_] | None
     findable: NDArray[np.bool_] | None
     curves: dict[str, list[float]]
+
+
+def searches(
+    model: SuperVLADNet,
+    task: Task,
+    stores: dict[str, DescriptorStore],
+    options: EvalOptions,
+    device: torch.device,
+    context: str,
+) -> Iterator[Search]:
+    """The searches in one encoder context; the shuffled one has an order after the other where recalls are averaged."""
+    for order in range(options.context_seeds if context == "shuffled" and task.dataset.labelled else 1):
+        yield Search(
+            model,
+            stores,
+            test_method=task.test_method,
+            context=context,
+            infer_batch_size=options.infer_batch_size,
+            seed=(options.seed, order),
+            pca_dim=options.pca_dim,
+            device=device,
+            by_all=searched_by_all(len(task.dataset.database_paths), options.index),
+        )
+
+
+def contexts_of(model: SuperVLADNet, options: EvalOptions) -> tuple[str, ...]:
+    """The encoder contexts that can differ."""
+    return options.encoder_context if model.encoder is not None else ("file_order",)
+
+
+def help_search(
+    model: SuperVLADNet, task: Task, stores: dict[str, DescriptorStore], options: EvalOptions, device: torch.device
+) -> None:
+    """Searches this process's share of the database, in the order in which `evaluate` searches in the main process."""
+    if searched_by_all(len(task.dataset.database_paths), options.index):
+        for context in contexts_of(model, options):
+            for searched in searches(model, task, stores, options, device, context):
+                searched.run(depth(options, task.dataset, task.test_method))
 
 
 def evaluate(
@@ -400,21 +493,11 @@ def evaluate(
     results |= {"test_method": task.test_method}
     recalls: dict[str, dict[int, float]] = {}
     curves: dict[str, list[float]] = {}
-    contexts = options.encoder_context if model.encoder is not None else ("file_order",)
+    contexts = contexts_of(model, options)
     first: Matches | None = None
     for context in contexts:
         found = []
-        for order in range(options.context_seeds if context == "shuffled" and positives is not None else 1):
-            searched = Search(
-                model,
-                stores,
-                test_method=task.test_method,
-                context=context,
-                infer_batch_size=options.infer_batch_size,
-                seed=(options.seed, order),
-                pca_dim=options.pca_dim,
-                device=device,
-            )
+        for searched in searches(model, task, stores, options, device, context):
             distances, predictions = searched.run(
                 k,
                 index=options.index,

@@ -5,6 +5,7 @@ Everything that depends on which images share a batch is computed from that, a c
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,14 @@ from datasets.database_queries import DatabaseQueries, ImageList
 from datasets.transforms import CROPS, Transform, transform_sizes
 from utils import distributed, report, search
 from utils.descriptor_store import DescriptorStore, RowFile
-from utils.device import autocast, to_cpu, to_device
+from utils.device import autocast, to_cpu, to_device, usable_cores
 from utils.outputs import whole
 from utils.reading import ImageLoader
 from utils.search import Chunk
 
 CHUNK_BYTES = 2**26  # of descriptors in memory at a time, about
 ENCODED_TOGETHER = 256  # images, about
+SEARCHED_BY_ALL = 100_000  # database images, from which all processes take part in the search
 
 
 class PlaceDescriber(Protocol):
@@ -160,7 +162,12 @@ def images_at_a_time(shape: tuple[int, ...], batch: int) -> tuple[int, int]:
 
 @torch.inference_mode()
 def descriptors(
-    model: PlaceDescriber, store: DescriptorStore, context: EncoderContext, *, device: torch.device
+    model: PlaceDescriber,
+    store: DescriptorStore,
+    context: EncoderContext,
+    *,
+    device: torch.device,
+    shared: bool = False,
 ) -> Iterator[Chunk]:
     """Turns cluster vectors into descriptors, some neighbours in the context's order at a time.
 
@@ -169,6 +176,7 @@ def descriptors(
         store: cluster vectors, N x crops x K x D.
         context: the crops of images that share a batch all look at each other.
         device: where the model is.
+        shared: only this process's share of the images, in the chunks in which one process alone would take them.
 
     Yields:
         Indices (n) and descriptors (n*crops x K*D, the crops of an image below each other), on the CPU.
@@ -177,7 +185,8 @@ def descriptors(
     batch = context.batch_size
     order = context.order(len(store))
     together, in_chunk = images_at_a_time(store.shape, batch)
-    for start in range(0, len(order), in_chunk):
+    part = distributed.shares(len(order), in_chunk)[distributed.rank()] if shared else slice(0, len(order))
+    for start in range(part.start, part.stop, in_chunk):
         indices = order[start : start + in_chunk]
         vectors = store.read(indices).reshape(-1, K, D)
         described = np.empty((len(vectors), K * D), dtype=np.float32)
@@ -192,6 +201,11 @@ def descriptors(
         yield indices, described
 
 
+def searched_by_all(database: int, index: str | None = None) -> bool:
+    """Whether every process searches its share of so many database images, rather than the main one all of them."""
+    return distributed.world_size() > 1 and database >= SEARCHED_BY_ALL and index is None
+
+
 class Search:
     """The search of a dataset's queries in its database, in one encoder context.
 
@@ -204,7 +218,9 @@ class Search:
         infer_batch_size: images that share a batch.
         seed: of the shuffled order, and of the PCA.
         pca_dim: numbers that a PCA leaves of a descriptor; 0 for none.
-        device: where the model is.
+        device: where the model is, and what is searched on.
+        by_all: all processes make this object and call `run` at the same points, each for its share of the database;
+            else one alone has the cores of the machine.
     """
 
     def __init__(
@@ -218,11 +234,14 @@ class Search:
         seed: tuple[int, ...] = (0,),
         pca_dim: int = 0,
         device: torch.device,
+        by_all: bool = False,
     ):
         self.test_method = test_method
         self.agreement: dict[str, float] = {}  # of an approximate index with exact search
         self._counts = {name: len(store) for name, store in stores.items()}
-        self._describe: dict[str, Callable[[], Iterable[Chunk]]] = {}
+        self._device = device
+        self._by_all = by_all
+        self._describe: dict[str, Callable[..., Iterable[Chunk]]] = {}
         for side, (name, store) in enumerate(stores.items()):
             # A photo in its own shape shares a batch with none.
             alone = context == "independent" or (name == "queries" and test_method == "single_query")
@@ -233,11 +252,19 @@ class Search:
         if pca_dim:
             from sklearn.decomposition import PCA  # nearly a second to import, and seldom asked for
 
-            self.pca = PCA(pca_dim, random_state=seed[0]).fit(self.rows("pca"))
+            def fit() -> Any:
+                return PCA(pca_dim, random_state=seed[0]).fit(self.rows("pca"))
 
-    def chunks(self, name: str) -> Iterator[Chunk]:
-        """Final descriptors of n images at a time: indices and n x D, or n*crops x D with crops below each other."""
-        for indices, rows in self._describe[name]():
+            self.pca = distributed.on_main(fit) if by_all else fit()
+
+    def chunks(self, name: str, *, shared: bool = False) -> Iterator[Chunk]:
+        """Final descriptors of n images at a time: indices and n x D, or n*crops x D with crops below each other.
+
+        Args:
+            name: of the images.
+            shared: this process's share of them.
+        """
+        for indices, rows in self._describe[name](shared=shared):
             if name == "queries" and self.test_method == "five_crops":
                 rows = rows.reshape(len(indices), CROPS[self.test_method], -1).mean(axis=1)
             yield indices, rows if self.pca is None else self.pca.transform(rows).astype(np.float32)
@@ -264,23 +291,32 @@ class Search:
             majority_weight: of agreement between crops, in the test method `maj_voting`.
 
         Returns:
-            Squared distances and database indices, each Q x k, best first.
+            Squared distances and database indices, each Q x k, best first; where all processes search, in the main one.
         """
-        queries = self.rows("queries")
-        if index is None:
-            distances, predictions = search.nearest(queries, self.chunks("database"), k)
-        else:
-            distances, predictions, self.agreement = search.nearest_by_index(
-                queries,
-                partial(self.chunks, "database"),
-                self._counts["database"],
-                k,
-                factory=index,
-                parameters=index_parameters,
-            )
-        if self.test_method in ("nearest_crop", "maj_voting"):
+        with search.cores(usable_cores(alone=not self._by_all)) if distributed.world_size() > 1 else nullcontext():
+            distances, predictions = self._found(min(k, self._counts["database"]), index, index_parameters)
+        helps = self._by_all and not distributed.is_main()
+        if self.test_method in ("nearest_crop", "maj_voting") and not helps:
             weight = majority_weight if self.test_method == "maj_voting" else 0.0
             return search.merge_crops(distances, predictions, crops=CROPS[self.test_method], majority_weight=weight)
+        return distances, predictions
+
+    def _found(self, k: int, index: str | None, index_parameters: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        def exactly() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            chunks = self.chunks("database", shared=self._by_all)
+            return search.nearest(self.rows("queries"), chunks, k, self._device)
+
+        if index is None:
+            return search.first_of_all(exactly, k) if self._by_all else exactly()
+        distances, predictions, self.agreement = search.nearest_by_index(
+            self.rows("queries"),
+            partial(self.chunks, "database"),
+            self._counts["database"],
+            k,
+            factory=index,
+            parameters=index_parameters,
+            device=self._device,
+        )
         return distances, predictions
 
     def save(self, folder: Path, **paths: Sequence[str]) -> None:
@@ -317,7 +353,8 @@ def evaluate(
 ) -> dict[int, float]:
     """Recall@N of a model on a dataset, by `hard_resize` and in file order: `{N: percent of the queries}`.
 
-    Of several processes each describes its share and the main one searches; all get the result.
+    Of several processes each describes its share, and the main one searches, or all do (`searched_by_all`); all get the
+    result. A search that fails costs the extraction too: training can go on from its checkpoint, and does it anew.
 
     Args:
         model: what is evaluated.
@@ -335,11 +372,12 @@ def evaluate(
         for name, paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths)):
             stores[name] = DescriptorStore(folder, name, (len(paths), 1, *model.vectors_shape))
             extract(model, paths, stores[name], partial(read_images, progress=name))
-        if distributed.is_main():
-            _, predictions = Search(model, stores, infer_batch_size=infer_batch_size, device=device).run(
-                max(recall_values)
-            )
-            recalls = search.recall_at(predictions, dataset.positives(positive_distance), recall_values)
+        by_all = searched_by_all(len(dataset.database_paths))
+        if by_all or distributed.is_main():
+            searched = Search(model, stores, infer_batch_size=infer_batch_size, device=device, by_all=by_all)
+            _, predictions = searched.run(max(recall_values))
+            if distributed.is_main():
+                recalls = search.recall_at(predictions, dataset.positives(positive_distance), recall_values)
     finally:
         if distributed.is_main():
             for store in stores.values():

@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     database = np.random.default_rng(0).standard_normal((10_000, 3072)).astype(np.float32)
     queries = database[::10] + 1
     chunk = [(np.arange(len(database)), database)]
-    measure("search, queries in 10,000 x 3072", len(queries), lambda: search.nearest(queries, chunk, 20))
+    measure("search, queries in 10,000 x 3072", len(queries), lambda: search.nearest(queries, chunk, 20, device))
     if not settings.no_record:
         figures = {stage: {"images/s": speed, "share of the ceiling": share} for stage, speed, share in rows}
         facts = {name: value for name, value in vars(settings).items() if name not in ("no_record", "device")}

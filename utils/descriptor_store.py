@@ -239,6 +239,29 @@ class DescriptorStore:
         """Reads the rows at `indices`, as float32."""
         return self._rows.read(indices).astype(np.float32, copy=False)
 
+    def keep(self, folder: Path, fingerprint: Mapping[str, Any], photos: Sequence[str]) -> None:
+        """Moves what nobody was to come back to into a folder of the same disk, as a store that can be gone on with.
+
+        Args:
+            folder: made if missing.
+            fingerprint: what the rows depend on.
+            photos: N files that they depend on too.
+
+        Raises:
+            ValueError: one of the photos has changed since this store was begun.
+            OSError: the files cannot be read, written or moved.
+        """
+        begun = self._record_path.stat().st_mtime
+        changed = next((path for path in photos if os.stat(path).st_ctime > begun), None)
+        if changed is not None:
+            raise ValueError(f"{changed} has changed since")
+        content = {"shape": list(self.shape), "dtype": self.dtype.name, **fingerprint}
+        content |= {"files": _files_digest(photos), "contents": _contents_digest(photos)}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_record(content)
+        for path in (self._done_path, self.path, self._record_path):
+            path.replace(folder / path.name)
+
     def remove(self) -> None:
         """Removes the store's own files, and its folder if nothing else is in it."""
         with suppress(OSError):

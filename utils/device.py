@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -60,16 +60,19 @@ def extraction_batch_size(device: torch.device) -> int:
     return 4 if device.type == "cpu" else 16
 
 
-def usable_cores() -> int:
+def usable_cores(*, alone: bool = False) -> int:
     """Cores for this process: of those that it may run on, its share among the processes that torchrun started here.
 
     A container may have a quota of time on more cores than it can use up (docker run --cpus).
+
+    Args:
+        alone: the other processes wait, so that all of them are this one's.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):
         quota, period = CPU_QUOTA.read_text().split()  # in microseconds, or "max" for none
         cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // (1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def reading_workers(device: torch.device) -> int:
@@ -156,6 +159,17 @@ def allow_tf32(allowed: bool) -> None:
     """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Within the block, CUDA computes matrix products of fp32 in full, whatever is allowed around it."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def require_determinism(required: bool) -> None:

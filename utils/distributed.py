@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
+Number = TypeVar("Number", bound=np.number[Any])
 
 
 @contextmanager
@@ -106,7 +107,7 @@ def barrier() -> None:
     gather_objects(None)
 
 
-def gather_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+def gather_rows(rows: NDArray[Number]) -> NDArray[Number]:
     """All processes' rows below each other, for the main process; the others get their own back.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from . import search
+from . import faiss_index
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def require_index(factory: str, parameters: str, *, dim: int, count: int, chunks
     Raises:
         ValueError: FAISS refuses it, or dies of it.
     """
-    trained_on = count // search.training_step(count, dim)
+    trained_on = count // faiss_index.training_step(count, dim)
     smaller = re.sub(r"IVF(\d+)", lambda found: f"IVF{min(int(found[1]), LISTS)}", factory)
     rows, tried = min(trained_on, FEW), factory
     while error := _error_of(tried, parameters, dim, rows, min(chunks, 2), k):
@@ -85,12 +85,12 @@ def _error_of(factory: str, parameters: str, dim: int, rows: int, chunks: int, k
 def _try(factory: str, parameters: str, dim: int, rows: int, chunks: int, k: int) -> str:
     made = np.random.default_rng(0).standard_normal((rows, dim)).astype(np.float32)
     try:
-        index = search.new_index(dim, factory, parameters)
+        index = faiss_index.new_index(dim, factory, parameters)
         _hurry(index)
-        search.train_index(index, made, factory)
+        faiss_index.train_index(index, made, factory)
         for part in np.array_split(made, chunks):
-            search.add_to_index(index, part, factory)
-        search.search_index(index, made[:10], min(k, rows), factory, parameters)
+            faiss_index.add_to_index(index, part, factory)
+        faiss_index.search_index(index, made[:10], min(k, rows), factory, parameters)
     except ValueError as error:
         return str(error)
     return ""

@@ -1,7 +1,5 @@
 """The training loss."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +7,8 @@ from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimila
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch import Tensor, nn
+
+from .device import without_tf32
 
 
 class MinedMultiSimilarity(nn.Module):
@@ -49,7 +49,7 @@ class _WithItsGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, descriptors: Tensor, labels: Tensor, loss: Any) -> Tensor:  # type: ignore[override]
         exact = descriptors.detach().float().requires_grad_(descriptors.requires_grad)
-        with torch.enable_grad(), torch.autocast(exact.device.type, enabled=False), _without_tf32():
+        with torch.enable_grad(), torch.autocast(exact.device.type, enabled=False), without_tf32():
             value = loss(exact, labels)
             if exact.requires_grad:
                 value.backward()
@@ -61,13 +61,3 @@ class _WithItsGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (of_descriptors,) = ctx.saved_tensors
         return (of_descriptors * gradient).to(ctx.dtype), None, None
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed

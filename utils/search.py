@@ -1,7 +1,6 @@
 """Nearest neighbours of descriptors, and what is counted and merged from them."""
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -9,30 +8,47 @@ from typing import Any
 
 import faiss
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from . import distributed
+from .device import without_tf32
+from .faiss_index import add_to_index, new_index, search_index, train_index, training_step, without_place
 
 logger = logging.getLogger(__name__)
 
 # A part of the database: indices (n) and descriptors (n x D).
 Chunk = tuple[NDArray[np.int64], NDArray[np.float32]]
 
-TRAINING_BYTES = 2**30  # of descriptors that an approximate index is trained on, at most
 PAIRS_TOGETHER = 2**20  # of a query and a correct image, about
 CHECKED_QUERIES = 1000  # that an approximate index is compared with exact search on, at most
+FAISS_GPU_NEIGHBOURS = 2048  # a query, at most, that FAISS finds on a GPU
+DISTANCES_TOGETHER = 2**24  # that `knn_by_torch` holds at a time, about
+CPU = torch.device("cpu")
+
+
+class UselessDescriptors(ValueError):
+    """Descriptors that nothing can be found with, and that nobody needs to keep."""
 
 
 def nearest(
-    queries: NDArray[np.float32], chunks: Iterable[Chunk], k: int
+    queries: NDArray[np.float32], chunks: Iterable[Chunk], k: int, device: torch.device = CPU
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Exact nearest neighbours by L2 distance (FAISS, on a GPU where it sees one); the database passes by in chunks.
+    """Exact nearest neighbours by L2 distance; the database passes by in chunks.
+
+    FAISS searches, on the CPU or on a CUDA GPU. Where it sees no GPU and PyTorch does, `knn_by_torch` searches; where
+    the GPU fails, FAISS goes on on the CPU. The ways by GPU have been tested with stand-ins only, never on a GPU.
 
     Args:
         queries: Q x D.
         chunks: the database, every index once, in any order.
         k: neighbours a query; all N where there are fewer.
+        device: to search on; any but a CUDA GPU is the CPU.
 
     Returns:
-        Squared distances and database indices, each Q x min(k, N), nearest first.
+        Squared distances and database indices, each Q x min(k, N), nearest first; of equal distances the one that came
+        first.
 
     Raises:
         ValueError: a descriptor is not finite; FAISS would answer with nonsense.
@@ -40,119 +56,199 @@ def nearest(
     _require_finite(queries)
     distances = np.empty((len(queries), 0), dtype=np.float32)
     found = np.empty((len(queries), 0), dtype=np.int64)
+    search_chunk = _ChunkSearch(queries, device)
     for indices, descriptors in chunks:
         _require_finite(descriptors)
-        near, rows = _knn(queries, descriptors, min(k, len(descriptors)))
+        near, rows = search_chunk(descriptors, min(k, len(descriptors)))
         distances = np.concatenate((distances, near), axis=1)
         found = np.concatenate((found, indices[rows]), axis=1)
-        best = np.argsort(distances, axis=1, kind="stable")[:, :k]
-        distances, found = np.take_along_axis(distances, best, 1), np.take_along_axis(found, best, 1)
+        distances, found = _first(distances, found, k)
     return distances, found
 
 
-def _knn(
-    queries: NDArray[np.float32], descriptors: NDArray[np.float32], k: int
+def _first(
+    distances: NDArray[np.float32], found: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    try:
-        if getattr(faiss, "get_num_gpus", int)():
-            return faiss.knn_gpu(_gpu_resources(), queries, descriptors, k)
-        return faiss.knn(queries, descriptors, k)
-    except (RuntimeError, AssertionError, MemoryError) as error:
-        raise ValueError(f"FAISS cannot search exactly: {without_place(str(error)) or 'no memory left'}") from error
+    best = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, best, 1), np.take_along_axis(found, best, 1)
+
+
+class _Gpu:
+    """A CUDA GPU to search on, until it fails once: what it had no memory for, it would have none for again."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.works = True
+        self._resources: Any = None
+
+    def knn(self, queries: Tensor, descriptors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """As `knn_by_torch`, by FAISS where it sees a GPU."""
+        if not _faiss_sees_a_gpu():
+            return knn_by_torch(queries, descriptors, k)
+        import faiss.contrib.torch_utils  # teaches FAISS tensors; it wraps FAISS's functions, so not without need
+
+        if self._resources is None:
+            self._resources = faiss.StandardGpuResources()
+            self._resources.setTempMemory(2**28)  # in bytes; chunks are small, and so is what they need beside them
+        number = torch.cuda.current_device()  # CUDA 12, FAISS's, need not know what CUDA 13, PyTorch's, was told
+        distances, rows = faiss.knn_gpu(self._resources, queries, descriptors, k, device=number)
+        # FAISS leaves the order of equal distances open on a GPU (and which of those at the k-th one it takes).
+        by_row = rows.argsort(dim=1)
+        rows, distances = rows.gather(1, by_row), distances.gather(1, by_row)
+        order = distances.argsort(dim=1, stable=True)
+        return distances.gather(1, order), rows.gather(1, order)
+
+
+_gpu = cache(_Gpu)
+
+
+def _faiss_sees_a_gpu() -> bool:
+    return bool(getattr(faiss, "get_num_gpus", int)())  # FAISS for CPUs has no such function
 
 
 @cache
-def _gpu_resources() -> Any:
-    """What FAISS needs to search on a GPU, set up once: chunks are small, and so is what they need beside them."""
-    resources = faiss.StandardGpuResources()
-    resources.setTempMemory(2**28)  # in bytes
-    return resources
+def _warn_once(line: str) -> None:
+    logger.warning("%s", line)
+
+
+class _ChunkSearch:
+    """The search of one part of the database after another, on the GPU as long as that works.
+
+    Args:
+        queries: Q x D.
+        device: to search on.
+    """
+
+    def __init__(self, queries: NDArray[np.float32], device: torch.device):
+        self._queries = queries
+        self._gpu = _gpu(device) if device.type == "cuda" else None
+        self._on_gpu: Tensor | None = None  # the queries, which stay there
+
+    def __call__(self, descriptors: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Squared distances and rows of the n x D descriptors, each Q x k, k at most n."""
+        if self._gpu is not None and self._gpu.works and self._can_find(k):
+            try:
+                return self._by_gpu(self._gpu, descriptors, k)
+            except (RuntimeError, AssertionError, MemoryError) as error:
+                self._gpu.works, self._on_gpu = False, None
+                logger.debug("the search left the GPU here", exc_info=error)
+                _warn_once(f"the search goes on on the CPU, since the GPU cannot: {_reason(error)}")
+        try:
+            return faiss.knn(self._queries, descriptors, k)
+        except (RuntimeError, AssertionError, MemoryError) as error:
+            raise ValueError(f"FAISS cannot search exactly: {_reason(error)}") from error
+
+    def _can_find(self, k: int) -> bool:
+        if k <= FAISS_GPU_NEIGHBOURS or not _faiss_sees_a_gpu():
+            return True
+        _warn_once(
+            f"{k} matches a query are searched on the CPU, since FAISS finds {FAISS_GPU_NEIGHBOURS} at most on a GPU"
+        )
+        return False
+
+    def _by_gpu(
+        self, gpu: _Gpu, descriptors: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        if self._on_gpu is None:
+            torch.cuda.empty_cache()  # FAISS takes memory of its own, beside what PyTorch keeps for later
+            self._on_gpu = torch.from_numpy(np.ascontiguousarray(self._queries)).to(gpu.device)
+        database = torch.from_numpy(np.ascontiguousarray(descriptors)).to(gpu.device)
+        distances, rows = gpu.knn(self._on_gpu, database, k)
+        return distances.cpu().numpy(), rows.cpu().numpy()
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(without_place(str(error)).split()) or "no memory left"
+
+
+@torch.inference_mode()
+def knn_by_torch(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What `faiss.knn` finds, on the device of the tensors: exact, in full fp32.
+
+    Args:
+        queries: Q x D, fp32.
+        database: n x D, fp32.
+        k: neighbours a query, at most n.
+
+    Returns:
+        Squared distances (fp32) and rows (int64), each Q x k, nearest first; of equal distances the lower row first, as
+        FAISS on a CPU has it.
+    """
+    squares = database.square().sum(dim=1)
+    rows = torch.arange(len(database), device=database.device)
+    best = []
+    with without_tf32():
+        for some in queries.split(max(1, DISTANCES_TOGETHER // len(database))):
+            distances = some.square().sum(dim=1, keepdim=True) + squares - 2 * (some @ database.T)
+            # The bits of a float that is not negative count up with it, so that one number ranks distance, then row.
+            bits = distances.clamp_(min=0).view(torch.int32).long()
+            best.append((bits << 32 | rows).topk(k, largest=False).values)
+    ranked = torch.cat(best)
+    return (ranked >> 32).int().view(torch.float32), ranked & 0xFFFFFFFF
+
+
+def first_of_all(
+    own: Callable[[], tuple[NDArray[np.float32], NDArray[np.int64]]], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Merges what each process finds in its part of the database; parts follow each other as the processes do.
+
+    All processes call it at the same point.
+
+    Args:
+        own: gives squared distances and database indices as `nearest`, Q x at most k.
+        k: neighbours a query, at most as many as the whole database has.
+
+    Returns:
+        The k nearest of all, as `nearest`, in the main process; a process's own in the others.
+
+    Raises:
+        ValueError: a process could not search.
+        SystemExit: in the processes that could have.
+    """
+    failed: Exception | None = None
+    try:
+        near, rows = own()
+    except Exception as error:  # whatever it is, the others must not wait for ever
+        failed = error
+    useless = isinstance(failed, UselessDescriptors)
+    failures = distributed.gather_objects(None if failed is None else (useless, _reason(failed)))
+    if failed is not None:
+        raise failed
+    for number, failure in enumerate(failures):
+        if failure is not None and not distributed.is_main():
+            raise SystemExit(2)
+        if failure is not None:
+            kind = UselessDescriptors if failure[0] else ValueError
+            raise kind(f"process {number} could not search its part of the database: {failure[1]}")
+    missing = ((0, 0), (0, k - near.shape[1]))  # where a part has fewer than k, or nothing
+    distances = distributed.gather_rows(np.pad(near, missing, constant_values=np.inf))
+    found = distributed.gather_rows(np.pad(rows, missing, constant_values=-1))
+    if not distributed.is_main():
+        return near, rows
+    # (processes * Q, k) -> (Q, processes * k)
+    distances = distances.reshape(-1, len(near), k).transpose(1, 0, 2).reshape(len(near), -1)
+    found = found.reshape(-1, len(near), k).transpose(1, 0, 2).reshape(len(near), -1)
+    return _first(distances, found, k)
+
+
+@contextmanager
+def cores(count: int) -> Iterator[None]:
+    """Within the block, FAISS and PyTorch compute on so many CPU cores; each has an OpenMP library of its own."""
+    before = faiss.omp_get_max_threads(), torch.get_num_threads()
+    try:
+        faiss.omp_set_num_threads(count)
+        torch.set_num_threads(count)
+        yield
+    finally:
+        faiss.omp_set_num_threads(before[0])
+        torch.set_num_threads(before[1])
 
 
 def _require_finite(descriptors: NDArray[np.float32]) -> None:
     if not np.isfinite(descriptors).all():
-        raise ValueError("descriptors are not finite, so the model's weights are of no use; use another checkpoint")
-
-
-def new_index(dim: int, factory: str, parameters: str = "") -> Any:
-    """An empty FAISS index of descriptors of `dim` numbers.
-
-    Args:
-        dim: numbers in a descriptor.
-        factory: FAISS's description, e.g. "IVF4096,PQ64".
-        parameters: of its search, e.g. "nprobe=32".
-
-    Raises:
-        ValueError: FAISS does not understand it.
-    """
-    with refusals(f"make --index {factory!r} {parameters!r} for descriptors of {dim} numbers"):
-        index = faiss.index_factory(dim, factory)
-        if parameters:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]
-    return index
-
-
-def train_index(index: Any, sample: NDArray[np.float32], factory: str) -> None:
-    """Trains an index, made by `factory`, on n x D descriptors.
-
-    Raises:
-        ValueError: they are too few for it, mostly.
-    """
-    with refusals(f"train --index {factory!r} on {len(sample)} descriptors", len(sample)):
-        index.train(sample)
-
-
-def add_to_index(index: Any, descriptors: NDArray[np.float32], factory: str) -> None:
-    """Adds n x D descriptors to an index.
-
-    Raises:
-        ValueError: it does not take them.
-    """
-    with refusals(f"fill --index {factory!r}"):
-        index.add(descriptors)
-
-
-def search_index(
-    index: Any, queries: NDArray[np.float32], k: int, factory: str, parameters: str
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Squared distances and rows of the index, each Q x k; -1 where it finds fewer.
-
-    Raises:
-        ValueError: it does not search in this way.
-    """
-    with refusals(f"search --index {factory!r} {parameters!r}"):
-        found: tuple[NDArray[np.float32], NDArray[np.int64]] = index.search(queries, k)
-    return found
-
-
-@contextmanager
-def refusals(what: str, rows: int | None = None) -> Iterator[None]:
-    """Within the block, an error of FAISS becomes a ValueError that gives FAISS's own reason and a remedy.
-
-    Args:
-        what: FAISS cannot do.
-        rows: descriptors there are to train on, where it does that.
-    """
-    try:
-        yield
-    except (RuntimeError, AssertionError, MemoryError, TypeError) as error:
-        reason = without_place(str(error)) or type(error).__name__
-        remedy = "see FAISS's page on the index factory"
-        if rows is not None and "number of clusters" in reason:
-            remedy = f"use one of at most {rows} lists and {rows} codewords"
-        elif rows is not None and "PCA matrix cannot output" in reason:
-            remedy = f"use one that reduces to at most {rows} numbers"
-        raise ValueError(f"FAISS cannot {what}: {reason}; {remedy}, or leave out --index for exact search") from error
-
-
-def without_place(message: str) -> str:
-    """What FAISS says, without the function and the line that says it."""
-    return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", message.strip(), flags=re.DOTALL)
-
-
-def training_step(count: int, dim: int) -> int:
-    """An approximate index is trained on every so many-th of `count` descriptors of `dim` numbers."""
-    return max(1, -(-count * dim * 4 // TRAINING_BYTES))
+        raise UselessDescriptors(
+            "descriptors are not finite, so the model's weights are of no use; use another checkpoint"
+        )
 
 
 def nearest_by_index(
@@ -163,6 +259,7 @@ def nearest_by_index(
     *,
     factory: str,
     parameters: str = "",
+    device: torch.device = CPU,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], dict[str, float]]:
     """Approximate nearest neighbours by a FAISS index, compared with exact search on some of the queries.
 
@@ -173,6 +270,7 @@ def nearest_by_index(
         k: neighbours a query, at most N.
         factory: FAISS's description of the index, e.g. "IVF4096,PQ64".
         parameters: of its search, e.g. "nprobe=32".
+        device: of the exact search, as in `nearest`; the index is on the CPU.
 
     Returns:
         As `nearest`, -1 where the index found fewer than k; and the index's share of what exact search finds first
@@ -199,7 +297,7 @@ def nearest_by_index(
             order.append(indices)
             yield indices, descriptors
 
-    _, exact = nearest(checked, added(), k)
+    _, exact = nearest(checked, added(), k, device)
     distances, rows = search_index(index, queries, k, factory, parameters)
     predictions = np.where(rows < 0, -1, np.concatenate(order)[rows])
     approximate = predictions[:: -(-len(queries) // CHECKED_QUERIES)]

@@ -1,0 +1,16 @@
+"""Runs eval.py, where every process searches its share of any database, which comes in chunks of a batch.
+
+Under torchrun: python searched_by_all.py FLAG [FLAG ...]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import eval as eval_script
+import test as evaluation
+
+evaluation.SEARCHED_BY_ALL = 1
+evaluation.CHUNK_BYTES = evaluation.ENCODED_TOGETHER = 1
+eval_script.main(sys.argv[1:])
