@@ -224,7 +224,7 @@ def run(options: TrainOptions) -> dict[int, float]:
             if distributed.is_main():
                 try:
                     report.draw_training(folder)
-                except OSError as error:
+                except Exception as error:  # a full disk, or a table that somebody wrote in
                     logger.warning("cannot draw %s (%s)", folder / report.TRAINING, error)
             logger.info(
                 "epoch=%02d loss=%.4f lr=%.3g %s %s%s",

@@ -109,7 +109,7 @@ def _text_of(path: Path) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = len((content[: error.start] + b".").splitlines())
         raise ValueError(f"{path}, line {line}: {error.reason}, where UTF-8 is needed; save the table so") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -131,15 +131,26 @@ def read_city(folder: Path, city: str) -> tuple[NDArray[np.int64], NDArray[np.by
     # Half a million rows in all: csv.DictReader would take twice the time, and csv.reader is for what is quoted.
     reader = csv.reader(io.StringIO(text, newline="")) if '"' in text else None
     rows = (line.split(",") for line in text.split("\n")) if reader is None else iter(reader)
+    try:
+        header = next(rows, [])
+    except csv.Error as error:
+        raise ValueError(f"{path}, line 1: {error}; a table begins with the columns {','.join(COLUMNS)}") from error
+    if missing := [column for column in COLUMNS if column not in header]:
+        raise ValueError(
+            f"{path}, line 1: no column {', '.join(missing)}; a table begins with the columns {','.join(COLUMNS)}, in "
+            "any order and separated by commas"
+        )
+    columns = itemgetter(*map(header.index, COLUMNS))
     table, places, names, line = [], [], [], 1
     try:
-        columns = itemgetter(*map(next(rows, []).index, COLUMNS))
         for row in rows:
             line += 1
             if len(row) > 1 or (row and row[0].strip()):  # a blank line is no row
                 table.append(values := columns(row))
                 places.append(int(_PLACES[values[0]]))
                 names.append(f"{values[4]}/{image_name(*values)}".encode())
+                if "_" in values[5] or "_" in values[6]:  # float() takes 5_1.0 too
+                    raise ValueError(f"{values[5]}, {values[6]} are no latitude and longitude")
     except (IndexError, ValueError, csv.Error) as error:
         raise ValueError(
             f"{path}, line {line if reader is None else reader.line_num}: {error!r}; the columns "

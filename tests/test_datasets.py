@@ -130,7 +130,11 @@ def test_tables_as_they_come(tmp_path, text):
         ((HEADER + ROWS[0].replace("7", "7.0", 1)).encode(), "line 2: .*'7.0' is not a whole number"),
         ((HEADER + ROWS[0].replace("51.5", "north")).encode(), "line 2: .*north"),
         ((HEADER + '"' + "x" * 200_000 + '",1').encode(), "line 2: .*field larger"),
-        (b"", "line 1"),
+        ((HEADER + ROWS[0].replace("51.5", "5_1.5")).encode(), "line 2: .*5_1.5, -0.12 are no latitude and longitude"),
+        ((HEADER + ROWS[0] + "\n" + "\u00fc").replace("\n", "\r").encode("latin-1"), "line 3: .*UTF-8 is needed"),
+        ((HEADER + ROWS[0]).replace(",", ";").encode(), "line 1: no column place_id, year, .*separated by commas"),
+        (b'"' + b"x" * 200_000, "line 1: field larger"),
+        (b"", "line 1: no column place_id"),
     ],
 )
 def test_tables_that_do_not_follow_the_format(tmp_path, content, message):

@@ -56,6 +56,13 @@ def test_the_same_process_counts_too_until_it_lets_go(tmp_path):
     FolderLock(tmp_path, "--save_dir").release()
 
 
+def test_a_folder_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=rf"cannot write in {folder} \(.*\); name another --save_dir"):
+            FolderLock(folder, "--save_dir")
+
+
 def test_nothing_is_left_of_a_lock(tmp_path):
     with FolderLock(tmp_path / "made", "--save_dir"), FolderLock(tmp_path, "--save_dir"):
         assert {path.name for path in tmp_path.iterdir()} == {"made", ".lock"}

@@ -203,7 +203,7 @@ def test_small_shared_memory_changes_nothing_but_the_time(flags, uninterrupted, 
     assert_same(outcome(tmp_path), uninterrupted)
 
 
-@pytest.mark.parametrize("damage", ["gone", "flipped"])
+@pytest.mark.parametrize("damage", ["gone", "flipped", "another"])
 def test_a_best_model_that_is_gone_is_noticed_at_once(flags, tmp_path, capsys, damage, monkeypatch):
     one_epoch = [*flags, f"--save_dir={tmp_path}", "--epochs_num=1"]
     train_script.main(one_epoch)
@@ -213,6 +213,8 @@ def test_a_best_model_that_is_gone_is_noticed_at_once(flags, tmp_path, capsys, d
     def lose():
         if damage == "gone":
             best.unlink()
+        elif damage == "another":
+            torch.save({"model_state_dict": {"backbone.cls_token": torch.zeros(1, 1, 96)}}, best)
         else:
             best.write_bytes(content[:50_000] + bytes([content[50_000] ^ 1]) + content[50_001:])
 
@@ -231,6 +233,22 @@ def test_a_best_model_that_is_gone_is_noticed_at_once(flags, tmp_path, capsys, d
         train_script.main([*flags, f"--save_dir={tmp_path}", "--resume=auto"])
     assert exit_.value.code == 2
     assert f"ERROR: {best} is gone or damaged, and {best.with_name('last_model.pth')} is of" in capsys.readouterr().err
+
+
+def test_a_best_model_that_goes_while_the_run_lives_is_noticed_after_the_epoch(flags, tmp_path, capsys, monkeypatch):
+    real = Progress.record_epoch
+
+    def gone(self, recalls, score):
+        for path in tmp_path.glob("*/best_model.pth") if self.epoch == 1 else ():
+            path.unlink()
+        return real(self, recalls, score=0.0)
+
+    monkeypatch.setattr(Progress, "record_epoch", gone)
+    with pytest.raises(SystemExit) as exit_:
+        train_script.main([*flags, f"--save_dir={tmp_path}"])
+    assert exit_.value.code == 2 and "best_model.pth is gone or damaged, and" in capsys.readouterr().err
+    (last,) = tmp_path.glob("*/last_model.pth")
+    assert torch.load(last, weights_only=True)["epoch_num"] == 2
 
 
 def test_other_rows_of_the_same_number_of_places(flags, city, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """A job that is asked to stop keeps its promises: with reading processes, as users run it and as schedulers stop it."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -112,8 +113,7 @@ def test_each_signal_is_noted_and_its_handler_put_back(signum, capfd):
         with Preemption() as preemption:
             os.kill(os.getpid(), signum)
             assert preemption.signum == signum and preemption.agreed()
-            # A second Ctrl-C is the kernel's to deal with.
-            assert (signal.getsignal(signum) == signal.SIG_DFL) == (signum == signal.SIGINT)
+            os.kill(os.getpid(), signum)  # the copy that torchrun passes on
             with pytest.raises(SystemExit) as exit_:
                 preemption.stop()
         assert exit_.value.code == 128 + signum and signal.getsignal(signum) == signal.default_int_handler
@@ -134,13 +134,15 @@ def test_ctrl_c_while_the_script_starts_shows_no_traceback(tmp_path):
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     code = f"""
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from utils.preemption import Preemption
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with Preemption():
     os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
     print("still here", flush=True)
+    time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGINT)
     print("not here")
 """
@@ -196,3 +198,45 @@ def test_a_pool_of_processes_ends_with_the_program(tmp_path, signum, whole_group
         time.sleep(0.1)
     assert not marked(mark)
     assert not list(tmp_path.iterdir()) or signum == signal.SIGKILL
+
+
+@pytest.mark.parametrize("lost", ["terminal", "pipe", "closed"])
+def test_a_lost_terminal_costs_nothing(city, tmp_path, lost):
+    """As ssh hangs up: the kernel sends SIGHUP, and the terminal takes nothing more; as `| tee` ends by Ctrl-C."""
+    flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=1", f"--save_dir={tmp_path}", "--resume=auto"]
+    command = [sys.executable, str(Path(__file__).with_name("signalled.py")), "self", "SIGHUP", "step", "6", "train"]
+    reading, writing = os.openpty() if lost == "terminal" else os.pipe()
+    job = subprocess.Popen(
+        [*command, *flags],
+        stderr=writing,
+        start_new_session=True,
+        preexec_fn=(lambda: os.close(2)) if lost == "closed" else None,
+    )
+    os.close(writing)
+    shown = b""
+    while lost != "closed" and b"epoch=01" not in shown:
+        shown += os.read(reading, 1000)
+    os.close(reading)
+    assert job.wait(120) == 128 + signal.SIGHUP
+    assert steps_in(tmp_path) == (1, 2)
+    (log,) = tmp_path.glob("*/info.log")
+    assert "stopped by SIGHUP: all that was trained is in" in log.read_text()
+
+
+def test_a_reading_process_that_is_killed_is_one_line(city, tmp_path, monkeypatch, capsys):
+    """PyTorch tells of it wherever the main process is."""
+    real = train_script.Optimization.step
+
+    def step(self):
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        return real(self)
+
+    monkeypatch.setattr(train_script.Optimization, "step", step)
+    flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=1", f"--save_dir={tmp_path}"]
+    with pytest.raises(SystemExit) as exit_:
+        train_script.main(flags)
+    shown = capsys.readouterr().err
+    assert exit_.value.code == 1 and "Traceback" not in shown
+    assert "ERROR: a reading process was killed, as the kernel does when memory runs out; use fewer by" in shown

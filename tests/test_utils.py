@@ -386,6 +386,31 @@ def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys):
     assert f"WARNING: cannot write {folder}/info.log ([Errno 28] No space left on device)" in shown
 
 
+def test_a_log_that_cannot_be_opened_is_one_warning(tmp_path, capsys):
+    (tmp_path / "info.log").mkdir()
+    with run_log.RunLog() as log:
+        log.open(tmp_path, tmp_path)
+        logging.getLogger("utils").info("a line")
+    assert f"WARNING: cannot write {tmp_path}/info.log (Is a directory); the run" in capsys.readouterr().err
+    assert "a line" in (tmp_path / "debug.log").read_text()
+
+
+def test_a_table_that_lost_rows_is_told_and_one_that_is_right_is_left_alone(tmp_path, caplog):
+    path = tmp_path / "metrics.csv"
+    for text, lost in (("epoch,loss\r\n1,0.1\r\n2,0.2\r\n", 0), ("epoch,loss\r\n2,0.2\r\n", 1), ("garbage", 2)):
+        caplog.clear()
+        path.write_bytes(text.encode())
+        before = path.stat().st_ino
+        metrics.cut_rows(tmp_path, 2)
+        assert (f"lacks the rows of {lost} of the 2 epochs" in caplog.text) == (lost > 0)
+        assert (path.stat().st_ino == before) == (lost < 2)
+    (tmp_path / f"metrics.csv.{os.getpid()}.tmp").symlink_to("/dev/full")
+    path.write_bytes(b"epoch,loss\r\n1,0.1\r\n2,0.2\r\n")
+    with pytest.raises(OSError, match="cannot write .*metrics.csv .*free space and go on with --resume auto"):
+        metrics.cut_rows(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
 def test_an_error_in_another_process_has_a_log_and_a_line_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "rank", lambda: 3)
     monkeypatch.setattr(distributed, "broadcast", lambda value: tmp_path / "run")

@@ -4,11 +4,12 @@ import logging
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch reports some failed writes as RuntimeError
         temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write {path} ({error}); the checkpoints before it are untouched, free space and use --resume auto"
-        ) from error
+        before = "the checkpoints before it are untouched, " if path.exists() else ""
+        raise OSError(f"cannot write {path} ({error}); {before}free space and use --resume auto") from error
     if path.name == LAST and path.exists():
         os.replace(path, path.with_name(PREVIOUS))
     os.replace(temporary, path)
@@ -69,12 +69,15 @@ def _position(path: Path) -> tuple[int, int]:
         return sys.maxsize, 0
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file that `save` wrote is there as it was written."""
+def is_whole(path: Path, like: Mapping[str, Tensor]) -> bool:
+    """Whether a file that `save` wrote is there as it was written, with weights of these names and shapes."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, EOFError):
+            if archive.testzip() is not None:
+                return False
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model_state_dict"]
+        return {name: value.shape for name, value in state.items()} == {name: v.shape for name, v in like.items()}
+    except Exception:  # whatever a damaged file makes of its reader
         return False
 
 

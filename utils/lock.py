@@ -29,18 +29,25 @@ class FolderLock:
         flag: of the command line, that named the folder.
 
     Raises:
+        OSError: nothing can be written there.
         ValueError: another process has it; the message says which, where and since when.
     """
 
     def __init__(self, folder: Path, flag: str):
         self._made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unusable(folder, flag, error) from error
         self._path = os.path.realpath(folder / FILE)
         self._descriptor: int | None = None
         if self._path in _held:
             raise _in_use(folder, flag, f"this process ({os.getpid()})")
         while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise _unusable(folder, flag, error) from error
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -76,6 +83,10 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _unusable(folder: Path, flag: str, error: OSError) -> OSError:
+    return OSError(f"cannot write in {folder} ({error}); name another {flag}")
 
 
 def _in_use(folder: Path, flag: str, holder: str) -> ValueError:

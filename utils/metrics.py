@@ -2,9 +2,12 @@
 
 import csv
 import io
+import logging
 import os
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 FILE = "metrics.csv"
 
@@ -35,14 +38,28 @@ def append_row(folder: Path, row: dict[str, Any]) -> None:
 
 
 def cut_rows(folder: Path, epochs: int) -> None:
-    """Keeps one row for each of the first epochs, for a run that goes on from an older checkpoint."""
+    """Keeps one row for each of the first epochs, for a run that goes on from an older checkpoint.
+
+    Raises:
+        OSError: it could not be written; the message names the file, which is as it was.
+    """
     path = folder / FILE
     if not path.exists():
         return
-    header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
+    content = path.read_bytes()
+    header, *lines = content.splitlines(keepends=True) or [b""]
     columns = header.count(b",")
     rows = {line.split(b",")[0]: line for line in lines if line.count(b",") == columns and line.endswith(b"\n")}
     kept = [rows[number] for number in (str(epoch).encode() for epoch in range(1, 1 + epochs)) if number in rows]
+    if len(kept) < epochs:
+        logger.warning("%s lacks the rows of %d of the %d epochs so far", path, epochs - len(kept), epochs)
+    wanted = b"".join([header, *kept] if kept else [])
+    if wanted == content:
+        return
     temporary = path.with_name(f"{FILE}.{os.getpid()}.tmp")
-    temporary.write_bytes(b"".join([header, *kept] if kept else []))
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(wanted)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error}); free space and go on with --resume auto") from error

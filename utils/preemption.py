@@ -1,8 +1,11 @@
 """Stopping in good order when a scheduler, a lost terminal or Ctrl-C asks for it."""
 
 import logging
+import math
 import os
 import signal
+import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,12 +14,15 @@ from .signals import SIGNALS
 
 logger = logging.getLogger(__name__)
 
+COPY_WITHIN = 0.3  # seconds after a signal, in which another of its kind is a copy
+
 
 class Preemption:
     """Notes the signals that ask to stop instead of dying of them, within a `with` block.
 
     Whoever is in it asks `agreed` or calls `stop` where the program can end. The program says at once that it was
-    asked, and when it ends, what to do next. A second Ctrl-C ends it on the spot. A SIGHUP that was ignored before, as
+    asked, and when it ends, what to do next. A second Ctrl-C ends it on the spot (but not the copy that torchrun or
+    `timeout` passes on, which comes with the first). A SIGHUP that was ignored before, as
     `nohup` does, stays so.
 
     Args:
@@ -30,6 +36,7 @@ class Preemption:
         self.advice = "nothing was finished; the same command begins again"
         self.signum: int | None = None
         self._at_once = at_once
+        self._interrupted = math.inf  # when Ctrl-C came first
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
@@ -48,13 +55,18 @@ class Preemption:
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         again, self.signum = self.signum is not None, signum
-        if signum == signal.SIGINT:
+        now = time.monotonic()
+        if signum == signal.SIGINT and now - self._interrupted > COPY_WITHIN:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        if signum == signal.SIGINT:
+            self._interrupted = min(self._interrupted, now)
         if not again and distributed.is_main():
             doing = "stopping" if self._at_once else "finishing the step under way"
             hint = ", Ctrl-C again ends at once" if signum == signal.SIGINT else ""
             # Not by logging: the signal may have come in the middle of a line of it.
-            os.write(2, f"\n{signal.Signals(signum).name}: {doing}{hint}\n".encode())
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{signal.Signals(signum).name}: {doing}{hint}\n".encode())
         if self._at_once and not again:
             self.stop()
 

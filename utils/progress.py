@@ -104,6 +104,8 @@ class Progress:
         if better:
             self.save_best()
         self.save_last()
+        if not distributed.on_main((self.folder / checkpoint.BEST).is_file):
+            raise self._best_is_gone()
         return better
 
     @property
@@ -154,17 +156,21 @@ class Progress:
 
     def _keep_best(self) -> None:
         """Finds out now, not when all epochs are done, whether there will be a best model to evaluate."""
-        path, last = self.folder / checkpoint.BEST, self.folder / checkpoint.LAST
-        if distributed.on_main(lambda: checkpoint.is_whole(path)):
+        path = self.folder / checkpoint.BEST
+        if distributed.on_main(lambda: checkpoint.is_whole(path, like=self.model.state_dict())):
             return
         if self.not_improved or self.losses:
-            raise ValueError(
-                f"{path} is gone or damaged, and {last} is of later steps; put it back, or begin a new run with the "
-                f"weights that are there: python3 -m model.export --resume={last} --output=weights.safetensors, then "
-                "--resume=weights.safetensors"
-            )
+            raise self._best_is_gone()
         logger.warning("%s was gone or damaged: written again from the checkpoint, which is the best so far", path)
         self.save_best()
+
+    def _best_is_gone(self) -> ValueError:
+        best, last = self.folder / checkpoint.BEST, self.folder / checkpoint.LAST
+        return ValueError(
+            f"{best} is gone or damaged, and {last} is of later steps; put it back, or begin a new run with the "
+            f"weights that are there: python3 -m model.export --resume={last} --output=weights.safetensors, then "
+            "--resume=weights.safetensors"
+        )
 
     def restore(self, content: dict[str, Any]) -> None:
         """Goes on from a `last_model.pth`, whose weights the model already has.

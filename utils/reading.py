@@ -99,21 +99,16 @@ class ImageLoader(DataLoader[Any]):
         return self._batches(read)
 
     def _batches(self, read: Iterator[Any]) -> Iterator[Any]:
-        try:
-            if self._singly is None:
-                yield from read
-                return
-            items = []
-            for item in read:
-                items.append(copy.deepcopy(item))  # out of shared memory
-                if len(items) == self._singly.lengths[0]:
-                    self._singly.lengths.popleft()
-                    yield self._collate(items)
-                    items = []
-        except RuntimeError as error:
-            if (reason := _reason(error)) is None:
-                raise
-            raise OSError(reason) from error
+        if self._singly is None:
+            yield from read
+            return
+        items = []
+        for item in read:
+            items.append(copy.deepcopy(item))  # out of shared memory
+            if len(items) == self._singly.lengths[0]:
+                self._singly.lengths.popleft()
+                yield self._collate(items)
+                items = []
 
 
 def _fits_in_shared_memory(num_workers: int, batch_bytes: int, item_bytes: int) -> bool:
@@ -126,8 +121,8 @@ def _fits_in_shared_memory(num_workers: int, batch_bytes: int, item_bytes: int) 
         return True
     if in_flight * item_bytes > free:
         raise ValueError(
-            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, and {num_workers} processes that read images need "
-            f"{in_flight * item_bytes / 1e6:.0f} MB; {REMEDIES}"
+            f"{SHARED_MEMORY} has {free / 1e6:.2g} MB free, and {num_workers} processes that read images need "
+            f"{in_flight * item_bytes / 1e6:.2g} MB; {REMEDIES}"
         )
     _warn_once(
         f"{SHARED_MEMORY} is too small for {num_workers} processes that read batches of {batch_bytes / 1e6:.1f} MB: "
@@ -141,14 +136,17 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def _reason(error: RuntimeError) -> str | None:
-    """What happened to a worker, where PyTorch's own words would lead astray."""
+def end_of_a_worker(error: RuntimeError) -> str:
+    """What happened to a worker, which PyTorch tells at length wherever the main process is; "" for other errors."""
     message = str(error)
-    if "shared memory" in message or "Bus error" in message:
+    if "unable to allocate shared memory" in message or "killed by signal: Bus error" in message:
         return f"{SHARED_MEMORY} is full, through which reading processes hand over images; {REMEDIES}"
-    if "killed by signal: Killed" in message:
-        return "a reading process was killed, as the kernel does when memory runs out; use fewer --num_workers"
-    return None
+    if "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
+        return (
+            "a reading process was killed, as the kernel does when memory runs out; use fewer by --num_workers "
+            f"({message.splitlines()[0]})"
+        )
+    return ""
 
 
 def _kill_children() -> None:

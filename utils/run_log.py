@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import faiss
 import numpy
@@ -25,6 +25,7 @@ from . import checkpoint, distributed
 from .descriptor_store import warn_of_leftovers
 from .lock import FolderLock
 from .outputs import whole
+from .reading import end_of_a_worker
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,40 @@ def runs_of(save_dir: Path) -> list[Path]:
     """The folders of earlier runs with this `save_dir`."""
     parent = Path("logs") / save_dir
     return [folder for folder in parent.iterdir() if folder.is_dir()] if parent.is_dir() else []
+
+
+class Terminal:
+    """A stream to a terminal that may go away: a connection is lost, or the reader of a pipe ends (`| tee` on Ctrl-C).
+
+    The run goes on without. Progress bars write here too, since it takes the place of `sys.stderr`.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream  # None where the program was started without
+
+    def write(self, text: str) -> int:
+        """Writes, as long as someone reads."""
+        if self._stream is not None:
+            try:
+                return self._stream.write(text)
+            except (OSError, ValueError):  # the latter of a closed file
+                self._stream = None
+        return len(text)
+
+    def flush(self) -> None:
+        """As of any stream."""
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._stream = None
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal indeed."""
+        return self._stream is not None and self._stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class TerminalHandler(logging.StreamHandler[Any]):
@@ -97,6 +132,8 @@ class RunLog:
         for compiler in ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx"):  # and every graph
             logging.getLogger(compiler).setLevel(logging.WARNING)
         self._add(self._buffer, logging.DEBUG)
+        self._stderr = sys.stderr
+        sys.stderr = Terminal(self._stderr)  # type: ignore[assignment]
         self._add(TerminalHandler(sys.stderr), logging.INFO if distributed.is_main() else logging.ERROR)
         return self
 
@@ -128,7 +165,11 @@ class RunLog:
             self.lock(folder)
             checkpoint.remove_leftovers(folder)
             for name, level in (("info.log", logging.INFO), ("debug.log", logging.DEBUG)):
-                file = LogFile(folder / name, level)
+                try:
+                    file = LogFile(folder / name, level)
+                except OSError as error:
+                    logger.warning("cannot write %s (%s); the run goes on without", folder / name, error.strerror)
+                    continue
                 self._add(file, level)
                 self._copy_buffer(file)
             with suppress(OSError):  # what vanishes under our eyes, or is another user's
@@ -160,6 +201,7 @@ class RunLog:
             self._root.removeHandler(handler)
             handler.close()
         self._root.setLevel(self._previous_level)
+        sys.stderr = self._stderr
         self._locks.close()
         if message:
             raise SystemExit(status) from None
@@ -178,6 +220,8 @@ def _in_one_line(error: BaseException | None) -> tuple[str, int]:
         if message.startswith("Caught "):  # from a DataLoader's worker, which wraps the message in its traceback
             message = message.splitlines()[-1].split(": ", 1)[-1]
         return message, 2
+    if isinstance(error, RuntimeError) and (reason := end_of_a_worker(error)):
+        return reason, 1
     if isinstance(error, RuntimeError) and distributed.is_of_a_lost_process(error):
         return "another process of the run has ended, and this one ends with it", 1
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
