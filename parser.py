@@ -59,8 +59,8 @@ class Options:
     device: str = option("auto", "auto is cuda where there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
     num_workers: int | None = option(
         None,
-        "processes that read images; by default one for each CPU core, 16 at most, and one for four cores where the "
-        "model needs them too; 0 reads in the main process",
+        "threads that read images for evaluation, and processes for training; by default one for each CPU core, 16 at "
+        "most, and one for four cores where the model needs them too; 0 reads in the main thread",
         type=int,
     )
     compile: bool = option(False, "compile the backbone by torch.compile; it gains nothing on a CPU")
