@@ -328,6 +328,12 @@ class TrainOptions(Options):
     )
     optim: str = option("adam", "optimiser", choices=("adam", "adamw", "sgd"))
     precision: str = option("fp32", "arithmetic of the training step", choices=("fp32", "tf32", "bf16", "fp16"))
+    val_precision: str = option(
+        "fp32",
+        "arithmetic of the backbone in validation, which picks the best model; the test split is evaluated in fp32 "
+        "(either fp32 is tf32 beside --precision tf32)",
+        choices=("fp32", "bf16", "fp16"),
+    )
     mixed_precision: bool = option(False, "the released name of --precision fp16")
     deterministic: bool = option(False, "the same bits from run to run on a GPU too, by slower kernels")
     clip_grad_norm: float = option(0.0, "largest L2 norm of all gradients together; 0 does not clip")

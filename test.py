@@ -320,6 +320,7 @@ def evaluate(
     infer_batch_size: int,
     device: torch.device,
     folder: Path,
+    precision: str = "fp32",
 ) -> dict[int, float]:
     """Recall@N of a model on a dataset, by `hard_resize` and in file order: `{N: percent of the queries}`.
 
@@ -334,13 +335,14 @@ def evaluate(
         infer_batch_size: images that share a batch in `describe`.
         device: where the model is.
         folder: for descriptors while they are needed, which are removed afterwards.
+        precision: of the backbone, a name from `utils.device.autocast`.
     """
     recalls: dict[int, float] = {}
     stores: dict[str, DescriptorStore] = {}
     try:
         for name, paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths)):
             stores[name] = DescriptorStore(folder, name, (len(paths), 1, *model.vectors_shape))
-            extract(model, paths, stores[name], partial(read_images, progress=name))
+            extract(model, paths, stores[name], partial(read_images, progress=name), precision)
         if distributed.is_main():
             _, predictions = Search(model, stores, infer_batch_size=infer_batch_size, device=device).run(
                 max(recall_values)
