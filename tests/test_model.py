@@ -291,3 +291,11 @@ def test_a_position_embedding_in_training_gets_its_gradient_each_time():
     with torch.inference_mode():
         other = DINOv2(BACKBONES["dino_tiny"])
         assert other.position_embedding(4, 5).shape == (1, 21, 96), "weights whose changes are not counted"
+
+
+def test_an_exported_backbone_leaves_nothing_of_its_own_behind():
+    model, images = DINOv2(BACKBONES["dino_tiny"]).eval(), torch.randn(1, 3, 56, 70)
+    with torch.no_grad():
+        exported = torch.export.export(model, (images,), strict=False).module()
+        assert model._resampled is None
+        assert torch.equal(model(images), exported(images)) and model._resampled is not None
