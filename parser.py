@@ -59,8 +59,8 @@ class Options:
     device: str = option("auto", "auto is cuda where there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
     num_workers: int | None = option(
         None,
-        "processes that read images; by default one for each CPU core, 16 at most, and one for four cores where the "
-        "model needs them too; 0 reads in the main process",
+        "threads that read images for evaluation, and processes for training; by default one for each CPU core, 16 at "
+        "most, and one for four cores where the model needs them too; 0 reads in the main thread",
         type=int,
     )
     compile: bool = option(False, "compile the backbone by torch.compile; it gains nothing on a CPU")
@@ -328,6 +328,12 @@ class TrainOptions(Options):
     )
     optim: str = option("adam", "optimiser", choices=("adam", "adamw", "sgd"))
     precision: str = option("fp32", "arithmetic of the training step", choices=("fp32", "tf32", "bf16", "fp16"))
+    val_precision: str = option(
+        "fp32",
+        "arithmetic of the backbone in validation, which picks the best model; the test split is evaluated in fp32 "
+        "(either fp32 is tf32 beside --precision tf32)",
+        choices=("fp32", "bf16", "fp16"),
+    )
     mixed_precision: bool = option(False, "the released name of --precision fp16")
     deterministic: bool = option(False, "the same bits from run to run on a GPU too, by slower kernels")
     clip_grad_norm: float = option(0.0, "largest L2 norm of all gradients together; 0 does not clip")

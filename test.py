@@ -5,7 +5,7 @@ Everything that depends on which images share a batch is computed from that, a c
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, SequentialSampler, default_collate
 from tqdm import tqdm
 
 from datasets.database_queries import DatabaseQueries, ImageList
@@ -24,7 +23,7 @@ from utils import distributed, report, search
 from utils.descriptor_store import DescriptorStore, RowFile
 from utils.device import autocast, to_cpu, to_device, usable_cores
 from utils.outputs import whole
-from utils.reading import ImageLoader
+from utils.reading import packed, read_batches, unpacked
 from utils.search import Chunk
 
 CHUNK_BYTES = 2**26  # of descriptors in memory at a time, about
@@ -86,31 +85,37 @@ def image_batches(
         transform: bytes B x 3 x H x W to what the model takes, B x (crops x) 3 x H' x W', of one size unless the batch
             size is 1. It runs where the images are read, or on the device where that is no CPU.
         batch_size: images at a time.
-        num_workers: processes that read images; 0 reads them in this one.
+        num_workers: threads that read images ahead, and end with this generator; 0 reads in the caller's.
         device: where the batches go.
         progress: the bar's name.
         upright: turn the images as their EXIF data says. Such photos can be large, and are resized where they are
-            read: whole ones would fill the memory that processes share.
+            read: whole ones would fill the memory.
         stop: called before each batch, to leave by an exception.
 
     Yields:
         B x (crops x) 3 x H x W on the device.
+
+    Raises:
+        ValueError: an image cannot be read, the first in order; the message names the file.
     """
     on_device = device.type != "cpu" and not upright
     images = ImageList(paths, None if on_device else transform, upright=upright)
-    loader = ImageLoader(
-        images,
-        BatchSampler(SequentialSampler(images), batch_size, drop_last=False),
-        batch_size=batch_size,
-        item_bytes=images[0].nbytes if num_workers and paths else 0,
-        num_workers=num_workers,
-        device=device,
-        collate=list if on_device else default_collate,
-    )
-    with tqdm(total=len(paths), desc=progress, unit="image", disable=not (paths and distributed.is_main())) as bar:
-        for batch in to_device(loader if on_device else ([batch] for batch in loader), device):
+
+    def pack(items: list[Tensor]) -> Sequence[Any]:
+        if on_device:
+            return packed(items, pinned=device.type == "cuda")
+        batch = torch.stack(items)
+        return [batch.pin_memory() if device.type == "cuda" else batch]
+
+    keys = [range(start, min(start + batch_size, len(paths))) for start in range(0, len(paths), batch_size)]
+    read = read_batches(images.__getitem__, pack, keys, threads=num_workers)
+    with (
+        closing(read),
+        tqdm(total=len(paths), desc=progress, unit="image", disable=not (paths and distributed.is_main())) as bar,
+    ):
+        for batch in to_device(read, device):
             stop()
-            batch_images = transform_sizes(transform, batch) if on_device else batch[0]
+            batch_images = transform_sizes(transform, unpacked(*batch)) if on_device else batch[0]
             yield batch_images
             bar.update(len(batch_images))
     images.log_depths(progress)
@@ -350,6 +355,7 @@ def evaluate(
     infer_batch_size: int,
     device: torch.device,
     folder: Path,
+    precision: str = "fp32",
 ) -> dict[int, float]:
     """Recall@N of a model on a dataset, by `hard_resize` and in file order: `{N: percent of the queries}`.
 
@@ -365,13 +371,14 @@ def evaluate(
         infer_batch_size: images that share a batch in `describe`.
         device: where the model is.
         folder: for descriptors while they are needed, which are removed afterwards.
+        precision: of the backbone, a name from `utils.device.autocast`.
     """
     recalls: dict[int, float] = {}
     stores: dict[str, DescriptorStore] = {}
     try:
         for name, paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths)):
             stores[name] = DescriptorStore(folder, name, (len(paths), 1, *model.vectors_shape))
-            extract(model, paths, stores[name], partial(read_images, progress=name))
+            extract(model, paths, stores[name], partial(read_images, progress=name), precision)
         by_all = searched_by_all(len(dataset.database_paths))
         if by_all or distributed.is_main():
             searched = Search(model, stores, infer_batch_size=infer_batch_size, device=device, by_all=by_all)

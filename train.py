@@ -219,7 +219,8 @@ def run(options: TrainOptions) -> dict[int, float]:
                 preemption=preemption,
             )
             progress.save_last()  # so that nothing is trained again if validation is cut short
-            loss, recalls = progress.mean_loss, recall(val, recall_values=sorted({1, 5, *options.recall_values}))
+            loss = progress.mean_loss
+            recalls = recall(val, recall_values=sorted({1, 5, *options.recall_values}), precision=options.val_precision)
             better = progress.record_epoch(recalls, score=recalls[1] + recalls[5])
             if distributed.is_main():
                 try:
@@ -301,7 +302,7 @@ def train_one_epoch(
         waited += time.perf_counter() - waiting
         counts = [places * images.shape[1] for places in batches.shares(progress.steps)]  # of each process
         labels = labels.repeat_interleave(images.shape[1])  # (P,) -> (P*K,)
-        images = normalize(to_unit(images.flatten(0, 1)))  # (P, K, 3, H, W) -> (P*K, 3, H, W)
+        images = normalize(to_unit(images.flatten(0, 1)), inplace=True)  # (P, K, 3, H, W) -> (P*K, 3, H, W)
         with autocast(device, precision):
             descriptors = replica(images)
         descriptors = distributed.gather_with_gradient(descriptors.float(), counts)

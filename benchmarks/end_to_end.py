@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help="images at a time, ours (GPU: 64, CPU: 4)")
     parser.add_argument("--places", type=int, help="places of a training step (GPU: 120, CPU: 4)")
     parser.add_argument("--count", type=int, help="photos to evaluate (GPU: 2048, CPU: 32)")
-    parser.add_argument("--num_workers", type=int, help="processes that read images (ours: train.py's default)")
+    parser.add_argument("--num_workers", type=int, help="threads that read images (ours: train.py's default)")
     parser.add_argument("--compile", action="store_true", help="compile our backbone")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--photos", type=Path, help="JPEGs to read instead of made ones, searched below")

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--places", type=int, help="places of a training step (GPU: 120, CPU: 4)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--num_workers", type=int, help="processes that read images (train.py's and eval.py's default)")
+    parser.add_argument("--num_workers", type=int, help="threads that read images (train.py's and eval.py's default)")
     parser.add_argument("--compile", action="store_true", help="compile the backbone")
     parser.add_argument("--no_record", action="store_true", help="do not add to results.jsonl")
     settings = parser.parse_args(argv)

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from utils import distributed
 
@@ -34,20 +32,20 @@ PAIRS_TOGETHER = 2**20  # of a query and a database image within the distance, a
 LISTED = 20  # photos that a line of the log names, at most; debug.log has all
 
 
-class ImageList(Dataset[Tensor]):
+class ImageList:
     """The images at the given paths, in that order, each through the transform; bytes 3 x H x W without one.
 
     With `upright`, they are turned as their EXIF data says.
 
     Attributes:
-        depths: how each image that was read came to have 8 bits a channel; workers that read share it.
+        depths: how each image that was read came to have 8 bits a channel.
     """
 
     def __init__(self, paths: Sequence[str], transform: Transform | None = None, *, upright: bool = False):
         self.paths = paths
         self.transform = transform
         self.upright = upright
-        self.depths = torch.zeros(len(paths), dtype=torch.uint8).share_memory_()
+        self.depths = np.zeros(len(paths), dtype=np.uint8)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -63,7 +61,7 @@ class ImageList(Dataset[Tensor]):
             (Depth.SIXTEEN, "read by the upper 8 of more bits a channel"),
             (Depth.GUESSED, "of a mode whose scale was guessed"),
         ):
-            of_it = torch.nonzero(self.depths == depth)
+            of_it = np.flatnonzero(self.depths == depth)
             if len(of_it):
                 logger.warning(
                     "%s: %d image%s %s, e.g. %s; python -m datasets.check names each",
@@ -71,7 +69,7 @@ class ImageList(Dataset[Tensor]):
                     len(of_it),
                     "s" if len(of_it) > 1 else "",
                     what,
-                    self.paths[int(of_it[0])],
+                    self.paths[of_it[0]],
                 )
 
 

@@ -121,6 +121,7 @@ class DINOv2(nn.Module):
         self.patch_embed = PatchEmbed(size.channels)
         self.blocks = nn.ModuleList(Block(size.channels, size.heads, size.swiglu) for _ in range(size.depth))
         self.norm = nn.LayerNorm(size.channels, eps=1e-6)
+        self._resampled: tuple[tuple[int, int], Tensor, int, Tensor] | None = None  # see `position_embedding`
         # Published weights replace all of this. From scratch (dino_tiny) positions as strong as these were measured to
         # learn faster than DINOv2's own 0.02.
         nn.init.trunc_normal_(self.pos_embed, std=0.2)
@@ -159,11 +160,37 @@ class DINOv2(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=True)
 
+    def train(self, mode: bool = True) -> "DINOv2":
+        """As every module's; also forgets the resampled position embedding, since not all that writes weights counts
+        as a change (broadcasting them does not)."""
+        self._resampled = None
+        super().train(mode)
+        return self
+
     def position_embedding(self, h: int, w: int) -> Tensor:
-        """The position embedding resampled to h x w patches, with the class token's in front: 1 x (1+h*w) x C."""
-        grid = self.size.image_size // PATCH_SIZE
+        """The position embedding resampled to h x w patches, with the class token's in front: 1 x (1+h*w) x C.
+
+        Where no gradient is taken of it, the last one is kept until the weights or the size change.
+        """
+        grid, weights = self.size.image_size // PATCH_SIZE, self.pos_embed
         if (h, w) == (grid, grid):
-            return self.pos_embed
+            return weights
+        trained = torch.is_grad_enabled() and weights.requires_grad
+        if trained or torch.compiler.is_compiling() or weights.is_inference():  # the last count no changes
+            return self._position_embedding(h, w)
+        if self._resampled is not None:
+            size, seen, version, kept = self._resampled
+            same = seen.data_ptr() == weights.data_ptr() and seen.dtype == weights.dtype
+            if same and size == (h, w) and version == weights._version:
+                return kept
+        with torch.inference_mode(False), torch.no_grad():
+            kept = self._position_embedding(h, w)
+        # The alias of the weights keeps their address from being given to others.
+        self._resampled = (h, w), weights.detach(), weights._version, kept
+        return kept
+
+    def _position_embedding(self, h: int, w: int) -> Tensor:
+        grid = self.size.image_size // PATCH_SIZE
         cls_position, positions = self.pos_embed.float().split([1, grid**2], dim=1)
         if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled() and self.pos_embed.requires_grad:
             # On a GPU the resampling's gradient is added up in no fixed order; a matrix product's is.

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from datasets.check import main as check
 from datasets.database_queries import ImageList
 from datasets.pixel_modes import Depth
 from datasets.transforms import open_image, open_noted, read_pixels
+from utils.reading import read_batches
 
 RAMP = np.arange(0, 65_536, 1024, dtype=np.uint16).reshape(8, 8)  # 0 to 64,512
 RAMP[0, 0], RAMP[7, 7] = 255, 65_535
@@ -196,8 +196,8 @@ def test_colours_multiplied_by_their_opacity_are_divided_again(read):
     np.testing.assert_allclose(pixels[0, :, 0], [100, 100, 0], atol=1)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_log_counts_them(tmp_path, caplog, workers):
+@pytest.mark.parametrize("threads", [0, 2])
+def test_the_log_counts_them(tmp_path, caplog, threads):
     caplog.set_level(logging.INFO)
     paths = [tmp_path / name for name in ("a.png", "b.tiff", "c.png", "d.jpg", "e.tiff")]
     for path, pixels in zip(paths, (RAMP, RAMP, RAMP // 256, RAMP // 256, UNIT), strict=True):
@@ -205,7 +205,7 @@ def test_the_log_counts_them(tmp_path, caplog, workers):
             path
         )
     images = ImageList(list(map(str, paths)))
-    assert len(list(DataLoader(images, num_workers=workers))) == 5
+    assert list(read_batches(images.__getitem__, len, [range(3), range(3, 5)], threads=threads)) == [3, 2]
     images.log_depths("town queries")
     sixteen, guessed = caplog.messages
     assert (

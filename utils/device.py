@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def usable_cores(*, alone: bool = False) -> int:
 
 
 def reading_workers(device: torch.device) -> int:
-    """Processes that read images, by default; 0 is the main process itself.
+    """Threads that read images for evaluation, and processes for training, by default; 0 leaves it to the main thread.
 
     Beside a GPU every core can read. On a CPU the model needs the cores: on two of them, ViT-S/14 at 322 x 322 was
     measured to be 7% faster without a reading process than with two.
@@ -84,24 +85,25 @@ def reading_workers(device: torch.device) -> int:
     return usable_cores() // 4 if device.type == "cpu" else min(16, usable_cores())
 
 
-def to_device(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
-    """Moves the tensors of each batch to the device.
+def to_device(batches: Iterable[Sequence[Any]], device: torch.device) -> Iterator[list[Any]]:
+    """Moves the tensors of each batch to the device; what else is in it stays as it is.
 
     On a CUDA GPU the copy has a stream of its own, and so runs beside what the GPU still computes for the batch before.
     That takes tensors in pinned memory.
     """
     if device.type != "cuda":
         for batch in batches:
-            yield [tensor.to(device) for tensor in batch]
+            yield [part.to(device) if isinstance(part, Tensor) else part for part in batch]
         return
     copies = _copy_stream(device)
     for batch in batches:
         with torch.cuda.stream(copies):
-            moved = [tensor.to(device, non_blocking=True) for tensor in batch]
+            moved = [part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch]
         current = torch.cuda.current_stream(device)
         current.wait_stream(copies)
-        for tensor in moved:
-            tensor.record_stream(current)  # their memory is not for the next copy while this stream reads them
+        for part in moved:
+            if isinstance(part, Tensor):
+                part.record_stream(current)  # its memory is not for the next copy while this stream reads it
         yield moved
 
 

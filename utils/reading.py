@@ -1,4 +1,8 @@
-"""Reading images in processes of their own: out of the way of signals, and within the shared memory there is."""
+"""Reading images ahead: in threads of this process for evaluation, in processes of their own for training.
+
+Decoding lets other threads of Python run, so that threads read as fast as processes do, and have nothing to hand over.
+RandAugment does not: training needs processes, out of the way of signals and within the shared memory there is.
+"""
 
 import atexit
 import copy
@@ -8,12 +12,14 @@ import os
 import shutil
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .signals import signals_held_back
@@ -26,6 +32,75 @@ REMEDIES = (
     "give a container more by docker run --shm-size=8g or --ipc=host, or read with fewer processes, or none "
     "(--num_workers=0)"
 )
+
+Item = TypeVar("Item")
+Batch = TypeVar("Batch")
+
+
+def read_batches(
+    read: Callable[[int], Item], pack: Callable[[list[Item]], Batch], batches: Iterable[Sequence[int]], *, threads: int
+) -> Generator[Batch, None, None]:
+    """Reads items and makes batches of them in threads of this process, in order and a little ahead.
+
+    At least two batches are under way beside the one handed out, and two items a thread. The threads end with the
+    generator; what they have not begun by then is not read.
+
+    Args:
+        read: an item by its key; it should let other threads run while it works.
+        pack: makes a batch of its items.
+        batches: keys, a sequence a batch.
+        threads: that read, beside one that makes the batches; 0 does both in the caller's, when a batch is asked for.
+
+    Raises:
+        Exception: what `read` raised for the first item that it raised for, in the place of its batch.
+    """
+    if not threads:
+        for keys in batches:
+            yield pack([read(key) for key in keys])
+        return
+    torch.get_num_threads()  # settles the caller's number; what a thread sets below is the default of later ones
+    readers = ThreadPoolExecutor(threads, "reading", torch.set_num_threads, (1,))
+    packer = ThreadPoolExecutor(1, "reading-pack", torch.set_num_threads, (1,))  # waits, so it is none of the readers
+
+    def begin(keys: Sequence[int]) -> Future[Batch]:
+        items = [readers.submit(read, key) for key in keys]
+        return packer.submit(lambda: pack([item.result() for item in items]))
+
+    under_way: deque[Future[Batch]] = deque()
+    try:
+        for keys in batches:
+            under_way.append(begin(keys))
+            if len(under_way) > max(2, -(-2 * threads // len(keys))):
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        readers.shutdown(cancel_futures=True)
+        packer.shutdown(cancel_futures=True)
+
+
+def packed(images: Sequence[Tensor], *, pinned: bool) -> tuple[Tensor, list[torch.Size]]:
+    """Images of any sizes as one tensor, for one copy to the device; `unpacked` there undoes it.
+
+    Args:
+        images: bytes, 3 x H x W each.
+        pinned: in memory from which a CUDA GPU copies while the program goes on.
+
+    Returns:
+        The pixels of all, one image after the other and in each the channels of a pixel side by side, as decoders
+        leave them; and the shapes.
+    """
+    pixels = torch.empty(sum(image.numel() for image in images), dtype=torch.uint8, pin_memory=pinned)
+    shapes = [image.shape for image in images]
+    for image, place in zip(images, unpacked(pixels, shapes), strict=True):
+        place.copy_(image)
+    return pixels, shapes
+
+
+def unpacked(pixels: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The images in what `packed` gave, 3 x H x W each, in the same memory."""
+    parts = pixels.split([shape.numel() for shape in shapes])
+    return [part.view(*shape[1:], shape[0]).permute(2, 0, 1) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class _Singly(Sampler[Any]):
@@ -58,7 +133,6 @@ class ImageLoader(DataLoader[Any]):
         item_bytes: that an item takes.
         num_workers: processes that read; 0 reads in this one.
         device: where the batches go; for a CUDA GPU they are put in pinned memory.
-        collate: makes a batch of its items.
         persistent: keep the workers from one pass to the next.
 
     Raises:
@@ -74,15 +148,13 @@ class ImageLoader(DataLoader[Any]):
         item_bytes: int,
         num_workers: int,
         device: torch.device,
-        collate: Callable[[list[Any]], Any] = default_collate,
         persistent: bool = False,
     ):
         whole = _fits_in_shared_memory(num_workers, batch_size * item_bytes, item_bytes)
         self._singly = None if whole else _Singly(batches)
-        self._collate = collate
         super().__init__(
             dataset,
-            **({"batch_sampler": batches, "collate_fn": collate} if whole else {"sampler": self._singly}),  # type: ignore
+            **({"batch_sampler": batches} if whole else {"sampler": self._singly}),  # type: ignore
             **({} if whole else {"batch_size": None}),  # type: ignore
             num_workers=num_workers,
             pin_memory=whole and device.type == "cuda",
@@ -107,7 +179,7 @@ class ImageLoader(DataLoader[Any]):
             items.append(copy.deepcopy(item))  # out of shared memory
             if len(items) == self._singly.lengths[0]:
                 self._singly.lengths.popleft()
-                yield self._collate(items)
+                yield default_collate(items)
                 items = []
 
 
