@@ -178,7 +178,14 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
         "skip_unreadable": options.skip_unreadable,
     }
     if options.database_folder is not None and options.queries_folder is not None:
-        name = f"{options.queries_folder.name} in {options.database_folder.name}"
+        sides: list[Path] = [options.database_folder, options.queries_folder]
+    else:
+        sides = [options.eval_datasets_folder / name / "images" for name in options.eval_dataset_name]
+    run_log.require_outside(
+        sides, save_dir=Path("logs") / options.save_dir, descriptors_folder=options.descriptors_folder
+    )
+    if options.database_folder is not None and options.queries_folder is not None:
+        name = f"{options.queries_folder.resolve().name} in {options.database_folder.resolve().name}"
         found = [
             (
                 name,
@@ -192,6 +199,13 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
             (name, DatabaseQueries.from_folder(options.eval_datasets_folder, name, "test", **settings))
             for name in options.eval_dataset_name
         ]
+    if options.descriptors_folder is not None:
+        kept = [kept_in(options.descriptors_folder, dataset) for _, dataset in found]
+        if len({*kept}) < len(kept):
+            raise ValueError(
+                f"--descriptors_folder would keep two of {', '.join(name for name, _ in found)} in one folder; take "
+                "one at a time, each with a folder of its own"
+            )
     for name, dataset in found:
         keys = map(image_key, dataset.queries_paths + dataset.database_paths if options.save_submission else ())
         if not all(len(key.split()) == 1 for key in keys):
@@ -299,9 +313,9 @@ def images_of(task: Task, pca_paths: list[str]) -> dict[str, tuple[list[str], st
     return images
 
 
-def kept_in(descriptors_folder: Path, task: Task) -> Path:
-    """Where `--descriptors_folder` has what was extracted for a task."""
-    return descriptors_folder / task.dataset.name.replace(" ", "_")
+def kept_in(descriptors_folder: Path, dataset: DatabaseQueries) -> Path:
+    """Where `--descriptors_folder` has what was extracted of a dataset."""
+    return descriptors_folder / dataset.name.replace(" ", "_")
 
 
 def weights_digest(model: SuperVLADNet) -> str:
@@ -338,7 +352,7 @@ def extracted(
     batch_size = options.extraction_batch_size or extraction_batch_size(device)
     folder, fingerprint = task.folder / "extracted", None
     if options.descriptors_folder is not None:
-        folder = kept_in(options.descriptors_folder, task)
+        folder = kept_in(options.descriptors_folder, task.dataset)
         if distributed.is_main():
             try:
                 held.enter_context(FolderLock(folder, "--descriptors_folder"))
@@ -399,7 +413,7 @@ def kept_if_it_fails(
                 for name, (paths, test_method) in images_of(task, pca_paths).items():
                     fingerprint = fingerprint_of(weights, options, test_method)
                     try:
-                        of_task[name].keep(kept_in(folder, task), fingerprint, paths)
+                        of_task[name].keep(kept_in(folder, task.dataset), fingerprint, paths)
                     except (OSError, ValueError) as problem:
                         logger.warning("%s of %s could not be kept: %s", name, task.dataset.name, problem)
         logger.warning("what was extracted is kept: %s goes on with the search", advice)

@@ -88,6 +88,8 @@ class Options:
             raise ValueError(
                 "--ghost_clusters, --num_workers, --seed and --extraction_batch_size cannot be negative; use 0 or above"
             )
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed {self.seed} is more than NumPy takes; use one below {2**32}")
         if min(self.recall_values) < 1:
             raise ValueError(f"--recall_values {min(self.recall_values)} means no retrieved image; use 1 and above")
 
@@ -233,6 +235,10 @@ class EvalOptions(Options):
                 f"--save_predictions {self.save_predictions}: the depth of the search decides what maj_voting finds, "
                 f"and --recall_values ends at {max(self.recall_values)}; give no more, or recall values up to it"
             )
+        if self.save_submission and self.skip_unreadable:
+            raise ValueError(
+                "--save_submission is of every query, and --skip_unreadable leaves some out; give one of the two"
+            )
         if self.save_submission:
             if self.index is not None:
                 raise ValueError(
@@ -278,8 +284,8 @@ class EvalOptions(Options):
         if len(set(self.eval_dataset_name)) < len(self.eval_dataset_name):
             raise ValueError(f"--eval_dataset_name {' '.join(self.eval_dataset_name)} names a dataset twice")
         for name in ("pca_dim", "save_predictions", "save_assignments", "majority_weight", "positive_frames"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} is negative; use 0 for none")
+            if not (getattr(self, name) or 0) >= 0:  # which a nan is not
+                raise ValueError(f"--{name} {getattr(self, name)} is not 0 or above; use 0 for none")
         _require_positive(self, "context_seeds")
         self._require_a_part()
         if self.val_positive_dist_threshold is not None:
@@ -477,6 +483,10 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
     logger.disabled = parser.silent
     values: dict[str, Any] = vars(given)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    # Shells leave a ~ behind = as it is.
+    values = {name: value.expanduser() if isinstance(value, Path) else value for name, value in values.items()}
+    if isinstance(values.get("resume"), str):
+        values["resume"] = os.path.expanduser(values["resume"])
     try:
         return options_class(**values, given=tuple(values))
     except ValueError as error:

@@ -67,6 +67,13 @@ def run(options: TrainOptions) -> dict[int, float]:
         allow_tf32(options.precision == "tf32")
         require_determinism(options.deterministic)
 
+        run_log.require_outside(
+            [
+                options.eval_datasets_folder / options.eval_dataset_name / "images",
+                (options.train_dataset_folder or options.eval_datasets_folder / "gsv_cities") / "Images",
+            ],
+            save_dir=Path("logs") / options.save_dir,
+        )
         # The data: places to train on, and the splits that judge.
         places = GSVCities(
             options.train_dataset_folder or options.eval_datasets_folder / "gsv_cities",

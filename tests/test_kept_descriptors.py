@@ -271,3 +271,26 @@ def test_a_dataset_in_other_words(city, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="the x photos have changed"):
         DescriptorStore(tmp_path, "x", **settings, photos=moved)
+
+
+def test_rows_that_a_power_cut_left_as_zeros_are_computed_anew(evaluate, tmp_path):
+    assert evaluate()[0] == 0
+    (kept,) = tmp_path.glob("kept/*/database.npy")
+    content = kept.read_bytes()
+    row = (len(content) - 128) // 4
+    kept.write_bytes(content[: 128 + row] + bytes(2 * row) + content[128 + 3 * row :])
+    status, said = evaluate()
+    assert status == 0 and f"2 rows of {kept} are zeros, as after a power cut: computed anew" in said
+    assert kept.read_bytes() == content
+    assert "zeros" not in evaluate()[1]
+
+
+@pytest.mark.parametrize("flag", ["save_dir", "descriptors_folder"])
+@pytest.mark.parametrize("below", ["", "deep/er", "link"])
+def test_nothing_is_written_among_photos(evaluate, photos, tmp_path, flag, below):
+    (photos[0] / "here").mkdir()
+    (tmp_path / "link").symlink_to(photos[0] / "here")
+    place = tmp_path / "link" if below == "link" else photos[0] / below
+    status, said = evaluate(f"--{flag}={place}")
+    assert status == 2 and f"{place} lies in {photos[0]}, and later runs would take what is written there for" in said
+    assert not list((photos[0] / "here").iterdir()) and not (photos[0] / "deep").exists()

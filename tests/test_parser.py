@@ -244,3 +244,12 @@ def test_options_without_a_part_are_told(caplog):
     assert "--foundation_model_path has no part" in caplog.text
     parse(TrainOptions, ["--eval_datasets_folder=D", "--lr_encoder=1e-3", "--encoder_training=every_step"])
     assert "--lr_encoder has no part" in caplog.text and "--encoder_training has no part" in caplog.text
+
+
+def test_the_home_folder_behind_an_equals_sign(monkeypatch):
+    """Which a shell does not replace."""
+    monkeypatch.setenv("HOME", "/home/me")
+    options = parse(EvalOptions, ["--eval_datasets_folder=~/data", "--resume=~/a.pth", "--save_dir=~/out"])
+    assert (options.eval_datasets_folder, options.resume) == (Path("/home/me/data"), Path("/home/me/a.pth"))
+    assert options.save_dir == Path("/home/me/out")
+    assert parse(TrainOptions, ["--eval_datasets_folder=D", "--resume=~/a.pth"]).resume == "/home/me/a.pth"

@@ -22,6 +22,8 @@ from .outputs import whole
 
 logger = logging.getLogger(__name__)
 
+CHECKED_BYTES = 2**26  # of a store in memory at a time while it is looked over
+
 
 class RowFile:
     """An array in a `.npy` file, written and read some rows at a time.
@@ -39,7 +41,7 @@ class RowFile:
         self.path = path
         self.shape = shape
         self.dtype = dtype
-        self._row = int(np.prod(shape[1:])) * dtype.itemsize  # in bytes
+        self.row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
         self._start = 0
 
     def create(self) -> None:
@@ -48,7 +50,7 @@ class RowFile:
             description = np.lib.format.dtype_to_descr(self.dtype)
             header = {"descr": description, "fortran_order": False, "shape": self.shape}
             np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + self.shape[0] * self._row)
+            file.truncate(file.tell() + self.shape[0] * self.row_bytes)
 
     def open(self) -> None:
         """Reads where the rows begin.
@@ -61,7 +63,7 @@ class RowFile:
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             self._start = file.tell()
-        expected, found = self._start + self.shape[0] * self._row, self.path.stat().st_size
+        expected, found = self._start + self.shape[0] * self.row_bytes, self.path.stat().st_size
         if (shape, dtype) != (self.shape, self.dtype) or found != expected:
             raise ValueError(f"{self.path.name} has {found} bytes, not {expected}, or another shape")
 
@@ -100,7 +102,7 @@ class RowFile:
         """Which of `indices` are neighbours, and where the first of them lies in the file: in file order, one run."""
         starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)
         for start, end in zip(starts, [*starts[1:], len(indices)], strict=True):
-            yield slice(start, end), self._start + int(indices[start]) * self._row
+            yield slice(start, end), self._start + int(indices[start]) * self.row_bytes
 
 
 class DescriptorStore:
@@ -206,6 +208,7 @@ class DescriptorStore:
             return self._begun_anew(f"{self._done_path.name} has {count} bytes for {len(self)} images")
         if written != content:  # the same photos, copied or touched
             self._write_record(content)
+        self._forget_zeros()
         return True
 
     def _begun_anew(self, why: str) -> bool:
@@ -215,6 +218,20 @@ class DescriptorStore:
     def missing(self) -> NDArray[np.int64]:
         """Indices of the rows that are not there yet."""
         return np.flatnonzero(np.fromfile(self._done_path, dtype=np.uint8) == 0)
+
+    def _forget_zeros(self) -> None:
+        """Rows of zeros, which no image has, are what a power cut leaves of rows that were not yet on the disk."""
+        there = np.flatnonzero(np.fromfile(self._done_path, dtype=np.uint8))
+        lost = []
+        for some in np.array_split(there, -(-len(there) * self._rows.row_bytes // CHECKED_BYTES) or 1):
+            if len(some):
+                lost += some[~self._rows.read(some).reshape(len(some), -1).any(axis=1)].tolist()
+        if lost:
+            logger.warning("%d rows of %s are zeros, as after a power cut: computed anew", len(lost), self.path)
+            with open(self._done_path, "r+b", buffering=0) as file:
+                for index in lost:
+                    file.seek(index)
+                    file.write(b"\0")
 
     def write(self, indices: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
         """Writes rows, the ones at `indices`.
@@ -332,7 +349,7 @@ def warn_of_leftovers(runs: Iterable[Path]) -> None:
     left = [
         folder
         for run in sorted(runs)
-        for pattern in ("extracted", "*/extracted", "*/*/extracted", "descriptors")
+        for pattern in ("**/extracted", "descriptors")
         for folder in sorted(run.glob(pattern))
         if any(folder.glob("*.done")) and not is_held(run)
     ]

@@ -3,11 +3,12 @@
 import itertools
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -34,6 +35,25 @@ def runs_of(save_dir: Path) -> list[Path]:
     """The folders of earlier runs with this `save_dir`."""
     parent = Path("logs") / save_dir
     return [folder for folder in parent.iterdir() if folder.is_dir()] if parent.is_dir() else []
+
+
+def require_outside(folders: Iterable[Path], **places: Path | None) -> None:
+    """Sees to it that what a run writes does not lie among the photos that the next one lists.
+
+    Args:
+        folders: of photos.
+        places: where something will be written, by the name of the option; None is nowhere.
+
+    Raises:
+        ValueError: one lies in one of the folders.
+    """
+    for flag, place in places.items():
+        for folder in folders if place is not None else ():
+            if Path(os.path.realpath(str(place))).is_relative_to(os.path.realpath(folder)):
+                raise ValueError(
+                    f"{place} lies in {folder}, and later runs would take what is written there for photos; name a "
+                    f"--{flag} outside of it"
+                )
 
 
 class Terminal:
