@@ -284,8 +284,9 @@ class EvalOptions(Options):
         if len(set(self.eval_dataset_name)) < len(self.eval_dataset_name):
             raise ValueError(f"--eval_dataset_name {' '.join(self.eval_dataset_name)} names a dataset twice")
         for name in ("pca_dim", "save_predictions", "save_assignments", "majority_weight", "positive_frames"):
-            if not (getattr(self, name) or 0) >= 0:  # which a nan is not
-                raise ValueError(f"--{name} {getattr(self, name)} is not 0 or above; use 0 for none")
+            value = getattr(self, name) or 0
+            if not value >= 0:
+                raise ValueError(f"--{name} {value} is {'negative' if value < 0 else 'no number'}; use 0 for none")
         _require_positive(self, "context_seeds")
         self._require_a_part()
         if self.val_positive_dist_threshold is not None:

@@ -80,6 +80,15 @@ def test_freeze_te(text, value):
         ("--eval_datasets_folder=D --resume=x --val_positive_dist_threshold 0", "--val_positive_dist_threshold 0.0"),
         ("--eval_datasets_folder=D --resume=x --context_seeds 0", "--context_seeds 0 is not above 0"),
         ("--eval_datasets_folder=D --resume=x --save_predictions -1", "--save_predictions -1 is negative"),
+        (
+            "--eval_datasets_folder=D --resume=x --test_method=maj_voting --majority_weight=nan",
+            "--majority_weight nan is no number",
+        ),
+        ("--eval_datasets_folder=D --resume=x --seed=4294967296", "--seed 4294967296 is more than NumPy takes"),
+        (
+            "--eval_datasets_folder=D --resume=x --save_submission --skip_unreadable",
+            "--skip_unreadable leaves some out",
+        ),
         ("--eval_datasets_folder=D --resume=x --no_labels --positives_file f", "--no_labels and --positives_file each"),
         (
             "--eval_datasets_folder=D --resume=x --no_labels --positive_frames 1",
