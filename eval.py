@@ -30,7 +30,7 @@ from test import Search, extract, format_recalls, image_batches, images_at_a_tim
 from utils import distributed, match_page, report, run_log, search
 from utils.assignments import AssignedPhoto, draw_assignments
 from utils.descriptor_store import DescriptorStore, digest
-from utils.device import allow_tf32, extraction_batch_size, pick_device, reading_workers
+from utils.device import allow_tf32, autocast, cast_products, extraction_batch_size, pick_device, reading_workers
 from utils.index_trial import require_index
 from utils.lock import FolderLock
 from utils.outputs import Outputs, whole
@@ -83,6 +83,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         for (name, dataset), distance in zip(found, distances, strict=True):
             foresee(model, options, dataset, options.test_method or protocol_of(name).test_method, distance)
         model.to(device).eval()
+        cast_products(model.backbone, options.precision)
         if options.compile:
             model.backbone.compile_blocks()
         run_log.log_parameters(model)
@@ -649,7 +650,8 @@ def write_assignments(
         photos = []
         for title, path in shown:
             pixels = read_pixels(path, upright=options.plain_folders)
-            assignment = model.assignments(transform(pixels[None]).to(device))[0]
+            with autocast(device, options.precision):
+                assignment = model.assignments(transform(pixels[None]).to(device))[0]
             photos.append(
                 AssignedPhoto(
                     title=f"{title}: {os.path.basename(path)}",

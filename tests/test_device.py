@@ -34,6 +34,21 @@ def test_reading_workers_leave_the_cores_to_a_model_on_the_cpu(monkeypatch):
         assert reading_workers(CPU) == on_cpu and reading_workers(torch.device("cuda")) == beside_gpu
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_weights_cast_once_give_what_autocast_gives(precision):
+    torch.manual_seed(0)
+    model = build_model(backbone="dino_tiny").eval()
+    images, found = torch.randn(3, 3, 56, 56), []
+    for cast in (False, True):
+        if cast:
+            device_module.cast_products(model.backbone, precision)
+        with torch.inference_mode(), device_module.autocast(CPU, precision):
+            found.append(model.cluster_vectors(images))
+    assert torch.equal(*found)
+    assert model.backbone.blocks[0].mlp.fc1.weight.dtype == device_module.AUTOCAST.get(precision, torch.float32)
+    assert model.backbone.norm.weight.dtype == model.aggregation.conv.weight.dtype == torch.float32
+
+
 def test_a_containers_quota_of_cores_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(device_module, "CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(device_module.os, "sched_getaffinity", lambda _: set(range(64)))

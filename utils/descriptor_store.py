@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -369,7 +370,7 @@ def digest(content: Iterable[str] | Mapping[str, Tensor]) -> str:
     if isinstance(content, Mapping):
         for name, value in content.items():
             found.update(name.encode())
-            found.update(value.detach().cpu().contiguous().numpy().tobytes())
+            found.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     else:
         for line in content:
             found.update(line.encode() + b"\n")

@@ -154,6 +154,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
 
+def cast_products(module: nn.Module, precision: str) -> None:
+    """Casts the weights of linear layers and convolutions once, as `autocast` would for every batch: the same results.
+
+    For inference only: training needs them in fp32.
+    """
+    if precision in AUTOCAST:
+        for part in module.modules():
+            if isinstance(part, (nn.Linear, nn.Conv2d)):
+                part.to(AUTOCAST[precision])
+
+
 def allow_tf32(allowed: bool) -> None:
     """Whether CUDA may round the factors of fp32 matrix products and convolutions to 10 bits, which is much faster.
 
