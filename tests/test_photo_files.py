@@ -205,7 +205,9 @@ def test_queries_among_the_database_are_left_out_of_it(places, evaluated, how):
 
 
 def test_nothing_left_of_the_database(places, evaluated):
-    for queries in ("known", "."):
+    (places / "all").mkdir()
+    (places / "all" / "known").symlink_to(places / "known")
+    for queries in ("known", "all"):
         (line,) = evaluated(queries=queries, status=2)
         assert f"every photo in {places}/known is a query too, in {places / queries}; name a --database_folder" in line
     (places / "asked" / "more.png").symlink_to(places / "known" / "@0@0@known@.png")

@@ -274,7 +274,7 @@ class DescriptorStore:
         if changed is not None:
             raise ValueError(f"{changed} has changed since")
         content = {"shape": list(self.shape), "dtype": self.dtype.name, **fingerprint}
-        content |= {"files": _files_digest(photos), "contents": _contents_digest(photos)}
+        content |= {"files": _files_digest(photos), "images": _contents_digest(photos)}
         folder.mkdir(parents=True, exist_ok=True)
         self._write_record(content)
         for path in (self._done_path, self.path, self._record_path):
