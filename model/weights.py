@@ -1,5 +1,6 @@
 """Weight files, loaded without running code from them: DINOv2's, released checkpoints, ours, bare state dicts."""
 
+import errno
 import json
 import logging
 import pickle
@@ -30,7 +31,7 @@ FOUNDATION_FILES = {
     "dino_giant_reg": "dinov2_vitg14_reg4_pretrain.pth",
 }
 
-SPLITS_NAMED = 8  # of clusters into kept ones and ghosts, in an error
+SPLITS_NAMED = 4  # of clusters into kept ones and ghosts, in an error
 
 
 # What torch.load raises for files that it did not write.
@@ -171,11 +172,15 @@ def _numpy_globals() -> list[Any]:
     return names
 
 
+def _not_readable(path: Path, error: OSError) -> OSError:
+    return OSError(f"{path} cannot be read ({error.strerror or error}); check its permissions and the disk")
+
+
 def _foreign_objects(path: Path) -> list[str]:
     """What a file holds beyond tensors and plain values, by name; nothing where it cannot be read at all."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except _UNREADABLE:
+    except (*_UNREADABLE, OSError):
         return []
 
 
@@ -184,6 +189,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: it cannot be read, for want of permission or of a whole disk.
         ValueError: damaged, not a dict, or holding objects that only arbitrary code could rebuild.
     """
     path = Path(path)
@@ -198,7 +204,10 @@ def read_file(path: Path) -> dict[str, Any]:
             if zipfile.is_zipfile(path) and (name := zipfile.ZipFile(path).testzip()):
                 raise RuntimeError(f"{name} does not have its checksum")
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except _UNREADABLE as error:
+        except (*_UNREADABLE, OSError) as error:
+            # Of a damaged file too, whose offsets lead before its start: EINVAL, or no errno at all.
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise _not_readable(path, error) from error
             if foreign := _foreign_objects(path):
                 raise ValueError(
                     f"{path} holds {', '.join(foreign)}, and rebuilding that would run code from the file: refused; "
@@ -221,6 +230,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             written = file.metadata() or {}
             facts = {name: _parsed(written[name]) for name in ("model", "resize") if name in written}
             return {"model_state_dict": state, **facts}
+    except OSError as error:
+        raise _not_readable(path, error) from error
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch or write it again") from error
 
@@ -305,7 +316,7 @@ def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dic
         if asked not in fitting:
             flags = " or ".join(f"--supervlad_clusters={K} --ghost_clusters={G}" for K, G in fitting[:SPLITS_NAMED])
             if len(fitting) > SPLITS_NAMED:
-                flags += f", or any other K >= 1 and G >= 0 that make {total} together"
+                flags += f" or any other K + G = {total}"
             raise ValueError(
                 f"{path} has {total} clusters, ghost clusters included, but {asked[0]} + {asked[1]} were asked for; "
                 f"use {flags}" + (", whichever it was trained with" if len(fitting) > 1 else "")
