@@ -8,7 +8,9 @@ and of the one size that it was written for, and gives `descriptors`, B x K*D. I
 put into place.
 The safetensors file is another form of the checkpoint, which eval.py and train.py read.
 Both carry as metadata, in JSON, what the model is (`model`) and how photos become images: `resize` (height and width),
-`antialias`, `upright` (turned as EXIF says), `mean` and `std`; by default as eval.py prepares those of plain folders.
+`antialias`, `upright` (turned as EXIF says), `mean` and `std`; by default as the checkpoint says, if it was exported,
+else as eval.py prepares those of plain folders, which follows a safetensors file in turn. `validated_at` is the size at
+which the model was validated, where that is known.
 With the cross-image encoder the images of a batch look at each other: a descriptor depends on them.
 """
 
@@ -41,10 +43,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help="height and width of the images; by default the file's own, else 322 322",
         ),
         parser.add_argument(
-            "--antialias", action=either, default=True, help="how photos are to be resized, for the record in the file"
+            "--antialias", action=either, help="how photos are to be resized; by default the file's own, else so"
         ),
         parser.add_argument(
-            "--upright", action=either, default=True, help="whether EXIF turns photos, for the record in the file"
+            "--upright", action=either, help="whether EXIF turns photos; by default the file's own, else so"
         ),
         parser.add_argument("--backbone", choices=tuple(BACKBONES), help="by default the file's own, else dino"),
         parser.add_argument("--supervlad_clusters", type=int, help="by default the file's own, else 4"),
@@ -86,9 +88,19 @@ from torch import Tensor
 
 from . import build_model
 from .network import SuperVLADNet
-from .weights import find_checkpoint, load_checkpoint, model_of, read_file, size_of
+from .weights import (
+    RELEASED,
+    find_checkpoint,
+    load_checkpoint,
+    model_of,
+    preparation_of,
+    read_file,
+    size_of,
+    validated_size_of,
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which are taken out of photos in [0, 1]
+RELEASED_SIZE = (322, 322)  # at which the released models were validated
 TOLERANCE = 1e-4  # between a number of a descriptor from ONNX Runtime and from PyTorch
 ONE_FILE = 1_800_000_000  # bytes of weights; what is larger goes into a second file, since protobuf ends at 2 GiB
 
@@ -208,15 +220,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = {"backbone": "dino", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": False, **settings}
         model = build_model(**settings).eval()
         load_checkpoint(model, path, content)
-        validated_at = size_of(content)
-        size = tuple(options.resize or validated_at or (322, 322))
+        validated_at = validated_size_of(content)
+        if str(options.resume) in RELEASED and path != options.resume:
+            validated_at = RELEASED_SIZE
+        size = tuple(options.resize or size_of(content) or validated_at or RELEASED_SIZE)
+        height, width = size
         if validated_at not in (None, size):
-            numbers = " ".join(map(str, (*validated_at, "and --resize is", *size)))
-            print(f"WARNING: the model was validated at {numbers}", file=sys.stderr)
-        preparation = {"resize": size, "antialias": options.antialias, "upright": options.upright}
-        preparation |= {"mean": MEAN, "std": STD}
+            numbers = " ".join(map(str, validated_at))
+            print(
+                f"WARNING: the model was validated at {numbers}, and is exported at {height} {width}", file=sys.stderr
+            )
+        elif validated_at is None:
+            print(f"{path} does not say at which size it was validated; exported at {height} {width} (--resize)")
+        preparation = {"antialias": True, "upright": True, **preparation_of(content)}
+        preparation |= {name: getattr(options, name) for name in preparation if getattr(options, name) is not None}
+        facts = {**preparation, "resize": size, "mean": MEAN, "std": STD}
+        if validated_at is not None:
+            facts["validated_at"] = validated_at
         metadata = {"model": json.dumps(settings), "source": path.name}
-        metadata |= {name: json.dumps(value) for name, value in preparation.items()}
+        metadata |= {name: json.dumps(value) for name, value in facts.items()}
         if options.output.suffix == ".onnx":
             difference = export_onnx(model, options.output, size=size, metadata=metadata)
             print(f"{options.output}: descriptors differ by {difference:.1e} at most from PyTorch's")

@@ -138,17 +138,40 @@ def model_of(name: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def size_of(content: dict[str, Any]) -> tuple[int, int] | None:
-    """Height and width in pixels at which a checkpoint's model was validated; None where the file does not say.
+    """Height and width in pixels that a checkpoint's model takes by default; None where the file does not say.
 
     Args:
         content: of its file.
     """
-    written = content.get("resize")
+    return _size(content.get("resize"))
+
+
+def validated_size_of(content: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width in pixels at which a checkpoint's model was validated; None where the file does not say.
+
+    That is what train.py writes as `resize`; an exported file says it apart, since it may be for another size.
+
+    Args:
+        content: of its file.
+    """
+    return _size(content["validated_at"] if "validated_at" in content else content.get("resize"))
+
+
+def _size(written: Any) -> tuple[int, int] | None:
     if not isinstance(written, (list, tuple)) or len(written) != 2:
         return None
     if not all(type(side) is int and side > 0 and side % PATCH_SIZE == 0 for side in written):
         return None  # another project's entry of that name
     return written[0], written[1]
+
+
+def preparation_of(content: dict[str, Any]) -> dict[str, bool]:
+    """Whether photos are antialiased (`antialias`) and turned as EXIF says (`upright`), where an exported file says so.
+
+    Args:
+        content: of its file.
+    """
+    return {name: content[name] for name in ("antialias", "upright") if isinstance(content.get(name), bool)}
 
 
 def cached(file: str) -> Path:
@@ -196,7 +219,11 @@ def read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         names = "" if path.parent.name or path.suffix else f", and the released ones are called {', '.join(RELEASED)}"
         raise FileNotFoundError(f"no weight file at {path}; check the path{names}")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".onnx":
+        raise ValueError(
+            f"{path} is an ONNX file, which cannot be read back; give the checkpoint that it was exported from"
+        )
+    if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     with torch.serialization.safe_globals(_numpy_globals()):
         try:
@@ -219,6 +246,9 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
+_WRITTEN = ("model", "resize", "validated_at", "antialias", "upright")  # by model.export, in JSON
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         from safetensors import SafetensorError, safe_open
@@ -228,8 +258,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             written = file.metadata() or {}
-            facts = {name: _parsed(written[name]) for name in ("model", "resize") if name in written}
-            return {"model_state_dict": state, **facts}
+            known = {name: _parsed(written[name]) for name in _WRITTEN if name in written}
+            return {"model_state_dict": state, "validated_at": None, **known}
     except OSError as error:
         raise _not_readable(path, error) from error
     except (SafetensorError, ValueError) as error:
