@@ -1,6 +1,7 @@
 """ONNX and safetensors: written, read by others and by us, and refused where they would be wrong."""
 
 import json
+import signal
 import sys
 
 import numpy as np
@@ -221,6 +222,10 @@ def refused(saved, capsys, tmp_path):
 def test_what_is_refused(refused, tmp_path, monkeypatch):
     assert "neither .onnx nor .safetensors" in refused("", tmp_path / "model.pt")
     assert "there is no folder" in refused("", tmp_path / "none" / "model.onnx")
+    assert f"--output {tmp_path} is a folder; name a file in it" in refused("", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(export.os, "access", lambda *_: False)
+        assert f"{tmp_path} may not be written to; name another folder" in refused("", tmp_path / "model.onnx")
     assert "--resize 56 57 is not a multiple" in refused("--resize 56 57", tmp_path / "model.onnx")
     assert "use --supervlad_clusters=1 --ghost_clusters=2" in refused("--ghost_clusters=5", tmp_path / "model.onnx")
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
@@ -246,3 +251,68 @@ def test_safetensors_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ValueError, match="takes the package safetensors; pip install safetensors"):
         read_file(tmp_path / "cut.safetensors")
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.onnx.OnnxExporterError("\x1b[96mFailed\x1b[0m here. Next\nNext steps:\n* report"), "Failed here. Next"),
+        (RuntimeError("no kernel\nof many lines"), "no kernel"),
+        (NotImplementedError(), "NotImplementedError"),
+    ],
+)
+def test_an_exporter_that_fails_is_one_line(trained, tmp_path, capsys, monkeypatch, error, told):
+    monkeypatch.setattr(torch.onnx, "export", failing(error))
+    with pytest.raises(SystemExit) as exit_:
+        export.main(f"--resume={trained} --output={tmp_path}/a.onnx".split())
+    shown = capsys.readouterr().err
+    remedy = "use other versions of torch, onnxscript or onnxruntime"
+    assert shown == f"ERROR: {tmp_path}/a.onnx was not written: the exporter failed ({told}); {remedy}\n"
+    assert exit_.value.code == 2 and {path.name for path in tmp_path.iterdir()} == {"best.pth", "bare.pth"}
+
+
+def test_an_output_that_cannot_be_written(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export.tempfile, "TemporaryDirectory", failing(OSError(28, "No space left on device")))
+    for output in ("a.onnx", "a.safetensors"):
+        with pytest.raises(SystemExit):
+            export.main(f"--resume={trained} --output={tmp_path}/{output}".split())
+        assert f"--output {tmp_path}/{output} could not be written (No space left on device)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("output", ["a.onnx", "a.safetensors"])
+def test_a_signal_leaves_nothing_behind(trained, tmp_path, capsys, monkeypatch, signum, status, output):
+    found = []
+
+    def signalled(*_, **__):
+        found.append({path.name for path in tmp_path.iterdir()})
+        signal.raise_signal(signum)
+
+    before = signal.getsignal(signum)
+    monkeypatch.setattr(torch.onnx, "export", signalled)
+    monkeypatch.setattr(
+        export, "read_file", lambda path, n=[]: n.append(1) or (signalled() if n[1:] else read_file(path))
+    )
+    with pytest.raises(SystemExit) as exit_:
+        export.main(f"--resume={trained} --output={tmp_path}/{output}".split())
+    assert exit_.value.code == status and capsys.readouterr().err == "" and signal.getsignal(signum) is before
+    assert len(found[0]) == 3 and {path.name for path in tmp_path.iterdir()} == {"best.pth", "bare.pth"}
+
+
+def test_suffixes_in_capitals(trained, tmp_path, capsys):
+    assert export.main(f"--resume={trained} --output={tmp_path}/A.SAFETENSORS".split()) == 0
+    assert export.main(f"--resume={tmp_path}/A.SAFETENSORS --output={tmp_path}/B.Safetensors".split()) == 0
+    assert read_file(tmp_path / "B.Safetensors")["resize"] == [56, 56]
+    assert export.arguments(["--resume=x", f"--output={tmp_path}/X.ONNX"]).output.name == "X.ONNX"
+    for name in ("e.onnx", "E.ONNX"):
+        (tmp_path / name).write_bytes(b"onnx")
+        with pytest.raises(SystemExit):
+            export.main(f"--resume={tmp_path}/{name} --output={tmp_path}/c.safetensors".split())
+        assert f"{name} is an ONNX file, which cannot be read back; give the checkpoint" in capsys.readouterr().err
