@@ -84,10 +84,19 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return found
 
 
+_stopped: list[int] = []  # by which signal; where PyTorch imports itself it makes other errors of SystemExit
+
+
 def _leave(signum: int, _: FrameType | None) -> None:
+    _stopped.append(signum)
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, signal.SIG_IGN)  # a second one would come between what is cleaned up
     raise SystemExit(128 + signum)
+
+
+def _leave_if_stopped() -> None:
+    if _stopped:
+        raise SystemExit(128 + _stopped[0])
 
 
 @contextmanager
@@ -99,6 +108,7 @@ def _left_on_signals() -> Iterator[None]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+        _stopped.clear()
 
 
 if __name__ == "__main__":
@@ -186,6 +196,7 @@ def export_onnx(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metad
                 f"{path} was not written: its descriptors differ by {difference:.1e} from PyTorch's, and "
                 f"{TOLERANCE:.0e} is allowed; use other versions of torch, onnxscript or onnxruntime"
             )
+        _leave_if_stopped()
         path.with_name(path.name + ".data").unlink(missing_ok=True)  # of a larger model that was here before
         for file in sorted(Path(name).iterdir(), reverse=True):  # the data, if any, before what refers to it
             file.replace(path.parent / file.name)
@@ -216,6 +227,7 @@ def export_safetensors(model: SuperVLADNet, path: Path, *, metadata: dict[str, s
         difference = torch.stack(differences).max().item()
         if difference != 0:
             raise ValueError(f"{path} was not written: weights read back differ by {difference:.1e}; try again")
+        _leave_if_stopped()
         written.replace(path)
     return difference
 
@@ -271,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             metadata |= {name: json.dumps(value) for name, value in facts.items()}
             _write(model, options.output, size=size, metadata=metadata)
         except (ValueError, OSError) as error:
+            _leave_if_stopped()
             print(f"ERROR: {error}", file=sys.stderr)
             raise SystemExit(2) from None
     return 0

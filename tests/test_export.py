@@ -316,3 +316,19 @@ def test_suffixes_in_capitals(trained, tmp_path, capsys):
         with pytest.raises(SystemExit):
             export.main(f"--resume={tmp_path}/{name} --output={tmp_path}/c.safetensors".split())
         assert f"{name} is an ONNX file, which cannot be read back; give the checkpoint" in capsys.readouterr().err
+
+
+def test_a_signal_that_pytorch_makes_another_error_of(trained, tmp_path, capsys, monkeypatch):
+    """As its lazy imports do, which are most of the time of a short export."""
+
+    def swallowed(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except SystemExit:
+            raise AttributeError("module has no such attribute") from None
+
+    monkeypatch.setattr(torch.onnx, "export", swallowed)
+    with pytest.raises(SystemExit) as exit_:
+        export.main(f"--resume={trained} --output={tmp_path}/a.onnx".split())
+    assert exit_.value.code == 143 and capsys.readouterr().err == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pth", "bare.pth"}
