@@ -140,13 +140,13 @@ def test_only_a_size_that_the_source_says_is_called_validated(trained, tmp_path,
 
     assert exported("bare.pth", "bare.safetensors", "--resize", "42", "42") == ""
     shown = log_of(tmp_path / "bare.safetensors", "--resize", "56", "42")
-    assert "validated" not in shown and "the file was exported for 42 42, and --resize is 56 42\n" in shown
+    assert "validated at" not in shown and "the file was exported for 42 42, and --resize is 56 42\n" in shown
     warning = "WARNING: the model was validated at 56 56, and is exported at 112 84\n"
     assert exported("best.pth", "other.safetensors", "--resize", "112", "84") == warning
     assert exported("other.safetensors", "again.safetensors") == warning, "it goes on knowing both"
     shown = log_of(tmp_path / "again.safetensors")
     assert "--resize 112 84" in shown and shown.count("validated at 56 56") == 1 and "validated at 112" not in shown
-    assert "validated" not in log_of(tmp_path / "again.safetensors", "--resize", "56", "56")
+    assert "validated at" not in log_of(tmp_path / "again.safetensors", "--resize", "56", "56")
 
 
 def test_the_preparation_that_a_file_says_is_followed_in_plain_folders(trained, tmp_path, city, log_of):
