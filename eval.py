@@ -25,7 +25,15 @@ from datasets.database_queries import DatabaseQueries, image_key, list_images, r
 from datasets.protocols import protocol_of, warn_of_counts
 from datasets.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
 from model import SuperVLADNet, build_model
-from model.weights import find_checkpoint, load_checkpoint, model_of, read_file, size_of
+from model.weights import (
+    find_checkpoint,
+    load_checkpoint,
+    model_of,
+    preparation_of,
+    read_file,
+    size_of,
+    validated_size_of,
+)
 from test import Search, extract, format_recalls, image_batches, images_at_a_time, searched_by_all
 from utils import distributed, match_page, report, run_log, search
 from utils.assignments import AssignedPhoto, draw_assignments
@@ -73,7 +81,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         distances = [positive_distance(options, name) for name, _ in found]
         path = distributed.on_main(lambda: find_checkpoint(options.resume))
         content = read_file(path)
-        options = completed(options, model_of(options.resume, content), size_of(content))
+        options = completed(options, model_of(options.resume, content), content)
         model = build_model(**options.model)
         pca_paths = pca_images(options, model.descriptor_dim)
         load_checkpoint(model, path, content)
@@ -133,27 +141,37 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
     return table
 
 
-def completed(options: EvalOptions, written: dict[str, Any], size: tuple[int, int] | None) -> EvalOptions:
+def completed(options: EvalOptions, written: dict[str, Any], content: dict[str, Any]) -> EvalOptions:
     """The options with what the checkpoint says, where the command line says nothing: backbone; clusters and encoder;
-    the size of the images.
+    the size of the images; of plain folders also how photos are prepared.
 
     Args:
         options: as given.
         written: what `build_model` takes for the checkpoint.
-        size: height and width at which it was validated.
+        content: of its file.
     """
     found = {"supervlad_clusters" if name == "clusters" else name: value for name, value in written.items()}
     if "backbone" in options.given:
         found.pop("backbone", None)
     if {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*options.given}:
         found = {name: value for name, value in found.items() if name == "backbone"}
+    shown = [f"--{name} {value}" for name, value in found.items()]
+    size, validated_at = size_of(content), validated_size_of(content)
     if size is not None and "resize" not in options.given:
         found["resize"] = size
-    elif size is not None and size != options.resize:
-        logger.warning("the model was validated at %d %d, and --resize is %d %d", *size, *options.resize)
-    if found:
-        shown = {**found, "resize": "{} {}".format(*size)} if "resize" in found and size is not None else found
-        logger.info("from the checkpoint: %s", ", ".join(f"--{name} {value}" for name, value in shown.items()))
+        shown.append("--resize {} {}".format(*size))
+    taken = found.get("resize", options.resize)
+    if validated_at is not None and validated_at != taken:
+        logger.warning("the model was validated at %d %d, and --resize is %d %d", *validated_at, *taken)
+    elif validated_at is None and size is not None and size != taken:
+        logger.warning("the file was exported for %d %d, and --resize is %d %d", *size, *taken)
+    if options.plain_folders:
+        prepared = {name: value for name, value in preparation_of(content).items() if name not in options.given}
+        found |= prepared
+        if "antialias" in prepared:
+            shown.append(f"--{'no-' * (not prepared['antialias'])}antialias")
+    if shown:
+        logger.info("from the checkpoint: %s", ", ".join(shown))
     return replace(options, **found)
 
 
@@ -161,12 +179,17 @@ def say_what_plain_folders_change(options: EvalOptions, *, encoder: bool) -> Non
     """Writes in one line how an evaluation of two plain folders departs from the published protocol."""
     if not options.plain_folders:
         return
-    changes = ["photos are turned as EXIF says"]
+    changes = []
+    if options.upright:
+        changes.append("photos are turned as EXIF says")
     if options.antialias:
         changes.append("the resize is antialiased (--no-antialias switches that off)")
     if encoder and options.encoder_context[0] == "independent":
         changes.append("the encoder sees each photo by itself (--encoder_context file_order: neighbours by name)")
-    logger.info("plain folders, not as benchmarks are published: %s", "; ".join(changes))
+    line = "plain folders" + ", photos not turned as EXIF says since the checkpoint says so" * (not options.upright)
+    if changes:
+        line += f", not as benchmarks are published: {'; '.join(changes)}"
+    logger.info("%s", line)
 
 
 def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
@@ -294,7 +317,7 @@ def pca_images(options: EvalOptions, descriptor_dim: int) -> list[str]:
     folder = options.eval_datasets_folder / options.pca_dataset_folder
     chosen = np.random.default_rng(options.seed).permutation(list_images(folder))[:PCA_IMAGES]
     if options.skip_unreadable:
-        chosen = chosen[readable(chosen.tolist(), folder, upright=options.plain_folders)]
+        chosen = chosen[readable(chosen.tolist(), folder, upright=options.upright)]
     if options.pca_dim > min(len(chosen), descriptor_dim):
         raise ValueError(
             f"--pca_dim {options.pca_dim}: descriptors have {descriptor_dim} numbers and {options.pca_dataset_folder} "
@@ -331,7 +354,7 @@ def fingerprint_of(weights: str, options: EvalOptions, test_method: str) -> dict
         "test_method": test_method,
         "resize": list(options.resize),
         "antialias": options.antialias,
-        "upright": options.plain_folders,
+        "upright": options.upright,
         "precision": options.precision,
     }
 
@@ -384,7 +407,7 @@ def extracted(
             num_workers=reading_workers(device) if options.num_workers is None else options.num_workers,
             device=device,
             progress=f"{task.dataset.name} {name}",
-            upright=options.plain_folders,
+            upright=options.upright,
             stop=stop,
         )
         extract(model, paths, stores[name], read_images, options.precision)
@@ -618,7 +641,7 @@ def write_outputs(
                     correct=None if correct is None else correct[first],
                     judged=None if judged is None else judged[first],
                     metres=None if metres is None else metres[first],
-                    read=partial(read_reduced, side=match_page.THUMBNAIL_SIDE, upright=options.plain_folders),
+                    read=partial(read_reduced, side=match_page.THUMBNAIL_SIDE, upright=options.upright),
                     similarity=1 - matches.distances[first].astype(np.float64) / 2 if unit else None,
                     rule=rule(options, task.positive_distance),
                     findable=None if correct is None else matches.findable,
@@ -649,7 +672,7 @@ def write_assignments(
             shown.append((f"first match{verdict}", dataset.database_paths[match]))
         photos = []
         for title, path in shown:
-            pixels = read_pixels(path, upright=options.plain_folders)
+            pixels = read_pixels(path, upright=options.upright)
             with autocast(device, options.precision):
                 assignment = model.assignments(transform(pixels[None]).to(device))[0]
             photos.append(

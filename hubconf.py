@@ -51,8 +51,12 @@ def prepare(resize: tuple[int, int] = (322, 322), antialias: bool = True, uprigh
         resize: height and width in pixels, multiples of 14; the released models were validated at 322 x 322.
         antialias: whether the resize is antialiased.
         upright: whether the photo is turned as its EXIF data says.
+
+    Raises:
+        ValueError: `resize` is not two multiples of 14, from 14 on.
     """
     transforms = _ours("datasets", "transforms")
+    transforms.require_patches(resize)
     return partial(transforms.prepare, transform=transforms.evaluation_transform(resize, antialias), upright=upright)
 
 

@@ -109,10 +109,11 @@ class EvalOptions(Options):
     )
     antialias: bool = option(
         None,
-        "antialias the resize; by default it is for plain folders, whose photos may be large, and not for datasets, as "
-        "published",
+        "antialias the resize; by default it is for plain folders, whose photos may be large, unless the checkpoint "
+        "says no, and not for datasets, as published",
         action=argparse.BooleanOptionalAction,
     )
+    upright: bool = field(default=None)  # type: ignore[assignment]  # of plain folders, unless the checkpoint says no
     database_folder: Path | None = option(None, "with --queries_folder: two plain folders instead", type=Path)
     queries_folder: Path | None = option(None, "with --database_folder: two plain folders instead", type=Path)
     no_labels: bool = option(False, "file names hold no positions: search only, no recall")
@@ -257,6 +258,8 @@ class EvalOptions(Options):
         plain = (self.database_folder is not None) + (self.queries_folder is not None)
         if self.antialias is None:
             object.__setattr__(self, "antialias", self.plain_folders)
+        if self.upright is None:
+            object.__setattr__(self, "upright", self.plain_folders)
         if self.encoder_context is None:
             object.__setattr__(self, "encoder_context", ("independent" if self.plain_folders else "file_order",))
         if plain == 1:

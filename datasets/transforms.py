@@ -202,6 +202,16 @@ def evaluation_transform(size: Size, antialias: bool = False, test_method: str =
     return partial(TEST_METHODS[test_method], size=size, antialias=antialias)
 
 
+def require_patches(size: Sequence[int]) -> None:
+    """Raises ValueError unless `size` is a height and a width that the model takes."""
+    sides = tuple(size) if isinstance(size, Sequence) else (size,)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % PATCH_SIZE == 0 for side in sides):
+        raise ValueError(
+            f"resize {size!r} is not a height and a width that are multiples of the {PATCH_SIZE}-pixel patch, "
+            f"{PATCH_SIZE} or more; use e.g. (322, 322)"
+        )
+
+
 def prepare(
     photo: Path | str | Image.Image | Tensor, transform: Transform | None = None, *, upright: bool = True
 ) -> Tensor:

@@ -8,14 +8,22 @@ and of the one size that it was written for, and gives `descriptors`, B x K*D. I
 put into place.
 The safetensors file is another form of the checkpoint, which eval.py and train.py read.
 Both carry as metadata, in JSON, what the model is (`model`) and how photos become images: `resize` (height and width),
-`antialias`, `upright` (turned as EXIF says), `mean` and `std`; by default as eval.py prepares those of plain folders.
+`antialias`, `upright` (turned as EXIF says), `mean` and `std`; by default as the checkpoint says, if it was exported,
+else as eval.py prepares those of plain folders, which follows a safetensors file in turn. `validated_at` is the size at
+which the model was validated, where that is known.
 With the cross-image encoder the images of a batch look at each other: a descriptor depends on them.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from .sizes import BACKBONES, PATCH_SIZE
@@ -41,10 +49,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help="height and width of the images; by default the file's own, else 322 322",
         ),
         parser.add_argument(
-            "--antialias", action=either, default=True, help="how photos are to be resized, for the record in the file"
+            "--antialias", action=either, help="how photos are to be resized; by default the file's own, else so"
         ),
         parser.add_argument(
-            "--upright", action=either, default=True, help="whether EXIF turns photos, for the record in the file"
+            "--upright", action=either, help="whether EXIF turns photos; by default the file's own, else so"
         ),
         parser.add_argument("--backbone", choices=tuple(BACKBONES), help="by default the file's own, else dino"),
         parser.add_argument("--supervlad_clusters", type=int, help="by default the file's own, else 4"),
@@ -60,10 +68,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     missing = [f"--{name}" for name in ("resume", "output") if getattr(found, name) is None]
     if missing:
         parser.error(f"{' and '.join(missing)} missing; name the checkpoint to read and the file to write")
-    if found.output.suffix not in (".onnx", ".safetensors"):
+    if found.output.is_dir():
+        parser.error(f"--output {found.output} is a folder; name a file in it, .onnx or .safetensors")
+    if found.output.suffix.lower() not in (".onnx", ".safetensors"):
         parser.error(f"--output {found.output} is neither .onnx nor .safetensors; name it one of the two")
     if not found.output.parent.is_dir():
         parser.error(f"--output {found.output}: there is no folder {found.output.parent}; make it first")
+    if not os.access(found.output.parent, os.W_OK | os.X_OK):
+        parser.error(f"--output {found.output}: {found.output.parent} may not be written to; name another folder")
     if found.resize and any(side < PATCH_SIZE or side % PATCH_SIZE for side in found.resize):
         parser.error(
             f"--resize {' '.join(map(str, found.resize))} is not a multiple of the {PATCH_SIZE}-pixel patch; "
@@ -72,12 +84,40 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return found
 
 
+_stopped: list[int] = []  # by which signal; where PyTorch imports itself it makes other errors of SystemExit
+
+
+def _leave(signum: int, _: FrameType | None) -> None:
+    _stopped.append(signum)
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)  # a second one would come between what is cleaned up
+    raise SystemExit(128 + signum)
+
+
+def _leave_if_stopped() -> None:
+    if _stopped:
+        raise SystemExit(128 + _stopped[0])
+
+
+@contextmanager
+def _left_on_signals() -> Iterator[None]:
+    """Within the block Ctrl-C and SIGTERM end the program with 130 and 143, once temporary folders are gone."""
+    previous = {signum: signal.signal(signum, _leave) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        _stopped.clear()
+
+
 if __name__ == "__main__":
+    for _signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_signum, _leave)
     arguments()  # before the seconds of importing the rest: a mistake is answered at once
 
 import importlib
 import json
-import sys
 import tempfile
 import warnings
 
@@ -86,9 +126,19 @@ from torch import Tensor
 
 from . import build_model
 from .network import SuperVLADNet
-from .weights import find_checkpoint, load_checkpoint, model_of, read_file, size_of
+from .weights import (
+    RELEASED,
+    find_checkpoint,
+    load_checkpoint,
+    model_of,
+    preparation_of,
+    read_file,
+    size_of,
+    validated_size_of,
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which are taken out of photos in [0, 1]
+RELEASED_SIZE = (322, 322)  # at which the released models were validated
 TOLERANCE = 1e-4  # between a number of a descriptor from ONNX Runtime and from PyTorch
 ONE_FILE = 1_800_000_000  # bytes of weights; what is larger goes into a second file, since protobuf ends at 2 GiB
 
@@ -146,6 +196,7 @@ def export_onnx(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metad
                 f"{path} was not written: its descriptors differ by {difference:.1e} from PyTorch's, and "
                 f"{TOLERANCE:.0e} is allowed; use other versions of torch, onnxscript or onnxruntime"
             )
+        _leave_if_stopped()
         path.with_name(path.name + ".data").unlink(missing_ok=True)  # of a larger model that was here before
         for file in sorted(Path(name).iterdir(), reverse=True):  # the data, if any, before what refers to it
             file.replace(path.parent / file.name)
@@ -176,6 +227,7 @@ def export_safetensors(model: SuperVLADNet, path: Path, *, metadata: dict[str, s
         difference = torch.stack(differences).max().item()
         if difference != 0:
             raise ValueError(f"{path} was not written: weights read back differ by {difference:.1e}; try again")
+        _leave_if_stopped()
         written.replace(path)
     return difference
 
@@ -192,46 +244,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        The exit status, 0; 2 is raised as SystemExit for bad input.
+        The exit status, 0; raised as SystemExit are 2 for bad input, and 130 and 143 for Ctrl-C and SIGTERM.
     """
     options = arguments(argv)
+    with _left_on_signals():
+        try:
+            path = find_checkpoint(options.resume)
+            content = read_file(path)
+            asked = {
+                "backbone": options.backbone,
+                "clusters": options.supervlad_clusters,
+                "ghost_clusters": options.ghost_clusters,
+                "crossimage_encoder": options.crossimage_encoder,
+            }
+            settings = {**model_of(options.resume, content), **{k: v for k, v in asked.items() if v is not None}}
+            settings = {"backbone": "dino", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": False, **settings}
+            model = build_model(**settings).eval()
+            load_checkpoint(model, path, content)
+            validated_at = validated_size_of(content)
+            if str(options.resume) in RELEASED and path != options.resume:
+                validated_at = RELEASED_SIZE
+            size = tuple(options.resize or size_of(content) or validated_at or RELEASED_SIZE)
+            height, width = size
+            if validated_at not in (None, size):
+                numbers = " ".join(map(str, validated_at))
+                print(
+                    f"WARNING: the model was validated at {numbers}, and is exported at {height} {width}",
+                    file=sys.stderr,
+                )
+            elif validated_at is None:
+                print(f"{path} does not say at which size it was validated; exported at {height} {width} (--resize)")
+            preparation = {"antialias": True, "upright": True, **preparation_of(content)}
+            preparation |= {name: getattr(options, name) for name in preparation if getattr(options, name) is not None}
+            facts = {**preparation, "resize": size, "mean": MEAN, "std": STD}
+            if validated_at is not None:
+                facts["validated_at"] = validated_at
+            metadata = {"model": json.dumps(settings), "source": path.name}
+            metadata |= {name: json.dumps(value) for name, value in facts.items()}
+            _write(model, options.output, size=size, metadata=metadata)
+        except (ValueError, OSError) as error:
+            _leave_if_stopped()
+            print(f"ERROR: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+    return 0
+
+
+def _write(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metadata: dict[str, str]) -> None:
     try:
-        path = find_checkpoint(options.resume)
-        content = read_file(path)
-        asked = {
-            "backbone": options.backbone,
-            "clusters": options.supervlad_clusters,
-            "ghost_clusters": options.ghost_clusters,
-            "crossimage_encoder": options.crossimage_encoder,
-        }
-        settings = {**model_of(options.resume, content), **{k: v for k, v in asked.items() if v is not None}}
-        settings = {"backbone": "dino", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": False, **settings}
-        model = build_model(**settings).eval()
-        load_checkpoint(model, path, content)
-        validated_at = size_of(content)
-        size = tuple(options.resize or validated_at or (322, 322))
-        if validated_at not in (None, size):
-            numbers = " ".join(map(str, (*validated_at, "and --resize is", *size)))
-            print(f"WARNING: the model was validated at {numbers}", file=sys.stderr)
-        preparation = {"resize": size, "antialias": options.antialias, "upright": options.upright}
-        preparation |= {"mean": MEAN, "std": STD}
-        metadata = {"model": json.dumps(settings), "source": path.name}
-        metadata |= {name: json.dumps(value) for name, value in preparation.items()}
-        if options.output.suffix == ".onnx":
-            difference = export_onnx(model, options.output, size=size, metadata=metadata)
-            print(f"{options.output}: descriptors differ by {difference:.1e} at most from PyTorch's")
+        if path.suffix.lower() == ".onnx":
+            difference = export_onnx(model, path, size=size, metadata=metadata)
+            print(f"{path}: descriptors differ by {difference:.1e} at most from PyTorch's")
             if model.encoder is not None:
                 print("the encoder looks across a batch: batches of one give what eval.py gives for plain folders")
         else:
-            difference = export_safetensors(model, options.output, metadata=metadata)
-            print(f"{options.output}: weights read back, largest difference {difference:g}")
-    except (ValueError, OSError, torch.onnx.OnnxExporterError) as error:
-        message = str(error)
-        if not isinstance(error, (ValueError, FileNotFoundError)):
-            message = f"{options.output} could not be written ({error}); free space, or use other versions of torch"
-        print(f"ERROR: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
-    return 0
+            difference = export_safetensors(model, path, metadata=metadata)
+            print(f"{path}: weights read back, largest difference {difference:g}")
+    except ValueError:
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"--output {path} could not be written ({error.strerror or error}); free space, or name another folder"
+        ) from error
+    except Exception as error:  # the exporter and ONNX Runtime have exceptions of their own, of many lines
+        told = str(error.__cause__ or error).strip().partition("\n")[0]
+        told = re.sub(r"\x1b\[[0-9;]*m", "", told) or type(error).__name__
+        raise ValueError(
+            f"{path} was not written: the exporter failed ({told}); use other versions of torch, "
+            "onnxscript or onnxruntime"
+        ) from error
 
 
 if __name__ == "__main__":

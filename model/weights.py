@@ -1,5 +1,6 @@
 """Weight files, loaded without running code from them: DINOv2's, released checkpoints, ours, bare state dicts."""
 
+import errno
 import json
 import logging
 import pickle
@@ -30,7 +31,7 @@ FOUNDATION_FILES = {
     "dino_giant_reg": "dinov2_vitg14_reg4_pretrain.pth",
 }
 
-SPLITS_NAMED = 8  # of clusters into kept ones and ghosts, in an error
+SPLITS_NAMED = 4  # of clusters into kept ones and ghosts, in an error
 
 
 # What torch.load raises for files that it did not write.
@@ -137,17 +138,40 @@ def model_of(name: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def size_of(content: dict[str, Any]) -> tuple[int, int] | None:
-    """Height and width in pixels at which a checkpoint's model was validated; None where the file does not say.
+    """Height and width in pixels that a checkpoint's model takes by default; None where the file does not say.
 
     Args:
         content: of its file.
     """
-    written = content.get("resize")
+    return _size(content.get("resize"))
+
+
+def validated_size_of(content: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width in pixels at which a checkpoint's model was validated; None where the file does not say.
+
+    That is what train.py writes as `resize`; an exported file says it apart, since it may be for another size.
+
+    Args:
+        content: of its file.
+    """
+    return _size(content["validated_at"] if "validated_at" in content else content.get("resize"))
+
+
+def _size(written: Any) -> tuple[int, int] | None:
     if not isinstance(written, (list, tuple)) or len(written) != 2:
         return None
     if not all(type(side) is int and side > 0 and side % PATCH_SIZE == 0 for side in written):
         return None  # another project's entry of that name
     return written[0], written[1]
+
+
+def preparation_of(content: dict[str, Any]) -> dict[str, bool]:
+    """Whether photos are antialiased (`antialias`) and turned as EXIF says (`upright`), where an exported file says so.
+
+    Args:
+        content: of its file.
+    """
+    return {name: content[name] for name in ("antialias", "upright") if isinstance(content.get(name), bool)}
 
 
 def cached(file: str) -> Path:
@@ -171,11 +195,15 @@ def _numpy_globals() -> list[Any]:
     return names
 
 
+def _not_readable(path: Path, error: OSError) -> OSError:
+    return OSError(f"{path} cannot be read ({error.strerror or error}); check its permissions and the disk")
+
+
 def _foreign_objects(path: Path) -> list[str]:
     """What a file holds beyond tensors and plain values, by name; nothing where it cannot be read at all."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except _UNREADABLE:
+    except (*_UNREADABLE, OSError):
         return []
 
 
@@ -184,13 +212,18 @@ def read_file(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: it cannot be read, for want of permission or of a whole disk.
         ValueError: damaged, not a dict, or holding objects that only arbitrary code could rebuild.
     """
     path = Path(path)
     if not path.is_file():
         names = "" if path.parent.name or path.suffix else f", and the released ones are called {', '.join(RELEASED)}"
         raise FileNotFoundError(f"no weight file at {path}; check the path{names}")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".onnx":
+        raise ValueError(
+            f"{path} is an ONNX file, which cannot be read back; give the checkpoint that it was exported from"
+        )
+    if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     with torch.serialization.safe_globals(_numpy_globals()):
         try:
@@ -198,7 +231,10 @@ def read_file(path: Path) -> dict[str, Any]:
             if zipfile.is_zipfile(path) and (name := zipfile.ZipFile(path).testzip()):
                 raise RuntimeError(f"{name} does not have its checksum")
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except _UNREADABLE as error:
+        except (*_UNREADABLE, OSError) as error:
+            # Of a damaged file too, whose offsets lead before its start: EINVAL, or no errno at all.
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise _not_readable(path, error) from error
             if foreign := _foreign_objects(path):
                 raise ValueError(
                     f"{path} holds {', '.join(foreign)}, and rebuilding that would run code from the file: refused; "
@@ -210,6 +246,9 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
+_WRITTEN = ("model", "resize", "validated_at", "antialias", "upright")  # by model.export, in JSON
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         from safetensors import SafetensorError, safe_open
@@ -219,8 +258,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             written = file.metadata() or {}
-            facts = {name: _parsed(written[name]) for name in ("model", "resize") if name in written}
-            return {"model_state_dict": state, **facts}
+            known = {name: _parsed(written[name]) for name in _WRITTEN if name in written}
+            return {"model_state_dict": state, "validated_at": None, **known}
+    except OSError as error:
+        raise _not_readable(path, error) from error
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch or write it again") from error
 
@@ -305,7 +346,7 @@ def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dic
         if asked not in fitting:
             flags = " or ".join(f"--supervlad_clusters={K} --ghost_clusters={G}" for K, G in fitting[:SPLITS_NAMED])
             if len(fitting) > SPLITS_NAMED:
-                flags += f", or any other K >= 1 and G >= 0 that make {total} together"
+                flags += f" or any other K + G = {total}"
             raise ValueError(
                 f"{path} has {total} clusters, ghost clusters included, but {asked[0]} + {asked[1]} were asked for; "
                 f"use {flags}" + (", whichever it was trained with" if len(fitting) > 1 else "")

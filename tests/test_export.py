@@ -1,6 +1,7 @@
 """ONNX and safetensors: written, read by others and by us, and refused where they would be wrong."""
 
 import json
+import signal
 import sys
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_onnx(saved, tmp_path, capsys, monkeypatch):
     export.main(f"--resume {path} --resize 56 70 --no-upright --output {tmp_path}/model.onnx".split())
     shown = capsys.readouterr()
     assert "model.onnx: descriptors differ by" in shown.out and ("batches of one" in shown.out) == bool(model.encoder)
-    assert shown.err == "WARNING: the model was validated at 70 56 and --resize is 56 70\n"
+    assert shown.err == "WARNING: the model was validated at 70 56, and is exported at 56 70\n"
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (image,), (descriptor,) = session.get_inputs(), session.get_outputs()
     assert image.name == "images" and image.shape[1:] == [3, 56, 70] and isinstance(image.shape[0], str)
@@ -97,7 +98,97 @@ def test_the_size_is_the_checkpoints_unless_given(tmp_path, capsys, written, exp
     for name in ("a", "b"):
         with safe_open(tmp_path / f"{name}.safetensors", framework="np") as file:
             assert json.loads(file.metadata()["resize"]) == expected
-    assert "WARNING" not in capsys.readouterr().err
+            known = json.loads(file.metadata().get("validated_at", "null"))
+        assert known == (expected if expected == written else None), "a size that was guessed is not a validated one"
+    shown = capsys.readouterr()
+    assert "WARNING" not in shown.err
+    guessed = shown.out.count("does not say at which size it was validated; exported at 322 322")
+    assert guessed == (0 if expected == written else 2)
+
+
+PHOTOS = "--num_workers=0 --device=cpu --no_labels --recall_values 1"
+
+
+@pytest.fixture
+def log_of(tmp_path, city, capsys):
+    """The log of eval.py with a file, of plain folders."""
+
+    def run(file, *flags):
+        capsys.readouterr()
+        folders = [f"--{kind}_folder={city}/toy_city/images/test/{kind}" for kind in ("database", "queries")]
+        eval_script.main([*PHOTOS.split(), *folders, f"--resume={file}", f"--save_dir={tmp_path}/runs", *flags])
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def trained(tmp_path):
+    torch.manual_seed(3)
+    settings = {"backbone": "dino_tiny", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": False}
+    model = build_model(**settings)
+    content = {"model_state_dict": model.state_dict(), "model": settings, "resize": [56, 56]}
+    torch.save(content, tmp_path / "best.pth")
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    return tmp_path / "best.pth"
+
+
+def test_only_a_size_that_the_source_says_is_called_validated(trained, tmp_path, capsys, log_of):
+    def exported(source, output, *flags):
+        export.main([f"--resume={tmp_path}/{source}", f"--output={tmp_path}/{output}", "--backbone=dino_tiny", *flags])
+        return capsys.readouterr().err
+
+    assert exported("bare.pth", "bare.safetensors", "--resize", "42", "42") == ""
+    shown = log_of(tmp_path / "bare.safetensors", "--resize", "56", "42")
+    assert "validated at" not in shown and "the file was exported for 42 42, and --resize is 56 42\n" in shown
+    warning = "WARNING: the model was validated at 56 56, and is exported at 112 84\n"
+    assert exported("best.pth", "other.safetensors", "--resize", "112", "84") == warning
+    assert exported("other.safetensors", "again.safetensors") == warning, "it goes on knowing both"
+    shown = log_of(tmp_path / "again.safetensors")
+    assert "--resize 112 84" in shown and shown.count("validated at 56 56") == 1 and "validated at 112" not in shown
+    assert "validated at" not in log_of(tmp_path / "again.safetensors", "--resize", "56", "56")
+
+
+def test_the_preparation_that_a_file_says_is_followed_in_plain_folders(trained, tmp_path, city, log_of):
+    def exported(source, output, *flags):
+        export.main([f"--resume={tmp_path}/{source}", f"--output={tmp_path}/{output}", *flags])
+        with safe_open(tmp_path / output, framework="np") as file:
+            return file.metadata()["antialias"], file.metadata()["upright"]
+
+    def options_of():
+        results = max((tmp_path / "runs").glob("*/results.json"), key=lambda path: path.stat().st_mtime_ns)
+        options = json.loads(results.read_text())["options"]
+        return options["antialias"], options["upright"]
+
+    assert exported("best.pth", "a.safetensors", "--no-antialias", "--no-upright") == ("false", "false")
+    assert exported("a.safetensors", "b.safetensors") == ("false", "false"), "kept when it is exported again"
+    assert exported("a.safetensors", "c.safetensors", "--upright") == ("false", "true")
+    shown = log_of(tmp_path / "b.safetensors")
+    assert options_of() == (False, False) and ", --no-antialias\n" in shown
+    assert "plain folders, photos not turned as EXIF says since the checkpoint says so\n" in shown
+    log_of(tmp_path / "b.safetensors", "--antialias")
+    assert options_of() == (True, False), "the command line comes first"
+    log_of(tmp_path / "c.safetensors")
+    assert options_of() == (False, True)
+    log_of(trained)
+    assert options_of() == (True, True)
+    assert exported("best.pth", "d.safetensors") == ("true", "true")
+    flags = f"--eval_datasets_folder={city} --eval_dataset_name=toy_city --resume={tmp_path}/d.safetensors"
+    eval_script.main([*"--num_workers=0 --device=cpu".split(), *flags.split(), f"--save_dir={tmp_path}/runs"])
+    assert options_of() == (False, False), "benchmarks as published"
+
+
+def test_photos_are_turned_only_if_the_file_says_so(trained, tmp_path, log_of, monkeypatch):
+    asked = []
+    real = eval_script.image_batches
+    monkeypatch.setattr(
+        eval_script, "image_batches", lambda *a, **k: asked.append((k["upright"], k["transform"])) or real(*a, **k)
+    )
+    export.main(f"--resume={trained} --output={tmp_path}/a.safetensors --no-upright --antialias".split())
+    log_of(tmp_path / "a.safetensors")
+    log_of(trained)
+    assert [upright for upright, _ in asked] == [False, False, True, True]
+    assert all(transform.keywords["antialias"] for _, transform in asked)
 
 
 def test_released_checkpoints_go_by_name(tmp_path, monkeypatch):
@@ -109,7 +200,8 @@ def test_released_checkpoints_go_by_name(tmp_path, monkeypatch):
     output = tmp_path / "model.safetensors"
     export.main(f"--resume 1-ClusterVLAD --backbone dino_tiny --output {output}".split())
     written = {"backbone": "dino_tiny", "clusters": 1, "ghost_clusters": 2, "crossimage_encoder": False}
-    assert read_file(output)["model"] == written
+    content = read_file(output)
+    assert content["model"] == written and weights.validated_size_of(content) == (322, 322)
 
 
 @pytest.fixture
@@ -130,6 +222,10 @@ def refused(saved, capsys, tmp_path):
 def test_what_is_refused(refused, tmp_path, monkeypatch):
     assert "neither .onnx nor .safetensors" in refused("", tmp_path / "model.pt")
     assert "there is no folder" in refused("", tmp_path / "none" / "model.onnx")
+    assert f"--output {tmp_path} is a folder; name a file in it" in refused("", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(export.os, "access", lambda *_: False)
+        assert f"{tmp_path} may not be written to; name another folder" in refused("", tmp_path / "model.onnx")
     assert "--resize 56 57 is not a multiple" in refused("--resize 56 57", tmp_path / "model.onnx")
     assert "use --supervlad_clusters=1 --ghost_clusters=2" in refused("--ghost_clusters=5", tmp_path / "model.onnx")
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
@@ -155,3 +251,84 @@ def test_safetensors_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ValueError, match="takes the package safetensors; pip install safetensors"):
         read_file(tmp_path / "cut.safetensors")
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.onnx.OnnxExporterError("\x1b[96mFailed\x1b[0m here. Next\nNext steps:\n* report"), "Failed here. Next"),
+        (RuntimeError("no kernel\nof many lines"), "no kernel"),
+        (NotImplementedError(), "NotImplementedError"),
+    ],
+)
+def test_an_exporter_that_fails_is_one_line(trained, tmp_path, capsys, monkeypatch, error, told):
+    monkeypatch.setattr(torch.onnx, "export", failing(error))
+    with pytest.raises(SystemExit) as exit_:
+        export.main(f"--resume={trained} --output={tmp_path}/a.onnx".split())
+    shown = capsys.readouterr().err
+    remedy = "use other versions of torch, onnxscript or onnxruntime"
+    assert shown == f"ERROR: {tmp_path}/a.onnx was not written: the exporter failed ({told}); {remedy}\n"
+    assert exit_.value.code == 2 and {path.name for path in tmp_path.iterdir()} == {"best.pth", "bare.pth"}
+
+
+def test_an_output_that_cannot_be_written(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export.tempfile, "TemporaryDirectory", failing(OSError(28, "No space left on device")))
+    for output in ("a.onnx", "a.safetensors"):
+        with pytest.raises(SystemExit):
+            export.main(f"--resume={trained} --output={tmp_path}/{output}".split())
+        assert f"--output {tmp_path}/{output} could not be written (No space left on device)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("output", ["a.onnx", "a.safetensors"])
+def test_a_signal_leaves_nothing_behind(trained, tmp_path, capsys, monkeypatch, signum, status, output):
+    found = []
+
+    def signalled(*_, **__):
+        found.append({path.name for path in tmp_path.iterdir()})
+        signal.raise_signal(signum)
+
+    before = signal.getsignal(signum)
+    monkeypatch.setattr(torch.onnx, "export", signalled)
+    monkeypatch.setattr(
+        export, "read_file", lambda path, n=[]: n.append(1) or (signalled() if n[1:] else read_file(path))
+    )
+    with pytest.raises(SystemExit) as exit_:
+        export.main(f"--resume={trained} --output={tmp_path}/{output}".split())
+    assert exit_.value.code == status and capsys.readouterr().err == "" and signal.getsignal(signum) is before
+    assert len(found[0]) == 3 and {path.name for path in tmp_path.iterdir()} == {"best.pth", "bare.pth"}
+
+
+def test_suffixes_in_capitals(trained, tmp_path, capsys):
+    assert export.main(f"--resume={trained} --output={tmp_path}/A.SAFETENSORS".split()) == 0
+    assert export.main(f"--resume={tmp_path}/A.SAFETENSORS --output={tmp_path}/B.Safetensors".split()) == 0
+    assert read_file(tmp_path / "B.Safetensors")["resize"] == [56, 56]
+    assert export.arguments(["--resume=x", f"--output={tmp_path}/X.ONNX"]).output.name == "X.ONNX"
+    for name in ("e.onnx", "E.ONNX"):
+        (tmp_path / name).write_bytes(b"onnx")
+        with pytest.raises(SystemExit):
+            export.main(f"--resume={tmp_path}/{name} --output={tmp_path}/c.safetensors".split())
+        assert f"{name} is an ONNX file, which cannot be read back; give the checkpoint" in capsys.readouterr().err
+
+
+def test_a_signal_that_pytorch_makes_another_error_of(trained, tmp_path, capsys, monkeypatch):
+    """As its lazy imports do, which are most of the time of a short export."""
+
+    def swallowed(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except SystemExit:
+            raise AttributeError("module has no such attribute") from None
+
+    monkeypatch.setattr(torch.onnx, "export", swallowed)
+    with pytest.raises(SystemExit) as exit_:
+        export.main(f"--resume={trained} --output={tmp_path}/a.onnx".split())
+    assert exit_.value.code == 143 and capsys.readouterr().err == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pth", "bare.pth"}
