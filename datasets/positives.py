@@ -349,6 +349,8 @@ def _number_rows(path: Path, array: NDArray[Any], queries: int, database: int) -
             )
         logger.info("%s is a 0/1 matrix, %d queries x %d database images", path, *array.shape)
         return matrix
+    if array.shape[1] == 2 and array.dtype.kind != "b":
+        _require_no_pairs(path, array)
     _require_below(path, rows, database)
     if repeats and (zero_one or square):
         raise ValueError(
@@ -356,6 +358,20 @@ def _number_rows(path: Path, array: NDArray[Any], queries: int, database: int) -
             f"matrix for {database} database images; {WANTED}"
         )
     return rows
+
+
+def _require_no_pairs(path: Path, array: NDArray[Any]) -> None:
+    """Two columns may be pairs rather than lists of two, where the first names each query once, in any order."""
+    first, second = (_whole(path, 0, np.asarray(column)) for column in array.T)
+    if not np.array_equal(np.sort(first), np.arange(len(first))):
+        return
+    if np.array_equal(first, second) or not (second >= 0).any():
+        return  # one image a query, its own: as pairs it would be the same, or nothing
+    raise ValueError(
+        f"{path} could hold pairs `query, database image` or the indices of two correct images for each query, since "
+        f"its first column names each query, 0 to {len(first) - 1}, once; save pairs as .csv, or their second column "
+        "alone, sorted by query; save two images each with a third column of -1"
+    )
 
 
 def _whole(path: Path, number: int, row: NDArray[Any]) -> NDArray[np.int64]:
@@ -388,7 +404,11 @@ def _object_rows(path: Path, array: NDArray[Any], queries: int, database: int) -
     values: list[Any] = list(array[:, 0] if array.shape[1:] == (1,) else array)
     headed = [_flat(value) for value in values]
     order = list(range(queries))
-    if values and all(row is not None and len(row) == 2 and _flat(row[1]) is not None for row in headed):
+    # Beside lists, a bare number is a list of one; of bare numbers alone it is not known whether the first is a query.
+    paired = all(
+        row is not None and len(row) == 2 and (type(row[1]) is int or _flat(row[1]) is not None) for row in headed
+    )
+    if paired and any(row is not None and _flat(row[1]) is not None for row in headed):
         order = [row[0] for row in headed if row is not None]
         values = [row[1] for row in headed if row is not None]
         seen = set()

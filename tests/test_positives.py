@@ -90,6 +90,7 @@ MATRIX[[0, 0, 1], [0, 2, 4]] = 1
         headed(RIGHT, order=[2, 0, 1]),
         headed([np.array(row) for row in RIGHT]),
         objects([[n, row] for n, row in enumerate(RIGHT)]),
+        headed([RIGHT[0], 4, []]),  # a bare number beside lists
     ],
 )
 def test_every_form_of_an_array_says_the_same(read, array):
@@ -233,6 +234,35 @@ def test_indices_or_a_matrix_of_two_images_are_taken_only_where_both_say_the_sam
         read(np.array([[0, 1], [1, 0], [0, 1]]), database=two)
     assert read(np.array([[False, True], [True, False], [False, True]]), database=two) == [[1], [0], [1]]
     assert read(np.array([[0, 1], [0, 0], [1, 1]]), database=two) == [[1], [], [0, 1]]  # no list repeats an index
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        np.array([[0, 3], [1, 0], [2, 4]]),
+        np.array([[0.0, 3.0], [1.0, np.nan], [2.0, 4.0]]),
+        np.array([[2, 3], [0, 0], [1, 4]], dtype=np.uint8),
+        np.array([[0, 0], [1, 1], [2, 4]]),
+        headed([3, 0, 4]),
+        headed([3, 0, 4], order=[2, 0, 1]),
+        objects([[0, 3], (1, 0), np.array([2, 4])]),
+    ],
+)
+def test_pairs_or_lists_of_two_images_are_refused(read, pairs):
+    with pytest.raises(
+        ValueError, match="could hold pairs `query, database image` or the indices of two.* 0 to 2, once"
+    ):
+        read(pairs)
+
+
+def test_what_is_no_pairs_is_read_as_lists(read):
+    """The own number among a query's images is common where photos are aligned."""
+    assert read(np.array([[0, 3, -1], [1, 0, -1], [2, 4, -1]])) == [[0, 3], [0, 1], [2, 4]]
+    assert read(np.array([[0, 3], [1, 0], [3, 2]])) == [[0, 3], [0, 1], [2, 3]]
+    assert read(np.array([[3, 0], [0, 1], [4, 2]])) == [[0, 3], [0, 1], [2, 4]]
+    for alone in (-1, [0, 1, 2]):
+        assert read(np.stack([np.arange(3), np.broadcast_to(alone, 3)], axis=1)) == [[0], [1], [2]]
+    assert read(np.array([0, 1, 2])) == [[0], [1], [2]]
 
 
 def test_archives_and_damaged_files(read, tmp_path):
