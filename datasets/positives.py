@@ -184,14 +184,15 @@ def _from_text(path: Path, database: _Side, queries: _Side) -> list[NDArray[np.i
     sides = [queries, database]
     names = [side.by_name for side in sides]
     if table and _is_header(table[0][1], names):
-        header = [cell.lower() for cell in table.pop(0)[1]]
-        logger.info("%s: its first row, %s, is a header", path, _shown(header))
-        if "quer" in header[1] and "quer" not in header[0]:
-            logger.info("%s: its header names the database images first, the queries second", path)
+        line, header = table.pop(0)
+        if _database_first(header, f"{path}, line {line}"):
             sides.reverse()
             names.reverse()
+        what = f"its first row, {_shown(header)}, is a header"
     elif table:
-        logger.info("%s has no header: its first row, %s, is a pair", path, _shown(table[0][1]))
+        what = f"it has no header: its first row, {_shown(table[0][1])}, is a pair"
+    if table:
+        logger.info("%s: %s; column 1 is the %s, column 2 the %s", path, what, *(side.what for side in sides))
 
     counted: list[NDArray[np.int64] | None] = [None, None]
     found: list[set[int]] = [set() for _ in queries.paths]
@@ -232,6 +233,22 @@ def _separator(text: str) -> str:
     """A semicolon or a tab where the first line that is not blank has one and no comma."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     return next((sign for sign in ";\t" if sign in first and "," not in first), ",")
+
+
+def _database_first(header: list[str], where: str) -> bool:
+    """Whether a header names the database images before the queries; what says neither goes by the other column."""
+    words = [re.sub("(?<=[a-z])(?=[A-Z])", "_", cell).lower() for cell in header]
+    of_queries = [re.search("quer|(?<![a-z])q(?![a-z])", word) is not None for word in words]
+    of_database = [
+        re.search("data_?base|reference|gallery|(?<![a-z])(db|ref|map)s?(?![a-z])", word) is not None and not query
+        for word, query in zip(words, of_queries, strict=True)
+    ]
+    if all(of_database):
+        raise ValueError(
+            f"{where}: both columns of the header {_shown(header)} name database images; name one `query`, or leave "
+            "the header out and put the queries first"
+        )
+    return not of_queries[0] and (of_queries[1] or of_database[0])
 
 
 def _is_header(row: list[str], names: Sequence[dict[str, list[int]]]) -> bool:

@@ -142,6 +142,45 @@ def test_every_form_of_text_says_the_same(read, text, name):
     assert read(text, name) == RIGHT
 
 
+@pytest.mark.parametrize(
+    ("header", "database_first"),
+    [
+        ("database,image", True),
+        ("db,query", True),
+        ("ref,photo", True),
+        ("dbImage,photo", True),
+        ("map_image,asked", True),
+        ("Database Image,Asked", True),
+        ("gallery,probe", True),
+        ("photo,q", True),
+        ("query,database", False),
+        ("q,d", False),
+        ("asked,reference", False),
+        ("query_ref,ref", False),
+        ("query,query_match", False),
+        ("mapillary_id,image", False),
+        ("one,two", False),
+    ],
+)
+def test_a_header_says_which_column_is_which(read, caplog, header, database_first):
+    caplog.set_level(logging.INFO)
+    assert read(f"{header}\n1,2\n") == ([[], [], [1]] if database_first else [[], [2], []])
+    first, second = ("database image", "query") if database_first else ("query", "database image")
+    (line,) = caplog.messages
+    assert line.endswith(
+        f"p.csv: its first row, {header!r}, is a header; column 1 is the {first}, column 2 the {second}"
+    )
+
+
+def test_a_file_without_header_has_queries_first(read, caplog):
+    caplog.set_level(logging.INFO)
+    assert read("1,2\n") == [[], [2], []]
+    (line,) = caplog.messages
+    assert line.endswith(
+        "p.csv: it has no header: its first row, '1,2', is a pair; column 1 is the query, column 2 the database image"
+    )
+
+
 def test_names_that_come_twice_want_their_folder(read):
     database = ["db/a/0.jpg", "db/b/0.jpg", "db/c/a/0.jpg"]
     folders = ("db", "q")
@@ -170,6 +209,8 @@ def test_names_that_come_twice_want_their_folder(read):
         ("q,d\n0,1.5\n", "line 2: the row '0,1.5' is not"),
         ("no.jpg,nor.jpg\n", "line 1: the row 'no.jpg,nor.jpg' is not"),
         ("q,d\n\n0,²\n", "line 3: the row '0,²' is not"),
+        ("db,ref\n0,1\n", "line 1: both columns of the header 'db,ref' name database images; name one `query`"),
+        ("database,map_id\n0,1\n", "line 1: both columns of the header 'database,map_id' name"),
         ("0\n", "line 1: '0' has 1 column where 2"),
         (",query,database\n0,1,2\n", "line 1: ',query,database' has 3 columns"),
         ('0,1\n"0,2\n', "line 2: unexpected end of data"),
