@@ -172,11 +172,15 @@ def known(positions: NDArray[np.float64]) -> NDArray[np.bool_]:
 def like_degrees(positions: NDArray[np.float64]) -> bool:
     """Whether N x 2 numbers in metres look like latitude and longitude, in either order.
 
-    All lie within 90 and 180, and not all are whole: metres of a small map often are, degrees never.
+    Nearly all, 9 of 10, lie within 90 and 180, so that a stray one hides no others; and not all of these are whole:
+    metres of a small map often are, degrees never.
     """
     found = positions[known(positions)]
-    far = np.abs(found).max(axis=0, initial=0)
-    return bool(len(found) and far.min() <= 90 and far.max() <= 180 and (found != np.floor(found)).any())
+    for bounds in ((90, 180), (180, 90)):
+        within = found[(np.abs(found) <= bounds).all(axis=1)]
+        if len(within) and 10 * len(within) >= 9 * len(found) and (within != np.floor(within)).any():
+            return True
+    return False
 
 
 def haversine_metres(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -371,11 +375,15 @@ class DatabaseQueries:
                 self.name,
                 " and ".join(unknown),
             )
+        self._warn_of_degrees()
+
+    def _warn_of_degrees(self) -> None:
+        sides = {"database images": self.database_positions, "queries": self.queries_positions}
         for what, positions in sides.items():
-            if not self.geographic and like_degrees(positions):
+            if positions is not None and not self.geographic and like_degrees(positions):
                 logger.warning(
-                    "%s: the positions of the %s look like degrees (all within 90 and 180), but are taken for metres, "
-                    "in which everything is near; write UTM metres into the names, or degrees into EXIF data",
+                    "%s: the positions of the %s look like degrees (nearly all within 90 and 180), but are taken for "
+                    "metres, in which everything is near; write UTM metres into the names, or degrees into EXIF data",
                     self.name,
                     what,
                 )
@@ -444,13 +452,15 @@ class DatabaseQueries:
             found, geographic = (taken, True) if by_exif > by_name else (found, False)
         if not known(found[0]).any():
             return self
-        return replace(
+        located = replace(
             self,
             database_positions=found[0],
             queries_positions=found[1],
             geographic=geographic,
             known_positives=None,
         )
+        located._warn_of_degrees()
+        return located
 
     def metres(self, predictions: NDArray[np.int64]) -> NDArray[np.float64] | None:
         """How far each query is from its predicted database images, Q x k, not a number where a position is unknown;

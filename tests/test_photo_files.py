@@ -13,7 +13,7 @@ from PIL import Image
 
 import eval as eval_script
 from datasets.check import main as check
-from datasets.database_queries import DatabaseQueries
+from datasets.database_queries import DatabaseQueries, like_degrees
 from datasets.gsv_cities import find_cities
 from datasets.photo_files import PHOTO_SUFFIXES, list_images, scan
 from model import build_model
@@ -332,3 +332,24 @@ def test_degrees_in_names_are_told(tmp_path, caplog, east, north, warned):
     DatabaseQueries.from_folder(tmp_path, "town", "test")
     assert ("the positions of the database images look like degrees" in caplog.text) == warned
     assert "the positions of the queries look" not in caplog.text
+
+
+@pytest.mark.parametrize(("exact", "strays", "warned"), [(9, 1, True), (8, 1, False), (20, 2, True), (20, 3, False)])
+@pytest.mark.parametrize("stray", [(0, 500000), (500000, 4e6), (-179.5, 179.5)])
+def test_a_stray_position_hides_no_degrees(exact, strays, warned, stray):
+    degrees = [(48.85 + n, 2.35 * n) for n in range(exact)]
+    for order in (1, -1):
+        positions = np.array([*degrees, *[stray] * strays, (np.nan, np.nan)])[:, ::order]
+        assert like_degrees(positions) == warned
+    whole = np.array([*([(12, 80)] * exact), *[stray] * strays], dtype=float)
+    assert not like_degrees(whole)
+
+
+def test_degrees_in_names_are_told_where_they_are_only_shown(places, evaluated):
+    for n, path in enumerate(sorted((places / "known").iterdir())):
+        path.rename(path.with_name(f"@48.{n}@2.{n}@.png"))
+    (places / "right.csv").write_text("0,0\n1,1\n")
+    for flag in ("--no_labels", f"--positives_file={places}/right.csv"):
+        shown, _ = evaluated(flag)
+        assert shown.count("the positions of the database images look like degrees (nearly all within 90") == 1
+        assert "the positions of the queries look" not in shown
