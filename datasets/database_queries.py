@@ -79,16 +79,24 @@ def utm_positions(paths: Sequence[str]) -> NDArray[np.float64]:
     """UTM east and north of each image from its file name, N x 2, in metres.
 
     Raises:
-        ValueError: a name has no coordinates.
+        ValueError: a name has no coordinates; it says how many have none.
     """
     positions = _named_positions(paths)
-    nowhere = _first_nowhere(positions)
-    if nowhere is not None:
-        raise ValueError(
-            f"no UTM coordinates in the file name {paths[nowhere]}; name it @<UTM east>@<UTM north>@...@.jpg, or let "
-            "eval.py count the others only by --labels_where_known"
-        )
+    _require_named((paths,), (positions,))
     return positions
+
+
+def _require_named(sides: Sequence[Sequence[str]], positions: Sequence[NDArray[np.float64]]) -> None:
+    """Raises ValueError if a name of any side has no coordinates; it counts all."""
+    lost = [path for paths, found in zip(sides, positions, strict=True) for path in compress(paths, ~known(found))]
+    if lost:
+        some = all(known(found).any() for found in positions)
+        raise ValueError(
+            f"{len(lost)} of {sum(map(len, sides))} file names have no UTM coordinates, e.g. {lost[0]}; name photos "
+            "@<UTM east>@<UTM north>@...@.jpg, or let eval.py "
+            f"{'count the others only by --labels_where_known, ' if some else ''}take what is correct from a "
+            "--positives_file, or search without labels by --no_labels"
+        )
 
 
 def _named_positions(paths: Sequence[str]) -> NDArray[np.float64]:
@@ -130,7 +138,7 @@ def photo_positions(
     if unnamed == [None, None]:
         return *named, False
     if not exif and not where_known:
-        return utm_positions(database), utm_positions(queries), False
+        _require_named((database, queries), named)
     taken = (gps_positions(database), gps_positions(queries)) if exif else named
     if where_known:
         by_name, by_exif = (sum(int(known(positions).sum()) for positions in of) for of in (named, taken))
