@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -173,6 +174,31 @@ def test_grey_photos_of_16_bits_are_told_apart(tmp_path, evaluated):
     shown, _ = evaluated(f"--positives_file={tmp_path}/right.csv")
     assert "(4 database, 4 queries): R@1: 100.0" in shown
     assert "asked in known database: 4 images read by the upper 8 of more bits a channel, e.g. " in shown
+
+
+def test_pipes_and_devices_are_no_photos(tmp_path, photo, caplog, capsys):
+    photo("a.jpg")
+    photo("away.jpg").rename(tmp_path / "away")
+    os.mkfifo(tmp_path / "b.jpg")
+    (tmp_path / "c.png").symlink_to("b.jpg")
+    (tmp_path / "d.jpg").symlink_to(os.devnull)
+    (tmp_path / "sub").mkdir()
+    os.mkfifo(tmp_path / "sub" / "notes")
+    os.mkfifo(tmp_path / ".hidden.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        directory = os.open(tmp_path, os.O_RDONLY)  # a socket's whole path must be short
+        server.bind(f"/proc/self/fd/{directory}/e.jpg")
+        os.close(directory)
+    (tmp_path / "linked.jpg").symlink_to("away")
+    (tmp_path / "broken.jpg").symlink_to("nowhere")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    assert below(tmp_path, list_images(tmp_path)) == ["a.jpg", "broken.jpg", "linked.jpg", "loop.jpg"]
+    (line,) = caplog.messages
+    assert f"{tmp_path}: left out 6 files (5 pipe, socket or device, 1 without suffix)" in line
+    for name in ("broken.jpg", "loop.jpg"):
+        (tmp_path / name).unlink()
+    check([str(tmp_path), "--workers", "1"])
+    assert "6 files (5 pipe, socket or device, 1 without suffix) passed over" in capsys.readouterr().out
 
 
 @pytest.fixture
