@@ -323,6 +323,46 @@ def test_check_of_plain_folders(places, photo, capsys):
     ]
 
 
+def test_check_of_one_folder_in_another_counts_copies_once(places, capsys):
+    shutil.move(places / "asked", places / "known" / "asked")
+    known, asked = places / "known", places / "known" / "asked"
+    (asked / "linked.png").symlink_to(known / "@2000@0@known@.png")
+    for folders, both in (((known, asked), 3), ((asked, known), 4)):  # the link, and what it leads to
+        assert check([*map(str, folders), "--workers", "1"]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert not any(line.startswith("duplicate") for line in lines)
+        (line,) = [line for line in lines if line.startswith("shared")]
+        assert f"photos that are in {folders[0]} too, {both} (2 the same picture as one outside); as" in line
+    # Copies on one side of the two are told as ever.
+    shutil.copy(known / "@0@0@known@.png", known / "@7@7@.png")
+    shutil.copy(asked / "@0@0@asked@.png", asked / "@8@8@.png")
+    check([str(known), str(asked), "--workers", "1"])
+    shown = capsys.readouterr().out
+    assert f"duplicate: {known}/@7@7@.png: the same picture as {known}/@0@0@known@.png;" in shown
+    assert f"duplicate: {asked}/@8@8@.png: the same picture as {asked}/@0@0@asked@.png;" in shown
+    assert shown.count("duplicate") == 2
+
+
+def test_check_of_the_same_folder_twice(places, capsys, monkeypatch):
+    monkeypatch.chdir(places)
+    (places / "link").symlink_to("known")
+    shutil.copytree("known", "town/images/test/database")
+    shutil.copytree("asked", "town/images/test/queries")
+    for path in (places / "town/images/test/queries").iterdir():
+        Image.new("L", (8, 8), len(path.name)).save(path.with_name(f"@0@{len(path.name)}@.png"))
+        path.unlink()
+    assert check(["known", "./known/", "link", f"{places}/asked/../known", "--workers", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "known, the same folder as known: checked once",
+        "link, the same folder as known: checked once",
+        f"{places}/asked/../known, the same folder as known: checked once",
+        "known, 3 photos",
+        "no fault in 3 images",
+    ]
+    assert check(["town", "town", "--workers", "1"]) == 0
+    assert "no fault in 5 images" in capsys.readouterr().out
+
+
 def test_check_of_a_dataset_tells_what_is_left_out(places, capsys):
     for side, source in (("database", "known"), ("queries", "asked")):
         shutil.copytree(places / source, places / "town/images/test" / side)
