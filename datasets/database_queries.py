@@ -350,7 +350,21 @@ class DatabaseQueries:
         if positives is not None:
             if not (stays.all() and asked.all()):
                 number = np.cumsum(stays) - 1  # of each database image among those that are left
-                positives = [number[found[stays[found]]] for found in compress(positives, asked)]
+                named = list(compress(positives, asked))
+                positives = [number[found[stays[found]]] for found in named]
+                lost = sum(
+                    len(left) < len(found) and not len(left) for left, found in zip(positives, named, strict=True)
+                )
+                if lost:
+                    logger.warning(
+                        "%s: of %d of %d queries, all correct photos that %s names were left out of the database, as "
+                        "queries too%s; they count as missed",
+                        name,
+                        lost,
+                        len(queries),
+                        positives_file,
+                        " or unreadable" if skip_unreadable else "",
+                    )
             return cls(name=name, database_paths=database, queries_paths=queries, known_positives=positives)
         if not labelled:
             return cls(name=name, database_paths=database, queries_paths=queries)

@@ -451,3 +451,20 @@ def test_a_file_counts_what_the_folders_hold_before_anything_is_left_out(tmp_pat
     dataset = DatabaseQueries.from_folders(*folders, name="x", exif=True, positives_file=tmp_path / "p.csv")
     assert [path[-5:] for path in dataset.database_paths] == ["0.png", "2.png"]
     assert lists(dataset.positives(25.0)) == [[1]]
+
+
+def test_correct_photos_that_are_queries_too_are_named_as_the_cause(tmp_path, caplog):
+    for name, shade in (("known/0.png", 0), ("known/asked/1.png", 80), ("known/asked/2.png", 160)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), shade).save(tmp_path / name)
+    folders, file = (tmp_path / "known", tmp_path / "known" / "asked"), tmp_path / "p.csv"
+    for text, lost in (("1.png,asked/1.png\n2.png,0.png\n", 1), ("1.png,0.png\n1.png,asked/1.png\n", 0)):
+        caplog.clear()
+        file.write_text(text)
+        dataset = DatabaseQueries.from_folders(*folders, name="x", exif=True, positives_file=file)
+        assert lists(dataset.positives(25.0)) == ([[], [0]] if lost else [[0], []])
+        said = [line for line in caplog.messages if "count as missed" in line]
+        assert said == lost * [
+            f"x: of 1 of 2 queries, all correct photos that {file} names were left out of the database, as queries "
+            "too; they count as missed"
+        ]
