@@ -38,7 +38,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -256,17 +256,20 @@ def content_faults(split: Split, *, workers: int | None, name: str) -> list[Faul
     return result_faults(paths, read_images(paths, workers=workers, name=name))
 
 
-def result_faults(paths: Sequence[str], results: Sequence[Photo | Fault]) -> list[Fault]:
-    """Of what `read_images` gave: faults, files that repeat an earlier one, and notes."""
+def result_faults(paths: Sequence[str], results: Sequence[Photo | Fault], apart: Set[str] = frozenset()) -> list[Fault]:
+    """Of what `read_images` gave: faults, files that repeat an earlier one, and notes.
+
+    Paths that are `apart` repeat only each other.
+    """
     faults = []
-    first: dict[bytes, str] = {}
+    first: dict[tuple[bytes, bool], str] = {}
     for path, result in zip(paths, results, strict=True):
         if isinstance(result, Fault):
             faults.append(result)
             continue
         if result.note:
             faults.append(result.note)
-        if (original := first.setdefault(result.digest, path)) != path:
+        if (original := first.setdefault((result.digest, path in apart), path)) != path:
             faults.append(Fault("duplicate", path, f"the same picture as {original}; remove one of them"))
     return faults
 
@@ -396,27 +399,41 @@ def check_photos(folders: Sequence[Path], *, workers: int | None = None) -> list
 
     Returns:
         Folder by folder what is left out or in an earlier folder too; then photos that cannot be read, repeat an
-        earlier one, or are of 16 bits or a guessed mode; then photos without a position.
+        earlier one, or are of 16 bits or a guessed mode; then photos without a position. Where one folder lies in
+        another, copies in it of photos outside it are counted with what both hold.
     """
-    faults, paths = [], []
-    seen: dict[object, Path] = {}
-    for folder in folders:
-        listing = images_below(folder, PHOTO_SUFFIXES)
+    listings = [images_below(folder, PHOTO_SUFFIXES) for folder in folders]
+    paths = []
+    first: dict[object, tuple[Path, str]] = {}
+    shared: dict[tuple[Path, Path], list[str]] = {}
+    for folder, listing in zip(folders, listings, strict=True):
+        for path in listing.paths:
+            earlier, there = first.setdefault(identity(path), (folder, path))
+            if earlier is folder:
+                paths.append(path)
+            else:
+                shared.setdefault((folder, earlier), []).append(there)
+    results = read_images(paths, workers=workers, name=" ".join(folder.name for folder in folders), exif=True)
+    digests = {path: result.digest for path, result in zip(paths, results, strict=True) if isinstance(result, Photo)}
+    roots = [os.path.join(os.path.realpath(folder), "") for folder in folders]
+    # By its folder: a link to a photo outside lies inside.
+    nested = {
+        path for path in paths if sum(map(os.path.join(os.path.realpath(parent(path)), "").startswith, roots)) > 1
+    }
+    outside = {digest for path, digest in digests.items() if path not in nested}
+
+    faults = []
+    for folder, listing in zip(folders, listings, strict=True):
         if not listing.paths:
             faults.append(Fault("empty", str(folder), "no photo in it; put the photos there"))
         faults += left_out_faults(folder, listing)
-        shared: Counter[Path] = Counter()
-        for path in listing.paths:
-            first = seen.setdefault(key := identity(path), folder)
-            if first is folder:
-                paths.append(path)
-            else:
-                shared[seen[key]] += 1
-        for other, count in shared.items():
-            advice = f"photos that are in {other} too, {count}; as queries they are left out of the database"
-            faults.append(Fault("shared", str(folder), advice))
-    results = read_images(paths, workers=workers, name=" ".join(folder.name for folder in folders), exif=True)
-    return faults + result_faults(paths, results) + location_faults(folders, paths, results)
+        for (later, earlier), photos in shared.items():
+            if later is folder:
+                copies = sum(path in nested and digests.get(path) in outside for path in photos)
+                of_them = f" ({copies} the same picture as one outside)" if copies else ""
+                advice = f"photos that are in {earlier} too, {len(photos)}{of_them}; as queries they are left out of "
+                faults.append(Fault("shared", str(folder), f"{advice}the database"))
+    return faults + result_faults(paths, results, nested) + location_faults(folders, paths, results)
 
 
 def location_faults(folders: Sequence[Path], paths: Sequence[str], results: Sequence[Photo | Fault]) -> list[Fault]:
@@ -477,6 +494,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(parser: Parser, folders: Sequence[Path], *, threshold: float, workers: int | None) -> int:
     """Checks folders and prints what it finds; the parser says which folder is none."""
+    distinct: dict[str, Path] = {}
+    again = [folder for folder in folders if distinct.setdefault(os.path.realpath(folder), folder) is not folder]
+    folders = list(distinct.values())
     photos = []
     for folder in folders:
         if is_tree(folder) or is_gsv_cities(folder):
@@ -489,6 +509,8 @@ def check(parser: Parser, folders: Sequence[Path], *, threshold: float, workers:
             )
         photos.append(folder)
 
+    for folder in again:
+        print(f"{folder}, the same folder as {distinct[os.path.realpath(folder)]}: checked once")
     fault_count = note_count = image_count = 0
     for folder in folders:
         images, lines = totals(folder)

@@ -77,16 +77,24 @@ def utm_positions(paths: Sequence[str]) -> NDArray[np.float64]:
     """UTM east and north of each image from its file name, N x 2, in metres.
 
     Raises:
-        ValueError: a name has no coordinates.
+        ValueError: a name has no coordinates; it says how many have none.
     """
     positions = _named_positions(paths)
-    nowhere = _first_nowhere(positions)
-    if nowhere is not None:
-        raise ValueError(
-            f"no UTM coordinates in the file name {paths[nowhere]}; name it @<UTM east>@<UTM north>@...@.jpg, or let "
-            "eval.py count the others only by --labels_where_known"
-        )
+    _require_named((paths,), (positions,))
     return positions
+
+
+def _require_named(sides: Sequence[Sequence[str]], positions: Sequence[NDArray[np.float64]]) -> None:
+    """Raises ValueError if a name of any side has no coordinates; it counts all."""
+    lost = [path for paths, found in zip(sides, positions, strict=True) for path in compress(paths, ~known(found))]
+    if lost:
+        some = all(known(found).any() for found in positions)
+        raise ValueError(
+            f"{len(lost)} of {sum(map(len, sides))} file names have no UTM coordinates, e.g. {lost[0]}; name photos "
+            "@<UTM east>@<UTM north>@...@.jpg, or let eval.py "
+            f"{'count the others only by --labels_where_known, ' if some else ''}take what is correct from a "
+            "--positives_file, or search without labels by --no_labels"
+        )
 
 
 def _named_positions(paths: Sequence[str]) -> NDArray[np.float64]:
@@ -128,7 +136,7 @@ def photo_positions(
     if unnamed == [None, None]:
         return *named, False
     if not exif and not where_known:
-        return utm_positions(database), utm_positions(queries), False
+        _require_named((database, queries), named)
     taken = (gps_positions(database), gps_positions(queries)) if exif else named
     if where_known:
         by_name, by_exif = (sum(int(known(positions).sum()) for positions in of) for of in (named, taken))
@@ -170,11 +178,15 @@ def known(positions: NDArray[np.float64]) -> NDArray[np.bool_]:
 def like_degrees(positions: NDArray[np.float64]) -> bool:
     """Whether N x 2 numbers in metres look like latitude and longitude, in either order.
 
-    All lie within 90 and 180, and not all are whole: metres of a small map often are, degrees never.
+    Nearly all, 9 of 10, lie within 90 and 180, so that a stray one hides no others; and not all of these are whole:
+    metres of a small map often are, degrees never.
     """
     found = positions[known(positions)]
-    far = np.abs(found).max(axis=0, initial=0)
-    return bool(len(found) and far.min() <= 90 and far.max() <= 180 and (found != np.floor(found)).any())
+    for bounds in ((90, 180), (180, 90)):
+        within = found[(np.abs(found) <= bounds).all(axis=1)]
+        if len(within) and 10 * len(within) >= 9 * len(found) and (within != np.floor(within)).any():
+            return True
+    return False
 
 
 def haversine_metres(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -336,7 +348,21 @@ class DatabaseQueries:
         if positives is not None:
             if not (stays.all() and asked.all()):
                 number = np.cumsum(stays) - 1  # of each database image among those that are left
-                positives = [number[found[stays[found]]] for found in compress(positives, asked)]
+                named = list(compress(positives, asked))
+                positives = [number[found[stays[found]]] for found in named]
+                lost = sum(
+                    len(left) < len(found) and not len(left) for left, found in zip(positives, named, strict=True)
+                )
+                if lost:
+                    logger.warning(
+                        "%s: of %d of %d queries, all correct photos that %s names were left out of the database, as "
+                        "queries too%s; they count as missed",
+                        name,
+                        lost,
+                        len(queries),
+                        positives_file,
+                        " or unreadable" if skip_unreadable else "",
+                    )
             return cls(name=name, database_paths=database, queries_paths=queries, known_positives=positives)
         if not labelled:
             return cls(name=name, database_paths=database, queries_paths=queries)
@@ -369,11 +395,15 @@ class DatabaseQueries:
                 self.name,
                 " and ".join(unknown),
             )
+        self._warn_of_degrees()
+
+    def _warn_of_degrees(self) -> None:
+        sides = {"database images": self.database_positions, "queries": self.queries_positions}
         for what, positions in sides.items():
-            if not self.geographic and like_degrees(positions):
+            if positions is not None and not self.geographic and like_degrees(positions):
                 logger.warning(
-                    "%s: the positions of the %s look like degrees (all within 90 and 180), but are taken for metres, "
-                    "in which everything is near; write UTM metres into the names, or degrees into EXIF data",
+                    "%s: the positions of the %s look like degrees (nearly all within 90 and 180), but are taken for "
+                    "metres, in which everything is near; write UTM metres into the names, or degrees into EXIF data",
                     self.name,
                     what,
                 )
@@ -442,13 +472,15 @@ class DatabaseQueries:
             found, geographic = (taken, True) if by_exif > by_name else (found, False)
         if not known(found[0]).any():
             return self
-        return replace(
+        located = replace(
             self,
             database_positions=found[0],
             queries_positions=found[1],
             geographic=geographic,
             known_positives=None,
         )
+        located._warn_of_degrees()
+        return located
 
     def metres(self, predictions: NDArray[np.int64]) -> NDArray[np.float64] | None:
         """How far each query is from its predicted database images, Q x k, not a number where a position is unknown;

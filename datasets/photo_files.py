@@ -2,6 +2,7 @@
 
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ UNREAD_PHOTOS = (
     ".srw",
 )  # fmt: skip
 
+SPECIAL = "pipe, socket or device"  # counted like a suffix; to read one may take for ever
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -36,7 +39,8 @@ class Listing:
 
     Attributes:
         paths: of the images, sorted.
-        others: how many other files there are, by their suffix in lower case; "" stands for none.
+        others: how many other files there are, by their suffix in lower case; "" stands for none, and
+            `SPECIAL` for what is no regular file, whatever its name.
         links: to folders that are listed already, or that hold this one; they were not followed.
     """
 
@@ -61,11 +65,23 @@ def _refuse(error: OSError) -> NoReturn:
     raise error
 
 
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Whether it is neither a folder nor a regular file, nor a link to one; a broken link is not special."""
+    if entry.is_file(follow_symlinks=False):  # known without a look at the file itself
+        return False
+    try:
+        mode = entry.stat().st_mode
+    except OSError:
+        return False  # who reads it says why it cannot be read
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def scan(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
     """Lists the images below a folder.
 
-    Names that begin with a dot are passed over. A folder is visited once: links to folders come after the folders
-    themselves, each in the order of their names, and the first path to a folder stays.
+    Names that begin with a dot are passed over, and only regular files, or links to them, count as images. A folder is
+    visited once: links to folders come after the folders themselves, each in the order of their names, and the first
+    path to a folder stays.
 
     Raises:
         OSError: a folder cannot be read.
@@ -91,7 +107,10 @@ def scan(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
                     waiting.append(path)
                 elif os.path.realpath(path) not in visited:  # a link may lead to a folder that holds a visited one
                     folders.append(name)
-            names = [name for name in names if name[0] != "."]
+            with os.scandir(parent) as entries:
+                special = {entry.name for entry in entries if entry.name[0] != "." and _is_special(entry)}
+            others.update([SPECIAL] * len(special))
+            names = [name for name in names if name[0] != "." and name not in special]
             images = [name for name in names if name.lower().endswith(endings)]
             paths += [f"{parent}{os.sep}{name}" for name in images]
             if len(images) < len(names):

@@ -184,14 +184,15 @@ def _from_text(path: Path, database: _Side, queries: _Side) -> list[NDArray[np.i
     sides = [queries, database]
     names = [side.by_name for side in sides]
     if table and _is_header(table[0][1], names):
-        header = [cell.lower() for cell in table.pop(0)[1]]
-        logger.info("%s: its first row, %s, is a header", path, _shown(header))
-        if "quer" in header[1] and "quer" not in header[0]:
-            logger.info("%s: its header names the database images first, the queries second", path)
+        line, header = table.pop(0)
+        if _database_first(header, f"{path}, line {line}"):
             sides.reverse()
             names.reverse()
+        what = f"its first row, {_shown(header)}, is a header"
     elif table:
-        logger.info("%s has no header: its first row, %s, is a pair", path, _shown(table[0][1]))
+        what = f"it has no header: its first row, {_shown(table[0][1])}, is a pair"
+    if table:
+        logger.info("%s: %s; column 1 is the %s, column 2 the %s", path, what, *(side.what for side in sides))
 
     counted: list[NDArray[np.int64] | None] = [None, None]
     found: list[set[int]] = [set() for _ in queries.paths]
@@ -232,6 +233,22 @@ def _separator(text: str) -> str:
     """A semicolon or a tab where the first line that is not blank has one and no comma."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     return next((sign for sign in ";\t" if sign in first and "," not in first), ",")
+
+
+def _database_first(header: list[str], where: str) -> bool:
+    """Whether a header names the database images before the queries; what says neither goes by the other column."""
+    words = [re.sub("(?<=[a-z])(?=[A-Z])", "_", cell).lower() for cell in header]
+    of_queries = [re.search("quer|(?<![a-z])q(?![a-z])", word) is not None for word in words]
+    of_database = [
+        re.search("data_?base|reference|gallery|(?<![a-z])(db|ref|map)s?(?![a-z])", word) is not None and not query
+        for word, query in zip(words, of_queries, strict=True)
+    ]
+    if all(of_database):
+        raise ValueError(
+            f"{where}: both columns of the header {_shown(header)} name database images; name one `query`, or leave "
+            "the header out and put the queries first"
+        )
+    return not of_queries[0] and (of_queries[1] or of_database[0])
 
 
 def _is_header(row: list[str], names: Sequence[dict[str, list[int]]]) -> bool:
@@ -349,6 +366,8 @@ def _number_rows(path: Path, array: NDArray[Any], queries: int, database: int) -
             )
         logger.info("%s is a 0/1 matrix, %d queries x %d database images", path, *array.shape)
         return matrix
+    if array.shape[1] == 2 and array.dtype.kind != "b":
+        _require_no_pairs(path, array)
     _require_below(path, rows, database)
     if repeats and (zero_one or square):
         raise ValueError(
@@ -356,6 +375,20 @@ def _number_rows(path: Path, array: NDArray[Any], queries: int, database: int) -
             f"matrix for {database} database images; {WANTED}"
         )
     return rows
+
+
+def _require_no_pairs(path: Path, array: NDArray[Any]) -> None:
+    """Two columns may be pairs rather than lists of two, where the first names each query once, in any order."""
+    first, second = (_whole(path, 0, np.asarray(column)) for column in array.T)
+    if not np.array_equal(np.sort(first), np.arange(len(first))):
+        return
+    if np.array_equal(first, second) or not (second >= 0).any():
+        return  # one image a query, its own: as pairs it would be the same, or nothing
+    raise ValueError(
+        f"{path} could hold pairs `query, database image` or the indices of two correct images for each query, since "
+        f"its first column names each query, 0 to {len(first) - 1}, once; save pairs as .csv, or their second column "
+        "alone, sorted by query; save two images each with a third column of -1"
+    )
 
 
 def _whole(path: Path, number: int, row: NDArray[Any]) -> NDArray[np.int64]:
@@ -388,7 +421,11 @@ def _object_rows(path: Path, array: NDArray[Any], queries: int, database: int) -
     values: list[Any] = list(array[:, 0] if array.shape[1:] == (1,) else array)
     headed = [_flat(value) for value in values]
     order = list(range(queries))
-    if values and all(row is not None and len(row) == 2 and _flat(row[1]) is not None for row in headed):
+    # Beside lists, a bare number is a list of one; of bare numbers alone it is not known whether the first is a query.
+    paired = all(
+        row is not None and len(row) == 2 and (type(row[1]) is int or _flat(row[1]) is not None) for row in headed
+    )
+    if paired and any(row is not None and _flat(row[1]) is not None for row in headed):
         order = [row[0] for row in headed if row is not None]
         values = [row[1] for row in headed if row is not None]
         seen = set()

@@ -269,8 +269,8 @@ def test_tree_is_listed_by_name_in_every_spelling(tmp_path):
 
 @pytest.mark.parametrize("name", ["photo.jpg", "@1@.jpg", "@1@x@.jpg", "@@@.jpg", "@nan@1@.jpg"])
 def test_names_without_coordinates(name):
-    with pytest.raises(ValueError, match=f"no UTM coordinates in the file name {name}; name it @<UTM east>"):
-        utm_positions([name])
+    with pytest.raises(ValueError, match=f"2 of 3 file names have no UTM coordinates, e.g. {name}; name photos @<UTM "):
+        utm_positions(["@1@2@.jpg", name, name])
 
 
 def test_missing_and_empty_splits(city, tmp_path):

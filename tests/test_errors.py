@@ -66,7 +66,19 @@ def test_name_without_utm(fails, checkpoint, copied_city):
         copied_city / "toy_city/images/test/queries/me.jpg",
     )
     message = fails(eval_script, f"--eval_datasets_folder={copied_city}", checkpoint)
-    assert "no UTM coordinates in the file name" in message and "me.jpg; name it @<UTM east>" in message
+    assert "file names have no UTM coordinates" in message and "me.jpg; name photos @<UTM east>" in message
+
+
+def test_no_name_of_a_side_with_utm(fails, checkpoint, copied_city):
+    """Where a side has no position at all, counting where they are known counts nothing."""
+    queries = list((copied_city / "toy_city/images/test/queries").iterdir())
+    total = len(queries) + len(list((copied_city / "toy_city/images/test/database").iterdir()))
+    for n, path in enumerate(queries):
+        path.rename(path.with_name(f"{n:04d}.jpg"))
+    message = fails(eval_script, f"--eval_datasets_folder={copied_city}", checkpoint)
+    assert f"{len(queries)} of {total} file names have no UTM coordinates, e.g. " in message
+    assert "0000.jpg; name photos @<UTM east>@<UTM north>@...@.jpg, or " in message
+    assert "--positives_file" in message and "--no_labels" in message and "--labels_where_known" not in message
 
 
 def test_checkpoint_of_other_options(fails, checkpoint, city):

@@ -260,7 +260,8 @@ def test_labels_where_known_by_names(photo, tmp_path):
         assert str(dataset) == "x (2 database, 3 queries, 2 of them with a position)"
         metres = dataset.metres(np.array([[0, 1], [1, 0], [0, 1]]))
         np.testing.assert_array_equal(metres, [[10, np.nan], [np.nan, 8000], [np.nan, np.nan]])
-    with pytest.raises(ValueError, match="no UTM coordinates .*lost.jpg; .*, or let eval.py .* --labels_where_known"):
+    message = "2 of 5 file names have no UTM coordinates, e.g. .*map/lost.jpg; .* let eval.py .* --labels_where_known, "
+    with pytest.raises(ValueError, match=message):
         DatabaseQueries.from_folders(*sides, name="x")
 
 

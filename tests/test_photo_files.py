@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 import eval as eval_script
 from datasets.check import main as check
-from datasets.database_queries import DatabaseQueries
+from datasets.database_queries import DatabaseQueries, like_degrees
 from datasets.gsv_cities import find_cities
 from datasets.photo_files import PHOTO_SUFFIXES, list_images, scan
 from model import build_model
@@ -175,6 +176,31 @@ def test_grey_photos_of_16_bits_are_told_apart(tmp_path, evaluated):
     assert "asked in known database: 4 images read by the upper 8 of more bits a channel, e.g. " in shown
 
 
+def test_pipes_and_devices_are_no_photos(tmp_path, photo, caplog, capsys):
+    photo("a.jpg")
+    photo("away.jpg").rename(tmp_path / "away")
+    os.mkfifo(tmp_path / "b.jpg")
+    (tmp_path / "c.png").symlink_to("b.jpg")
+    (tmp_path / "d.jpg").symlink_to(os.devnull)
+    (tmp_path / "sub").mkdir()
+    os.mkfifo(tmp_path / "sub" / "notes")
+    os.mkfifo(tmp_path / ".hidden.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        directory = os.open(tmp_path, os.O_RDONLY)  # a socket's whole path must be short
+        server.bind(f"/proc/self/fd/{directory}/e.jpg")
+        os.close(directory)
+    (tmp_path / "linked.jpg").symlink_to("away")
+    (tmp_path / "broken.jpg").symlink_to("nowhere")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    assert below(tmp_path, list_images(tmp_path)) == ["a.jpg", "broken.jpg", "linked.jpg", "loop.jpg"]
+    (line,) = caplog.messages
+    assert f"{tmp_path}: left out 6 files (5 pipe, socket or device, 1 without suffix)" in line
+    for name in ("broken.jpg", "loop.jpg"):
+        (tmp_path / name).unlink()
+    check([str(tmp_path), "--workers", "1"])
+    assert "6 files (5 pipe, socket or device, 1 without suffix) passed over" in capsys.readouterr().out
+
+
 @pytest.fixture
 def places(photo, tmp_path):
     """Three known places, and photos of two of them, named by their positions."""
@@ -299,6 +325,46 @@ def test_check_of_plain_folders(places, photo, capsys):
     ]
 
 
+def test_check_of_one_folder_in_another_counts_copies_once(places, capsys):
+    shutil.move(places / "asked", places / "known" / "asked")
+    known, asked = places / "known", places / "known" / "asked"
+    (asked / "linked.png").symlink_to(known / "@2000@0@known@.png")
+    for folders, both in (((known, asked), 3), ((asked, known), 4)):  # the link, and what it leads to
+        assert check([*map(str, folders), "--workers", "1"]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert not any(line.startswith("duplicate") for line in lines)
+        (line,) = [line for line in lines if line.startswith("shared")]
+        assert f"photos that are in {folders[0]} too, {both} (2 the same picture as one outside); as" in line
+    # Copies on one side of the two are told as ever.
+    shutil.copy(known / "@0@0@known@.png", known / "@7@7@.png")
+    shutil.copy(asked / "@0@0@asked@.png", asked / "@8@8@.png")
+    check([str(known), str(asked), "--workers", "1"])
+    shown = capsys.readouterr().out
+    assert f"duplicate: {known}/@7@7@.png: the same picture as {known}/@0@0@known@.png;" in shown
+    assert f"duplicate: {asked}/@8@8@.png: the same picture as {asked}/@0@0@asked@.png;" in shown
+    assert shown.count("duplicate") == 2
+
+
+def test_check_of_the_same_folder_twice(places, capsys, monkeypatch):
+    monkeypatch.chdir(places)
+    (places / "link").symlink_to("known")
+    shutil.copytree("known", "town/images/test/database")
+    shutil.copytree("asked", "town/images/test/queries")
+    for path in (places / "town/images/test/queries").iterdir():
+        Image.new("L", (8, 8), len(path.name)).save(path.with_name(f"@0@{len(path.name)}@.png"))
+        path.unlink()
+    assert check(["known", "./known/", "link", f"{places}/asked/../known", "--workers", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "known, the same folder as known: checked once",
+        "link, the same folder as known: checked once",
+        f"{places}/asked/../known, the same folder as known: checked once",
+        "known, 3 photos",
+        "no fault in 3 images",
+    ]
+    assert check(["town", "town", "--workers", "1"]) == 0
+    assert "no fault in 5 images" in capsys.readouterr().out
+
+
 def test_check_of_a_dataset_tells_what_is_left_out(places, capsys):
     for side, source in (("database", "known"), ("queries", "asked")):
         shutil.copytree(places / source, places / "town/images/test" / side)
@@ -334,3 +400,24 @@ def test_degrees_in_names_are_told(tmp_path, caplog, east, north, warned):
     DatabaseQueries.from_folder(tmp_path, "town", "test")
     assert ("the positions of the database images look like degrees" in caplog.text) == warned
     assert "the positions of the queries look" not in caplog.text
+
+
+@pytest.mark.parametrize(("exact", "strays", "warned"), [(9, 1, True), (8, 1, False), (20, 2, True), (20, 3, False)])
+@pytest.mark.parametrize("stray", [(0, 500000), (500000, 4e6), (-179.5, 179.5)])
+def test_a_stray_position_hides_no_degrees(exact, strays, warned, stray):
+    degrees = [(48.85 + n, 2.35 * n) for n in range(exact)]
+    for order in (1, -1):
+        positions = np.array([*degrees, *[stray] * strays, (np.nan, np.nan)])[:, ::order]
+        assert like_degrees(positions) == warned
+    whole = np.array([*([(12, 80)] * exact), *[stray] * strays], dtype=float)
+    assert not like_degrees(whole)
+
+
+def test_degrees_in_names_are_told_where_they_are_only_shown(places, evaluated):
+    for n, path in enumerate(sorted((places / "known").iterdir())):
+        path.rename(path.with_name(f"@48.{n}@2.{n}@.png"))
+    (places / "right.csv").write_text("0,0\n1,1\n")
+    for flag in ("--no_labels", f"--positives_file={places}/right.csv"):
+        shown, _ = evaluated(flag)
+        assert shown.count("the positions of the database images look like degrees (nearly all within 90") == 1
+        assert "the positions of the queries look" not in shown

@@ -90,6 +90,7 @@ MATRIX[[0, 0, 1], [0, 2, 4]] = 1
         headed(RIGHT, order=[2, 0, 1]),
         headed([np.array(row) for row in RIGHT]),
         objects([[n, row] for n, row in enumerate(RIGHT)]),
+        headed([RIGHT[0], 4, []]),  # a bare number beside lists
     ],
 )
 def test_every_form_of_an_array_says_the_same(read, array):
@@ -141,6 +142,45 @@ def test_every_form_of_text_says_the_same(read, text, name):
     assert read(text, name) == RIGHT
 
 
+@pytest.mark.parametrize(
+    ("header", "database_first"),
+    [
+        ("database,image", True),
+        ("db,query", True),
+        ("ref,photo", True),
+        ("dbImage,photo", True),
+        ("map_image,asked", True),
+        ("Database Image,Asked", True),
+        ("gallery,probe", True),
+        ("photo,q", True),
+        ("query,database", False),
+        ("q,d", False),
+        ("asked,reference", False),
+        ("query_ref,ref", False),
+        ("query,query_match", False),
+        ("mapillary_id,image", False),
+        ("one,two", False),
+    ],
+)
+def test_a_header_says_which_column_is_which(read, caplog, header, database_first):
+    caplog.set_level(logging.INFO)
+    assert read(f"{header}\n1,2\n") == ([[], [], [1]] if database_first else [[], [2], []])
+    first, second = ("database image", "query") if database_first else ("query", "database image")
+    (line,) = caplog.messages
+    assert line.endswith(
+        f"p.csv: its first row, {header!r}, is a header; column 1 is the {first}, column 2 the {second}"
+    )
+
+
+def test_a_file_without_header_has_queries_first(read, caplog):
+    caplog.set_level(logging.INFO)
+    assert read("1,2\n") == [[], [2], []]
+    (line,) = caplog.messages
+    assert line.endswith(
+        "p.csv: it has no header: its first row, '1,2', is a pair; column 1 is the query, column 2 the database image"
+    )
+
+
 def test_names_that_come_twice_want_their_folder(read):
     database = ["db/a/0.jpg", "db/b/0.jpg", "db/c/a/0.jpg"]
     folders = ("db", "q")
@@ -169,6 +209,8 @@ def test_names_that_come_twice_want_their_folder(read):
         ("q,d\n0,1.5\n", "line 2: the row '0,1.5' is not"),
         ("no.jpg,nor.jpg\n", "line 1: the row 'no.jpg,nor.jpg' is not"),
         ("q,d\n\n0,²\n", "line 3: the row '0,²' is not"),
+        ("db,ref\n0,1\n", "line 1: both columns of the header 'db,ref' name database images; name one `query`"),
+        ("database,map_id\n0,1\n", "line 1: both columns of the header 'database,map_id' name"),
         ("0\n", "line 1: '0' has 1 column where 2"),
         (",query,database\n0,1,2\n", "line 1: ',query,database' has 3 columns"),
         ('0,1\n"0,2\n', "line 2: unexpected end of data"),
@@ -233,6 +275,35 @@ def test_indices_or_a_matrix_of_two_images_are_taken_only_where_both_say_the_sam
         read(np.array([[0, 1], [1, 0], [0, 1]]), database=two)
     assert read(np.array([[False, True], [True, False], [False, True]]), database=two) == [[1], [0], [1]]
     assert read(np.array([[0, 1], [0, 0], [1, 1]]), database=two) == [[1], [], [0, 1]]  # no list repeats an index
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        np.array([[0, 3], [1, 0], [2, 4]]),
+        np.array([[0.0, 3.0], [1.0, np.nan], [2.0, 4.0]]),
+        np.array([[2, 3], [0, 0], [1, 4]], dtype=np.uint8),
+        np.array([[0, 0], [1, 1], [2, 4]]),
+        headed([3, 0, 4]),
+        headed([3, 0, 4], order=[2, 0, 1]),
+        objects([[0, 3], (1, 0), np.array([2, 4])]),
+    ],
+)
+def test_pairs_or_lists_of_two_images_are_refused(read, pairs):
+    with pytest.raises(
+        ValueError, match="could hold pairs `query, database image` or the indices of two.* 0 to 2, once"
+    ):
+        read(pairs)
+
+
+def test_what_is_no_pairs_is_read_as_lists(read):
+    """The own number among a query's images is common where photos are aligned."""
+    assert read(np.array([[0, 3, -1], [1, 0, -1], [2, 4, -1]])) == [[0, 3], [0, 1], [2, 4]]
+    assert read(np.array([[0, 3], [1, 0], [3, 2]])) == [[0, 3], [0, 1], [2, 3]]
+    assert read(np.array([[3, 0], [0, 1], [4, 2]])) == [[0, 3], [0, 1], [2, 4]]
+    for alone in (-1, [0, 1, 2]):
+        assert read(np.stack([np.arange(3), np.broadcast_to(alone, 3)], axis=1)) == [[0], [1], [2]]
+    assert read(np.array([0, 1, 2])) == [[0], [1], [2]]
 
 
 def test_archives_and_damaged_files(read, tmp_path):
@@ -380,3 +451,20 @@ def test_a_file_counts_what_the_folders_hold_before_anything_is_left_out(tmp_pat
     dataset = DatabaseQueries.from_folders(*folders, name="x", exif=True, positives_file=tmp_path / "p.csv")
     assert [path[-5:] for path in dataset.database_paths] == ["0.png", "2.png"]
     assert lists(dataset.positives(25.0)) == [[1]]
+
+
+def test_correct_photos_that_are_queries_too_are_named_as_the_cause(tmp_path, caplog):
+    for name, shade in (("known/0.png", 0), ("known/asked/1.png", 80), ("known/asked/2.png", 160)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), shade).save(tmp_path / name)
+    folders, file = (tmp_path / "known", tmp_path / "known" / "asked"), tmp_path / "p.csv"
+    for text, lost in (("1.png,asked/1.png\n2.png,0.png\n", 1), ("1.png,0.png\n1.png,asked/1.png\n", 0)):
+        caplog.clear()
+        file.write_text(text)
+        dataset = DatabaseQueries.from_folders(*folders, name="x", exif=True, positives_file=file)
+        assert lists(dataset.positives(25.0)) == ([[], [0]] if lost else [[0], []])
+        said = [line for line in caplog.messages if "count as missed" in line]
+        assert said == lost * [
+            f"x: of 1 of 2 queries, all correct photos that {file} names were left out of the database, as queries "
+            "too; they count as missed"
+        ]
