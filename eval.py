@@ -77,6 +77,8 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         seed_everything(options.seed)
         allow_tf32(options.precision == "tf32")
 
+        save_dir = Path("logs") / options.save_dir
+        run_log.require_outside(options.photo_folders, save_dir=save_dir, descriptors_folder=options.descriptors_folder)
         found = list(datasets(options))
         distances = [positive_distance(options, name) for name, _ in found]
         path = distributed.on_main(lambda: find_checkpoint(options.resume))
@@ -201,13 +203,6 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
         "labels_where_known": options.labels_where_known,
         "skip_unreadable": options.skip_unreadable,
     }
-    if options.database_folder is not None and options.queries_folder is not None:
-        sides: list[Path] = [options.database_folder, options.queries_folder]
-    else:
-        sides = [options.eval_datasets_folder / name / "images" for name in options.eval_dataset_name]
-    run_log.require_outside(
-        sides, save_dir=Path("logs") / options.save_dir, descriptors_folder=options.descriptors_folder
-    )
     if options.database_folder is not None and options.queries_folder is not None:
         name = f"{options.queries_folder.resolve().name} in {options.database_folder.resolve().name}"
         found = [
@@ -378,12 +373,7 @@ def extracted(
     if options.descriptors_folder is not None:
         folder = kept_in(options.descriptors_folder, task.dataset)
         if distributed.is_main():
-            try:
-                held.enter_context(FolderLock(folder, "--descriptors_folder"))
-            except OSError as error:
-                raise OSError(
-                    f"cannot keep descriptors in {folder} ({error.strerror}); name another --descriptors_folder"
-                ) from error
+            held.enter_context(FolderLock(folder, "--descriptors_folder", "keep descriptors"))
         weights = weights_digest(model)
     stores = {}
     for name, (paths, test_method) in images.items():

@@ -181,6 +181,13 @@ class EvalOptions(Options):
         """Whether two folders of anyone's photos are searched, rather than a dataset."""
         return self.database_folder is not None
 
+    @property
+    def photo_folders(self) -> list[Path]:
+        """Below which the photos are listed."""
+        if self.database_folder is not None and self.queries_folder is not None:
+            return [self.database_folder, self.queries_folder]
+        return [self.eval_datasets_folder / name / "images" for name in self.eval_dataset_name]
+
     def unused(self, *, encoder: bool) -> list[str]:
         """What was given and has no part in the evaluation of a model with or without the cross-image encoder."""
         lines = []

@@ -67,16 +67,12 @@ def run(options: TrainOptions) -> dict[int, float]:
         allow_tf32(options.precision == "tf32")
         require_determinism(options.deterministic)
 
-        run_log.require_outside(
-            [
-                options.eval_datasets_folder / options.eval_dataset_name / "images",
-                (options.train_dataset_folder or options.eval_datasets_folder / "gsv_cities") / "Images",
-            ],
-            save_dir=Path("logs") / options.save_dir,
-        )
         # The data: places to train on, and the splits that judge.
+        gsv_cities = options.train_dataset_folder or options.eval_datasets_folder / "gsv_cities"
+        photos = [options.eval_datasets_folder / options.eval_dataset_name / "images", gsv_cities / "Images"]
+        run_log.require_outside(photos, save_dir=Path("logs") / options.save_dir)
         places = GSVCities(
-            options.train_dataset_folder or options.eval_datasets_folder / "gsv_cities",
+            gsv_cities,
             cities=options.cities,
             images_per_place=options.images_per_place,
             transform=TrainingTransform(options.train_resize, options.randaugment_ops),
@@ -103,7 +99,6 @@ def run(options: TrainOptions) -> dict[int, float]:
             item_bytes=options.images_per_place * 3 * math.prod(options.train_resize),
             num_workers=num_workers,
             device=device,
-            persistent=True,
         )
         val, test = (
             DatabaseQueries.from_folder(options.eval_datasets_folder, options.eval_dataset_name, split)

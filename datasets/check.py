@@ -12,7 +12,7 @@ for a folder that is none of these.
 from pathlib import Path
 
 from utils.command_line import Parser
-from utils.signals import end_with_parent, left_on_signals, signals_held_back
+from utils.signals import left_on_signals, mapped
 
 
 def command_line() -> Parser:
@@ -90,7 +90,6 @@ class Photo:
 
 def read_image(path: str, *, exif: bool = False) -> Photo | Fault:
     """What is in an image file, with `exif` its position too, or else its fault."""
-    end_with_parent()
     try:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
@@ -117,13 +116,9 @@ def read_images(paths: Sequence[str], *, workers: int | None, name: str, exif: b
         workers: processes to read with; None takes one for each core.
         name: stands at the progress bar.
     """
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        try:
-            with signals_held_back():
-                results = pool.map(partial(read_image, exif=exif), paths, chunksize=IMAGES_PER_TASK)
-            return list(tqdm(results, total=len(paths), unit="image", desc=name, disable=not paths))
-        finally:
-            pool.shutdown(cancel_futures=True)  # what is still to do when a signal comes
+    pool = ProcessPoolExecutor(workers or os.cpu_count())
+    with mapped(pool, partial(read_image, exif=exif), paths, chunksize=IMAGES_PER_TASK) as results:
+        return list(tqdm(results, total=len(paths), unit="image", desc=name, disable=not paths))
 
 
 def images_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from utils.command_line import Parser
-from utils.signals import end_with_parent, left_on_signals, signals_held_back
+from utils.signals import left_on_signals, mapped
 
 Colour = tuple[int, int, int]
 Row = dict[str, Any]
@@ -650,7 +650,6 @@ def evaluation_name(easting: float, northing: float, camera: Camera, rng: Genera
 
 def render_street(street: Street) -> list[Row]:
     """Render all visits of a street into its folder and return the dataframe rows, none for an evaluation street."""
-    end_with_parent()
     rng = np.random.default_rng([street.seed, zlib.crc32(street.group.encode()), street.index])
     length = (street.places - 1) * street.spacing + 2 * STRIP_MARGIN
     facades = draw_facades(rng, length)
@@ -745,15 +744,10 @@ def write_toy_city(
             streets += [Street(split, i, spots, 10.0, 2, folder, seed, size, difficulty) for i in range(count)]
 
         rows: dict[str, list[Row]] = {city: [] for city in cities}
-        with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-            try:
-                with signals_held_back():
-                    done = pool.map(render_street, streets)
-                done = tqdm(done, total=len(streets), unit="street", disable=not progress)
-                for street, street_rows in zip(streets, done, strict=True):
-                    rows.setdefault(street.group, []).extend(street_rows)
-            finally:
-                pool.shutdown(cancel_futures=True)  # what is still to do when a signal comes
+        with mapped(ProcessPoolExecutor(workers or os.cpu_count()), render_street, streets) as rendered:
+            done = tqdm(rendered, total=len(streets), unit="street", disable=not progress)
+            for street, street_rows in zip(streets, done, strict=True):
+                rows.setdefault(street.group, []).extend(street_rows)
         for city in cities:
             with open(gsv / "Dataframes" / f"{city}.csv", "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, list(rows[city][0]), lineterminator="\n")

@@ -229,10 +229,7 @@ class DescriptorStore:
                 lost += some[~self._rows.read(some).reshape(len(some), -1).any(axis=1)].tolist()
         if lost:
             logger.warning("%d rows of %s are zeros, as after a power cut: computed anew", len(lost), self.path)
-            with open(self._done_path, "r+b", buffering=0) as file:
-                for index in lost:
-                    file.seek(index)
-                    file.write(b"\0")
+            self._mark(lost, b"\0")
 
     def write(self, indices: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
         """Writes rows, the ones at `indices`.
@@ -242,12 +239,16 @@ class DescriptorStore:
         """
         try:
             self._rows.write(indices, rows)
-            with open(self._done_path, "r+b", buffering=0) as file:
-                for index in indices:
-                    file.seek(int(index))
-                    file.write(b"\1")
+            self._mark(indices, b"\1")
         except OSError as error:
             raise self._unwritten(error) from error
+
+    def _mark(self, indices: Iterable[int], byte: bytes) -> None:
+        """Says of rows whether they are there."""
+        with open(self._done_path, "r+b", buffering=0) as file:
+            for index in indices:
+                file.seek(int(index))
+                file.write(byte)
 
     def _unwritten(self, error: OSError) -> OSError:
         then = "give the same command again: it goes on from here" if self._kept else "start again"
@@ -350,8 +351,7 @@ def warn_of_leftovers(runs: Iterable[Path]) -> None:
     left = [
         folder
         for run in sorted(runs)
-        for pattern in ("**/extracted", "descriptors")
-        for folder in sorted(run.glob(pattern))
+        for folder in sorted(_stores_of(run))
         if any(folder.glob("*.done")) and not is_held(run)
     ]
     if left:
@@ -362,6 +362,18 @@ def warn_of_leftovers(runs: Iterable[Path]) -> None:
             f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB",
             " ".join(shlex.quote(str(folder)) for folder in left),
         )
+
+
+def _stores_of(run: Path) -> Iterator[Path]:
+    """Where a run puts descriptors while it needs them, in `extracted` of a dataset and `descriptors`, if it is there.
+
+    Thumbnails are passed over: a page of matches has one of every photo shown.
+    """
+    yield run / "descriptors"
+    for parent, folders, _ in os.walk(run):
+        folders[:] = [name for name in folders if name != "thumbnails"]
+        if os.path.basename(parent) == "extracted":
+            yield Path(parent)
 
 
 def digest(content: Iterable[str] | Mapping[str, Tensor]) -> str:

@@ -27,18 +27,19 @@ class FolderLock:
     Args:
         folder: made if missing.
         flag: of the command line, that named the folder.
+        purpose: what is to be done in it, for an error.
 
     Raises:
         OSError: nothing can be written there.
         ValueError: another process has it; the message says which, where and since when.
     """
 
-    def __init__(self, folder: Path, flag: str):
+    def __init__(self, folder: Path, flag: str, purpose: str = "write"):
         self._made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unusable(folder, flag, error) from error
+            raise _unusable(folder, flag, purpose, error) from error
         self._path = os.path.realpath(folder / FILE)
         self._descriptor: int | None = None
         if self._path in _held:
@@ -47,7 +48,7 @@ class FolderLock:
             try:
                 descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             except OSError as error:
-                raise _unusable(folder, flag, error) from error
+                raise _unusable(folder, flag, purpose, error) from error
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -85,8 +86,8 @@ class FolderLock:
         self.release()
 
 
-def _unusable(folder: Path, flag: str, error: OSError) -> OSError:
-    return OSError(f"cannot write in {folder} ({error}); name another {flag}")
+def _unusable(folder: Path, flag: str, purpose: str, error: OSError) -> OSError:
+    return OSError(f"cannot {purpose} in {folder} ({error}); name another {flag}")
 
 
 def _in_use(folder: Path, flag: str, holder: str) -> ValueError:

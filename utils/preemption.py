@@ -22,8 +22,7 @@ class Preemption:
 
     Whoever is in it asks `agreed` or calls `stop` where the program can end. The program says at once that it was
     asked, and when it ends, what to do next. A second Ctrl-C ends it on the spot (but not the copy that torchrun or
-    `timeout` passes on, which comes with the first). A SIGHUP that was ignored before, as
-    `nohup` does, stays so.
+    `timeout` passes on, which comes with the first). A SIGHUP that was ignored before, as `nohup` does, stays so.
 
     Args:
         at_once: leave by SystemExit when the signal comes, for a program that can be left anywhere.

@@ -195,11 +195,13 @@ class Progress:
                     "is not what a run without a break would draw"
                 )
         else:
-            encoder = ""
-            if self.optimization.encoder is not None:
-                encoder = ": dropout draws other numbers, and the cross-image encoder looks across other images, than "
-                encoder += "in a run without a break"
+            consequence = (
+                ": dropout draws other numbers, and the cross-image encoder looks across other images, than in a run "
+                "without a break"
+            )
             logger.warning(
                 "the checkpoint was written by %d processes and these are %d%s",
-                *(len(states), distributed.world_size(), encoder),
+                len(states),
+                distributed.world_size(),
+                consequence if self.optimization.encoder is not None else "",
             )

@@ -133,7 +133,6 @@ class ImageLoader(DataLoader[Any]):
         item_bytes: that an item takes.
         num_workers: processes that read; 0 reads in this one.
         device: where the batches go; for a CUDA GPU they are put in pinned memory.
-        persistent: keep the workers from one pass to the next.
 
     Raises:
         ValueError: shared memory is too small even for single items.
@@ -148,17 +147,15 @@ class ImageLoader(DataLoader[Any]):
         item_bytes: int,
         num_workers: int,
         device: torch.device,
-        persistent: bool = False,
     ):
         whole = _fits_in_shared_memory(num_workers, batch_size * item_bytes, item_bytes)
         self._singly = None if whole else _Singly(batches)
         super().__init__(
             dataset,
-            **({"batch_sampler": batches} if whole else {"sampler": self._singly}),  # type: ignore
-            **({} if whole else {"batch_size": None}),  # type: ignore
+            **({"batch_sampler": batches} if whole else {"sampler": self._singly, "batch_size": None}),  # type: ignore
             num_workers=num_workers,
             pin_memory=whole and device.type == "cuda",
-            persistent_workers=persistent and num_workers > 0,
+            persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # of its own: how often it draws depends on workers and resumes
         )
 

@@ -4,10 +4,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import FrameType
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Of schedulers, `timeout` and torchrun; Ctrl-C; a lost terminal; and what submitit and `sbatch --signal` send.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -46,10 +51,32 @@ def left_on_signals() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+@contextmanager
+def mapped(
+    pool: Executor, call: Callable[[Item], Result], items: Sequence[Item], *, chunksize: int = 1
+) -> Iterator[Iterator[Result]]:
+    """Gives the results of a call of each item, in order, from a new pool of processes, which ends with the block.
+
+    The processes never get `SIGNALS`. What is still to do when the block is left is dropped.
+    """
+    with pool:
+        try:
+            with signals_held_back():
+                results = pool.map(partial(_in_a_pool, call), items, chunksize=chunksize)
+            yield results
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_a_pool(call: Callable[[Item], Result], item: Item) -> Result:
+    _end_with_parent()
+    return call(item)
+
+
 @cache
-def end_with_parent() -> None:
-    """To be called in a process of a pool: it ends with the one that started it, however that ends; it would wait for
-    work for ever."""
+def _end_with_parent() -> None:
+    """In a process of a pool: it ends with the one that started it, however that ends; it would wait for work for
+    ever."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
