@@ -1,6 +1,6 @@
 """Evaluates a checkpoint: recall@N on database/queries datasets, in every encoder context asked for."""
 
-from parser import SUBMITTED, EvalOptions, parse
+from parser import DRAWN_CONTEXTS, SUBMITTED, EvalOptions, parse
 from utils.signals import quiet_ctrl_c
 
 if __name__ == "__main__":
@@ -12,8 +12,8 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from datasets.alignment import aligned_queries, pair_up
 from datasets.database_queries import DatabaseQueries, image_key, list_images, readable
 from datasets.protocols import protocol_of, warn_of_counts
 from datasets.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
@@ -50,14 +51,59 @@ logger = logging.getLogger(__name__)
 PCA_IMAGES = 16_384  # that a PCA is fitted on, at most
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Task:
-    """One dataset, how it is evaluated, and where the results go."""
+    """One set of queries of a dataset, how it is evaluated, and where the results go.
+
+    Attributes:
+        dataset: the queries, and the database that the sets of a dataset share.
+        queries: name of the set, "queries" where there is one.
+        of: name of the dataset, which what is kept of it goes by.
+        test_method: a name from `transforms.TEST_METHODS`.
+        positive_distance: a database image this near to a query is correct, in metres.
+        subfolder: of the run's folder, where the results go.
+        folder: that, once the run has one.
+    """
 
     dataset: DatabaseQueries
+    queries: str
+    of: str
     test_method: str
     positive_distance: float
-    folder: Path
+    subfolder: str
+    folder: Path = Path()
+    _aligned: dict[str, Any] | None = None
+
+    @property
+    def store(self) -> str:
+        """What the descriptors of the queries are kept under."""
+        name = self.queries.replace("/", "_")
+        return name if name.startswith("queries") else f"queries_{name}"
+
+    @cached_property
+    def positives(self) -> Sequence[NDArray[np.int64]] | None:
+        """For each query the indices of its correct database images; None without labels."""
+        return self.dataset.positives(self.positive_distance) if self.dataset.labelled else None
+
+    @cached_property
+    def findable(self) -> NDArray[np.bool_] | None:
+        """The queries that have a correct database image, or a position that is not known, Q; None without labels."""
+        if self.positives is None:
+            return None
+        found = np.fromiter((len(of_query) > 0 for of_query in self.positives), bool, len(self.dataset.queries_paths))
+        return found | ~self.dataset.judged_queries
+
+    def alignment(self, batch_size: int) -> dict[str, Any]:
+        """How many `queries`, of those with a correct image, have a batch in file order that holds the places of the
+        database batch at the same place in the order: the images that they are `paired` with, or their `nearest`. A
+        majority that is paired is `warned` of."""
+        if self._aligned is None:
+            assert self.positives is not None and self.findable is not None
+            paired, nearest = aligned_queries(self.dataset, self.positives, batch_size)
+            queries = int((self.findable & self.dataset.judged_queries).sum())
+            counts = {"queries": queries, "paired": int(paired.sum()), "nearest": int(nearest.sum())}
+            self._aligned = {"warned": 2 * counts["paired"] > queries, **counts}
+        return self._aligned
 
 
 def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
@@ -79,8 +125,8 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
 
         save_dir = Path("logs") / options.save_dir
         run_log.require_outside(options.photo_folders, save_dir=save_dir, descriptors_folder=options.descriptors_folder)
-        found = list(datasets(options))
-        distances = [positive_distance(options, name) for name, _ in found]
+        groups = [tasks_of(options, name, sets) for name, sets in datasets(options)]
+        tasks = [task for group in groups for task in group]
         path = distributed.on_main(lambda: find_checkpoint(options.resume))
         content = read_file(path)
         options = completed(options, model_of(options.resume, content), content)
@@ -90,8 +136,8 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         del content
         for line in options.unused(encoder=model.encoder is not None):
             logger.warning("%s", line)
-        for (name, dataset), distance in zip(found, distances, strict=True):
-            foresee(model, options, dataset, options.test_method or protocol_of(name).test_method, distance)
+        for group in groups:
+            foresee(model, options, group)
         model.to(device).eval()
         cast_products(model.backbone, options.precision)
         if options.compile:
@@ -109,35 +155,27 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
             if options.descriptors_folder is None
             else "the same command goes on from what is in --descriptors_folder"
         )
-        tasks = [
-            Task(
-                dataset=dataset,
-                test_method=options.test_method or protocol_of(name).test_method,
-                positive_distance=distance,
-                folder=folder if len(found) == 1 else folder / name,
-            )
-            for (name, dataset), distance in zip(found, distances, strict=True)
-        ]
-        table: dict[str, dict[str, dict[int, float]]] = {}
+        for task in tasks:
+            task.folder = folder / task.subfolder
         outputs = Outputs()
         with ExitStack() as held:
-            stores = [extracted(model, task, pca_paths, options, device, held, preemption.stop) for task in tasks]
+            stores = [extracted(model, group, pca_paths, options, device, held, preemption.stop) for group in groups]
             if not distributed.is_main():
-                for task, task_stores in zip(tasks, stores, strict=True):
-                    help_search(model, task, task_stores, options, device)
+                for group, of_group in zip(groups, stores, strict=True):
+                    help_search(model, group, of_group, options, device)
                 return {}  # nobody waits for a search that the main process does alone
             # All results come before the first output that can fail.
-            matches = []
-            with kept_if_it_fails(model, tasks, stores, pca_paths, options, folder / "kept"):
-                for task, task_stores in zip(tasks, stores, strict=True):
-                    table[task.dataset.name], of_task = evaluate(model, task, task_stores, options, device, outputs)
-                    matches.append(of_task)
+            evaluations: list[Evaluation] = []
+            with kept_if_it_fails(model, groups, stores, pca_paths, options, folder / "kept"):
+                for group, of_group in zip(groups, stores, strict=True):
+                    evaluations += evaluate(model, group, of_group, options, device, outputs)
+            table = {evaluation.task.dataset.name: evaluation.recalls for evaluation in evaluations}
             if len(tasks) > 1:
                 logger.info("%s", report.recall_table(table))
                 with outputs.writing(str(folder / "results.json")):
                     run_log.write_results(folder, {"recalls": table}, asdict(options), device)
-            for task, of_task in zip(tasks, matches, strict=True):
-                write_outputs(model, task, of_task, options, device, outputs)
+            for evaluation in evaluations:
+                write_outputs(model, evaluation, options, device, outputs)
         if outputs.missing:
             raise SystemExit(1)
     return table
@@ -194,8 +232,8 @@ def say_what_plain_folders_change(options: EvalOptions, *, encoder: bool) -> Non
     logger.info("%s", line)
 
 
-def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
-    """The datasets asked for, with the names that their protocols go by."""
+def datasets(options: EvalOptions) -> Iterator[tuple[str, list[DatabaseQueries]]]:
+    """The datasets asked for, each with the name that its protocol goes by and its sets of queries."""
     settings: dict[str, Any] = {
         "labelled": not options.no_labels,
         "positives_file": options.positives_file,
@@ -215,11 +253,16 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
         ]
     else:
         found = [
-            (name, DatabaseQueries.from_folder(options.eval_datasets_folder, name, "test", **settings))
+            (
+                name,
+                DatabaseQueries.from_folder(
+                    options.eval_datasets_folder, name, "test", queries_names=options.queries_of(name), **settings
+                ),
+            )
             for name in options.eval_dataset_name
         ]
     if options.descriptors_folder is not None:
-        kept = [kept_in(options.descriptors_folder, dataset) for _, dataset in found]
+        kept = [kept_in(options.descriptors_folder, dataset.name) for _, dataset in found]
         if len({*kept}) < len(kept):
             raise ValueError(
                 f"--descriptors_folder would keep two of {', '.join(name for name, _ in found)} in one folder; take "
@@ -232,47 +275,73 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
                 f"--save_submission: some file names of {dataset.name} have no image key without spaces, the seventh "
                 "field of @east@north@zone@letter@lat@lon@key@...; use a tree with such names"
             )
-        warn_of_counts(dataset, protocol_of(name))
-        yield name, dataset
+        queries_names = options.queries_of(name)
+        sets = dataset.sets(queries_names)
+        if queries_names != ("queries",):
+            warn_of_counts(dataset, protocol_of(name), None)
+        for queries, of_set in zip(queries_names, sets, strict=True):
+            warn_of_counts(of_set, protocol_of(name), queries)
+        yield name, sets
 
 
-def depth(options: EvalOptions, dataset: DatabaseQueries, test_method: str) -> int:
+def tasks_of(options: EvalOptions, name: str, sets: Sequence[DatabaseQueries]) -> list[Task]:
+    """What is to be done for a dataset: one task for each set of queries."""
+    several = not options.plain_folders and len(options.eval_dataset_name) > 1
+    queries_names = options.queries_of(name)
+    return [
+        Task(
+            dataset=dataset,
+            queries=queries,
+            of=name if options.plain_folders else f"{name} test",
+            test_method=options.test_method or protocol_of(name).test_method,
+            positive_distance=positive_distance(options, name),
+            subfolder="/".join([name] * several + [queries] * (len(sets) > 1)),
+        )
+        for queries, dataset in zip(queries_names, sets, strict=True)
+    ]
+
+
+def depth(options: EvalOptions, task: Task) -> int:
     """How many database images are searched for each query."""
     k = max(options.recall_values)
-    if test_method != "maj_voting":  # where the depth of the search decides how many crops can agree
+    if task.test_method != "maj_voting":  # where the depth of the search decides how many crops can agree
         k = max(k, options.save_predictions, SUBMITTED if options.save_submission else 0)
-    return min(k, len(dataset.database_paths))
+    return min(k, len(task.dataset.database_paths))
 
 
-def foresee(
-    model: SuperVLADNet, options: EvalOptions, dataset: DatabaseQueries, test_method: str, distance: float
-) -> None:
-    """Says before the extraction what can be known then: an index that cannot be, and figures with a limit to them.
+def foresee(model: SuperVLADNet, options: EvalOptions, group: Sequence[Task]) -> None:
+    """Says before the extraction what can be known then: an index or a context that cannot be, figures with a limit to
+    them, and recalls that the batches may decide.
 
     Raises:
-        ValueError: FAISS refuses the index.
+        ValueError: FAISS refuses the index, or queries and database images do not pair up for the paired context.
     """
     if not distributed.is_main():
         return
-    count = len(dataset.database_paths)
-    asked = {"--recall_values": max(options.recall_values) if dataset.labelled else 0}
+    database = group[0].dataset
+    count = len(database.database_paths)
+    asked = {"--recall_values": max(options.recall_values) if database.labelled else 0}
     asked |= {"--save_predictions": options.save_predictions, "--save_submission": SUBMITTED * options.save_submission}
     for flag, wanted in asked.items():
         if wanted > count and (flag == "--save_submission" or flag.lstrip("-") in options.given):
-            logger.warning("%s asks for %d matches, and %s has %d database images", flag, wanted, dataset.name, count)
+            logger.warning("%s asks for %d matches, and %s has %d database images", flag, wanted, group[0].of, count)
     if options.save_submission and max(options.recall_values) < SUBMITTED <= count:
         logger.info("--save_submission: %d images a query are submitted, which are scored", SUBMITTED)
-    if dataset.labelled:
-        lost = int((~findable(dataset, distance)).sum())
+    for task in group:
+        if task.positives is None or task.findable is None:
+            continue
+        lost = int((~task.findable).sum())
         if lost:
             logger.warning(
                 "%s: %d of %d queries have no %sdatabase photo %s; they count as missed, as in published figures",
-                dataset.name,
+                task.dataset.name,
                 lost,
-                int(dataset.judged_queries.sum()),
+                int(task.dataset.judged_queries.sum()),
                 "correct " * bool(options.positives_file),
-                rule(options, distance),
+                rule(options, task.positive_distance),
             )
+        if model.encoder is not None:
+            foresee_contexts(options, task)
     if options.index is not None:
         _, in_chunk = images_at_a_time((count, 1, *model.vectors_shape), options.infer_batch_size)
         require_index(
@@ -281,13 +350,47 @@ def foresee(
             dim=options.pca_dim or model.descriptor_dim,
             count=count,
             chunks=-(-count // in_chunk),
-            k=depth(options, dataset, test_method),
+            k=depth(options, group[0]),
         )
 
 
-def findable(dataset: DatabaseQueries, distance: float) -> NDArray[np.bool_]:
-    """Which queries have a correct database image at all, Q; those of which nothing is known count among them."""
-    return np.array([len(found) > 0 for found in dataset.positives(distance)], dtype=bool) | ~dataset.judged_queries
+def foresee_contexts(options: EvalOptions, task: Task) -> None:
+    """Says what the batches of the cross-image encoder tell of a task, and refuses a paired order where there is none.
+
+    Raises:
+        ValueError: queries and database images do not pair up.
+    """
+    assert task.positives is not None
+    dataset, batch = task.dataset, options.infer_batch_size
+    if "paired" in options.encoder_context and not pair_up(task.positives, len(dataset.database_paths)):
+        raise ValueError(
+            f"--encoder_context paired: {dataset.name} has {len(dataset.queries_paths)} queries and "
+            f"{len(dataset.database_paths)} database images, which do not pair up one to one in the order of names; "
+            "take shuffled"
+        )
+    shift = options.shift
+    if "unaligned" in options.encoder_context and shift % batch == 0:
+        logger.warning("--context_shift %d is whole batches of %d: unaligned is file_order then", shift, batch)
+    if "file_order" not in options.encoder_context:
+        return
+    aligned = task.alignment(batch)
+    if aligned["warned"]:
+        logger.warning(
+            "%s: for %d of %d queries, the batch in file order holds exactly the places of the database batch at the "
+            "same place in the order, so the encoder sees the same company on both sides, and recall may come from "
+            "that: --encoder_context file_order unaligned tests it",
+            dataset.name,
+            aligned["paired"],
+            aligned["queries"],
+        )
+    elif 2 * aligned["nearest"] > aligned["queries"]:
+        logger.info(
+            "%s: queries and database follow the same route in the order of names (%d of %d queries share their batch "
+            "with the neighbours of their nearest database image): --encoder_context unaligned tells what that adds",
+            dataset.name,
+            aligned["nearest"],
+            aligned["queries"],
+        )
 
 
 def rule(options: EvalOptions, distance: float) -> str:
@@ -298,11 +401,14 @@ def rule(options: EvalOptions, distance: float) -> str:
 def positive_distance(options: EvalOptions, name: str) -> float:
     """How near a correct database image is, in metres."""
     protocol = protocol_of(name)
-    if options.positive_frames is not None:
-        if protocol.metres_a_frame is None:
-            raise ValueError(f"--positive_frames: the positions of {name} do not count frames; use metres")
-        return (options.positive_frames + 0.5) * protocol.metres_a_frame  # half-way to the first frame too far
-    return options.val_positive_dist_threshold or protocol.positive_distance
+    if options.val_positive_dist_threshold is not None:
+        return options.val_positive_dist_threshold
+    frames = protocol.frames if options.positive_frames is None else options.positive_frames
+    if frames is None:
+        return protocol.positive_distance
+    if protocol.metres_a_frame is None:
+        raise ValueError(f"--positive_frames: the positions of {name} do not count frames; use metres")
+    return (frames + 0.5) * protocol.metres_a_frame  # half-way to the first frame too far
 
 
 def pca_images(options: EvalOptions, descriptor_dim: int) -> list[str]:
@@ -321,20 +427,18 @@ def pca_images(options: EvalOptions, descriptor_dim: int) -> list[str]:
     return list(chosen.tolist())
 
 
-def images_of(task: Task, pca_paths: list[str]) -> dict[str, tuple[list[str], str]]:
-    """What is extracted for a task: paths and test method by name."""
-    images = {
-        "database": (task.dataset.database_paths, "hard_resize"),
-        "queries": (task.dataset.queries_paths, task.test_method),
-    }
+def images_of(group: Sequence[Task], pca_paths: list[str]) -> dict[str, tuple[list[str], str]]:
+    """What is extracted for the tasks of a dataset: paths and test method by name."""
+    images = {"database": (group[0].dataset.database_paths, "hard_resize")}
+    images |= {task.store: (task.dataset.queries_paths, task.test_method) for task in group}
     if pca_paths:
         images["pca"] = (pca_paths, "hard_resize")
     return images
 
 
-def kept_in(descriptors_folder: Path, dataset: DatabaseQueries) -> Path:
+def kept_in(descriptors_folder: Path, dataset: str) -> Path:
     """Where `--descriptors_folder` has what was extracted of a dataset."""
-    return descriptors_folder / dataset.name.replace(" ", "_")
+    return descriptors_folder / dataset.replace(" ", "_")
 
 
 def weights_digest(model: SuperVLADNet) -> str:
@@ -356,7 +460,7 @@ def fingerprint_of(weights: str, options: EvalOptions, test_method: str) -> dict
 
 def extracted(
     model: SuperVLADNet,
-    task: Task,
+    group: Sequence[Task],
     pca_paths: list[str],
     options: EvalOptions,
     device: torch.device,
@@ -367,11 +471,11 @@ def extracted(
 
     What is not kept is removed, and what is kept open to others again, when `held` ends.
     """
-    images = images_of(task, pca_paths)
+    images = images_of(group, pca_paths)
     batch_size = options.extraction_batch_size or extraction_batch_size(device)
-    folder, fingerprint = task.folder / "extracted", None
+    folder, fingerprint = group[0].folder / "extracted", None
     if options.descriptors_folder is not None:
-        folder = kept_in(options.descriptors_folder, task.dataset)
+        folder = kept_in(options.descriptors_folder, group[0].of)
         if distributed.is_main():
             held.enter_context(FolderLock(folder, "--descriptors_folder", "keep descriptors"))
         weights = weights_digest(model)
@@ -396,7 +500,7 @@ def extracted(
             batch_size=1 if test_method == "single_query" else max(1, batch_size // CROPS[test_method]),
             num_workers=reading_workers(device) if options.num_workers is None else options.num_workers,
             device=device,
-            progress=f"{task.dataset.name} {name}",
+            progress=f"{group[0].of} {name}",
             upright=options.upright,
             stop=stop,
         )
@@ -407,7 +511,7 @@ def extracted(
 @contextmanager
 def kept_if_it_fails(
     model: SuperVLADNet,
-    tasks: Sequence[Task],
+    groups: Sequence[Sequence[Task]],
     stores: Sequence[dict[str, DescriptorStore]],
     pca_paths: list[str],
     options: EvalOptions,
@@ -423,20 +527,20 @@ def kept_if_it_fails(
         if options.descriptors_folder is None:
             advice += f" with --descriptors_folder={shlex.quote(str(folder.absolute()))}"
             weights = weights_digest(model)
-            for task, of_task in zip(tasks, stores, strict=True):
-                for name, (paths, test_method) in images_of(task, pca_paths).items():
+            for group, of_group in zip(groups, stores, strict=True):
+                for name, (paths, test_method) in images_of(group, pca_paths).items():
                     fingerprint = fingerprint_of(weights, options, test_method)
                     try:
-                        of_task[name].keep(kept_in(folder, task.dataset), fingerprint, paths)
+                        of_group[name].keep(kept_in(folder, group[0].of), fingerprint, paths)
                     except (OSError, ValueError) as problem:
-                        logger.warning("%s of %s could not be kept: %s", name, task.dataset.name, problem)
+                        logger.warning("%s of %s could not be kept: %s", name, group[0].of, problem)
         logger.warning("what was extracted is kept: %s goes on with the search", advice)
         raise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matches:
-    """What the search found in the first encoder context asked for, and the recall curves of all.
+    """What the search found for one set of queries.
 
     Attributes:
         search: which it was.
@@ -444,8 +548,6 @@ class Matches:
         distances: squared, of the descriptors, Q x k.
         predictions: database indices, Q x k, best first; -1 is none.
         correct: which of them are right, Q x k; None without labels.
-        findable: which queries have a correct image, or a position that is not known, Q; None without labels.
-        curves: recall@N in percent for N from 1 to k, by context.
     """
 
     search: Search
@@ -453,30 +555,79 @@ class Matches:
     distances: NDArray[np.float32]
     predictions: NDArray[np.int64]
     correct: NDArray[np.bool_] | None
-    findable: NDArray[np.bool_] | None
-    curves: dict[str, list[float]]
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """What comes out for one set of queries, one encoder context after the other.
+
+    Attributes:
+        task: what was evaluated.
+        results: of all contexts, as in `results.json`.
+        recalls: recall@N in percent by context, of several orders the mean.
+        curves: likewise, for N from 1 to the depth of the search.
+        first: what was found in the first search of the first context.
+    """
+
+    task: Task
+    results: dict[str, Any]
+    recalls: dict[str, dict[int, float]] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    first: Matches | None = None
+
+    def note(self, context: str, searched: Sequence[Matches], recall_values: Sequence[int]) -> str:
+        """Takes what the searches of a context found, one for each order.
+
+        Returns:
+            The line that tells of it.
+        """
+        dataset = self.task.dataset
+        if self.first is None:
+            self.first = searched[0]
+        start = self.first.context
+        masks = [of_order.correct for of_order in searched if of_order.correct is not None]
+        if not masks:
+            return f"Searched {dataset}, without labels: predictions.csv in {self.task.folder}"
+        k = masks[0].shape[1]
+        found = [search.recall_of(correct[dataset.judged_queries], range(1, k + 1)) for correct in masks]
+        mean = {n: float(np.mean([recall[n] for recall in found])) for n in found[0]}
+        self.curves[context] = list(mean.values())
+        recalls = self.recalls[context] = {n: mean[min(n, k)] for n in recall_values}
+        self.results["recalls"] = self.recalls[start]
+        of_context = self.results.setdefault("contexts", {})[context] = {"recalls": recalls, "orders": len(found)}
+        line = f"Recalls on {dataset}"
+        if context != start or context != "file_order":
+            line += f", {context}" + (f" ({len(found)} orders)" if len(found) > 1 else "")
+        line += f": {format_recalls(recalls)}"
+        if len(found) > 1:
+            deviation = {n: float(np.std([recall[n] for recall in found])) for n in found[0]}
+            spread = of_context["deviations"] = {n: deviation[min(n, k)] for n in recall_values}
+            line += f"; deviations {format_recalls(spread)}"
+        return line
 
 
 def searches(
     model: SuperVLADNet,
-    task: Task,
+    group: Sequence[Task],
     stores: dict[str, DescriptorStore],
     options: EvalOptions,
     device: torch.device,
     context: str,
 ) -> Iterator[Search]:
-    """The searches in one encoder context; the shuffled one has an order after the other where recalls are averaged."""
-    for order in range(options.context_seeds if context == "shuffled" and task.dataset.labelled else 1):
+    """The searches in one encoder context; where it is drawn, an order after the other if recalls are averaged."""
+    dataset = group[0].dataset
+    for order in range(options.context_seeds if context in DRAWN_CONTEXTS and dataset.labelled else 1):
         yield Search(
             model,
             stores,
-            test_method=task.test_method,
+            test_method=group[0].test_method,
             context=context,
             infer_batch_size=options.infer_batch_size,
+            shift=options.shift,
             seed=(options.seed, order),
             pca_dim=options.pca_dim,
             device=device,
-            by_all=searched_by_all(len(task.dataset.database_paths), options.index),
+            by_all=searched_by_all(len(dataset.database_paths), options.index),
         )
 
 
@@ -486,99 +637,86 @@ def contexts_of(model: SuperVLADNet, options: EvalOptions) -> tuple[str, ...]:
 
 
 def help_search(
-    model: SuperVLADNet, task: Task, stores: dict[str, DescriptorStore], options: EvalOptions, device: torch.device
+    model: SuperVLADNet,
+    group: Sequence[Task],
+    stores: dict[str, DescriptorStore],
+    options: EvalOptions,
+    device: torch.device,
 ) -> None:
     """Searches this process's share of the database, in the order in which `evaluate` searches in the main process."""
-    if searched_by_all(len(task.dataset.database_paths), options.index):
+    if searched_by_all(len(group[0].dataset.database_paths), options.index):
         for context in contexts_of(model, options):
-            for searched in searches(model, task, stores, options, device, context):
-                searched.run(depth(options, task.dataset, task.test_method))
+            for searched in searches(model, group, stores, options, device, context):
+                searched.run(depth(options, group[0]))
 
 
 def evaluate(
     model: SuperVLADNet,
-    task: Task,
+    group: Sequence[Task],
     stores: dict[str, DescriptorStore],
     options: EvalOptions,
     device: torch.device,
     outputs: Outputs,
-) -> tuple[dict[str, dict[int, float]], Matches]:
-    """Searches in every encoder context asked for; each has its line, and `results.json`, before the next is searched.
-
-    Returns:
-        Recall@N by context, of several orders the mean; and what was found in the first.
-    """
-    dataset = task.dataset
-    k = depth(options, dataset, task.test_method)
-    positives = dataset.positives(task.positive_distance) if dataset.labelled else None
-    results: dict[str, Any] = {}
-    to_find = None
-    if positives is not None:
-        to_find = findable(dataset, task.positive_distance)
-        results = {"recalls": {}, "positive_distance": task.positive_distance}
-        results |= {"queries_without_positives": int((~to_find).sum())}
-    results |= {"dataset": dataset.sizes, "descriptor_dim": options.pca_dim or model.descriptor_dim}
-    results |= {"test_method": task.test_method}
-    recalls: dict[str, dict[int, float]] = {}
-    curves: dict[str, list[float]] = {}
+) -> list[Evaluation]:
+    """Searches the sets of queries of a dataset in every encoder context asked for; each set has its line, and its
+    `results.json`, before the next context is searched."""
+    evaluations = [Evaluation(task=task, results=facts(model, task, options)) for task in group]
     contexts = contexts_of(model, options)
-    first: Matches | None = None
     for context in contexts:
-        found = []
-        for searched in searches(model, task, stores, options, device, context):
-            distances, predictions = searched.run(
-                k,
+        found: list[list[Matches]] = [[] for _ in group]
+        for searched in searches(model, group, stores, options, device, context):
+            of_sets = searched.run(
+                depth(options, group[0]),
                 index=options.index,
                 index_parameters=options.index_parameters,
                 majority_weight=options.majority_weight,
             )
-            correct = None if positives is None else search.correct_among(predictions, positives)
-            if first is None:
-                first = Matches(
-                    search=searched,
-                    context=context,
-                    distances=distances,
-                    predictions=predictions,
-                    correct=correct,
-                    findable=to_find,
-                    curves=curves,
+            for task, of_task, (distances, predictions) in zip(group, found, of_sets, strict=True):
+                correct = None if task.positives is None else search.correct_among(predictions, task.positives)
+                of_task.append(
+                    Matches(
+                        search=searched,
+                        context=context,
+                        distances=distances,
+                        predictions=predictions,
+                        correct=correct,
+                    )
                 )
-                if options.index is not None:
-                    results["index_agreement"] = searched.agreement
-            if correct is not None:
-                found.append(search.recall_of(correct[dataset.judged_queries], range(1, k + 1)))
-        line = f"Searched {dataset}, without labels: predictions.csv in {task.folder}"
-        if found:
-            mean = {n: float(np.mean([recall[n] for recall in found])) for n in found[0]}
-            deviation = {n: float(np.std([recall[n] for recall in found])) for n in found[0]}
-            curves[context] = list(mean.values())
-            recalls[context] = {n: mean[min(n, k)] for n in options.recall_values}
-            line = f"Recalls on {dataset}"
-            if context != contexts[0] or context != "file_order":
-                line += f", {context}" + (f" ({len(found)} orders)" if len(found) > 1 else "")
-            line += f": {format_recalls(recalls[context])}"
-            results["recalls"] = recalls[contexts[0]]
-            results.setdefault("contexts", {})[context] = {"recalls": recalls[context], "orders": len(found)}
-            if len(found) > 1:
-                spread = {n: deviation[min(n, k)] for n in options.recall_values}
-                results["contexts"][context]["deviations"] = spread
-                line += f"; deviations {format_recalls(spread)}"
-        if context == contexts[0]:
-            logger.info("log and results.json in %s", task.folder)
-        logger.info("%s", line)
-        with outputs.writing(str(task.folder / "results.json")):
-            task.folder.mkdir(parents=True, exist_ok=True)
-            run_log.write_results(task.folder, results, asdict(options), device)
-    assert first is not None
-    return recalls, first
+            if options.index is not None:
+                for evaluation, agreement in zip(evaluations, searched.agreements, strict=True):
+                    evaluation.results.setdefault("index_agreement", agreement)
+        for evaluation, of_task in zip(evaluations, found, strict=True):
+            line = evaluation.note(context, of_task, options.recall_values)
+            folder = evaluation.task.folder
+            if context == contexts[0]:
+                logger.info("log and results.json in %s", folder)
+            logger.info("%s", line)
+            with outputs.writing(str(folder / "results.json")):
+                folder.mkdir(parents=True, exist_ok=True)
+                run_log.write_results(folder, evaluation.results, asdict(options), device)
+    return evaluations
+
+
+def facts(model: SuperVLADNet, task: Task, options: EvalOptions) -> dict[str, Any]:
+    """What `results.json` says of a task beside what is found."""
+    results: dict[str, Any] = {}
+    if task.findable is not None:
+        results = {"recalls": {}, "positive_distance": task.positive_distance}
+        results |= {"queries_without_positives": int((~task.findable).sum())}
+        if model.encoder is not None:
+            results["alignment"] = task.alignment(options.infer_batch_size)
+    results |= {"dataset": task.dataset.sizes, "descriptor_dim": options.pca_dim or model.descriptor_dim}
+    return results | {"test_method": task.test_method}
 
 
 def write_outputs(
-    model: SuperVLADNet, task: Task, matches: Matches, options: EvalOptions, device: torch.device, outputs: Outputs
+    model: SuperVLADNet, evaluation: Evaluation, options: EvalOptions, device: torch.device, outputs: Outputs
 ) -> None:
     """Writes what there is to look at and to compute with, as asked for; the page comes last."""
-    dataset, folder, predictions = task.dataset, task.folder, matches.predictions
-    correct = matches.correct
+    assert evaluation.first is not None
+    task, matches, curves = evaluation.task, evaluation.first, evaluation.curves
+    dataset, folder = task.dataset, task.folder
+    predictions, correct = matches.predictions, matches.correct
     judged = None if correct is None else dataset.judged(predictions)
     located = dataset
     with outputs.writing(f"positions in {folder / 'predictions.csv'}"):
@@ -597,9 +735,9 @@ def write_outputs(
             positions=located.database_positions,
             geographic=located.geographic,
         )
-    if matches.curves:
+    if curves:
         with outputs.writing(str(folder / "recalls.png")):
-            report.draw_recalls(folder, dataset.name, matches.curves, options.recall_values)
+            report.draw_recalls(folder, dataset.name, curves, options.recall_values)
     if options.save_submission:
         with outputs.writing(str(folder / "submission.zip")):
             query_keys, database_keys = (
@@ -608,14 +746,15 @@ def write_outputs(
             report.write_submission(folder, query_keys, database_keys, predictions)
     if options.save_descriptors:
         with outputs.writing(str(folder / "descriptors")):
-            matches.search.save(folder / "descriptors", database=dataset.database_paths, queries=dataset.queries_paths)
+            paths = {"database": dataset.database_paths, task.store: dataset.queries_paths}
+            matches.search.save(folder / "descriptors", **paths)
     if options.save_assignments:
         write_assignments(model, task, options, predictions, correct, device, outputs)
     if options.save_predictions:
         first = np.s_[:, : options.save_predictions]
         title = str(dataset)
-        if matches.curves:
-            curve = matches.curves[matches.context]
+        if curves:
+            curve = curves[matches.context]
             shown = {n: curve[min(n, len(curve)) - 1] for n in options.recall_values}
             title += f", {matches.context}" * (model.encoder is not None) + f", {format_recalls(shown)}"
         # Of unit vectors the distance tells the cosine; not of those that a PCA, an index or a mean over crops changes.
@@ -634,7 +773,7 @@ def write_outputs(
                     read=partial(read_reduced, side=match_page.THUMBNAIL_SIDE, upright=options.upright),
                     similarity=1 - matches.distances[first].astype(np.float64) / 2 if unit else None,
                     rule=rule(options, task.positive_distance),
-                    findable=None if correct is None else matches.findable,
+                    findable=task.findable,
                 )
             logger.info("open in a browser: %s", (folder / "matches/index.html").absolute().as_uri())
 

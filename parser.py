@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 PATCH_SIZE = 14  # in pixels
 TEST_METHODS = ("hard_resize", "single_query", "central_crop", "five_crops", "nearest_crop", "maj_voting")
-CONTEXTS = ("file_order", "shuffled", "independent")
+CONTEXTS = ("file_order", "unaligned", "shuffled", "paired", "independent")
+DRAWN_CONTEXTS = ("shuffled", "paired")  # in random orders
 SUBMITTED = 20  # images a query at least: the MSLS challenge scores the first 1, 5, 10 and 20
 BACKBONES = tuple(
     f"dino{size}{registers}" for size in ("", "_small", "_large", "_giant") for registers in ("", "_reg")
@@ -104,6 +105,12 @@ class EvalOptions(Options):
         nargs="+",
         type=str,
     )
+    queries_names: tuple[str, ...] = option(
+        ("queries",),
+        "folders of queries, each searched as a set of its own in the one database; svox:queries_night is svox's only",
+        nargs="+",
+        type=str,
+    )
     resize: tuple[int, int] = option(
         (322, 322), "height and width of images, in pixels, where the checkpoint does not say", nargs=2, type=int
     )
@@ -147,12 +154,16 @@ class EvalOptions(Options):
     encoder_context: tuple[str, ...] = option(
         None,
         "photos that share a batch in the encoder: neighbours by name (file_order, as published, the default for "
-        "datasets), any, or none (independent, the default for plain folders)",
+        "datasets; unaligned cuts the queries elsewhere), any (shuffled; paired takes one order for both sides), or "
+        "none (independent, the default for plain folders)",
         nargs="+",
         type=str,
         choices=CONTEXTS,
     )
-    context_seeds: int = option(5, "random orders of the shuffled context")
+    context_seeds: int = option(5, "random orders of the shuffled and the paired context")
+    context_shift: int | None = option(
+        None, "queries in the first batch of the unaligned context; by default half of --infer_batch_size", type=int
+    )
     pca_dim: int = option(0, "reduce descriptors to so many numbers by PCA; 0 does not")
     pca_dataset_folder: Path | None = option(None, "images to fit the PCA on, below --eval_datasets_folder", type=Path)
 
@@ -175,6 +186,11 @@ class EvalOptions(Options):
     )
     save_descriptors: bool = option(False, "write descriptors and paths into the run's folder")
     save_submission: bool = option(False, "write the file that the MSLS challenge takes")
+
+    @property
+    def shift(self) -> int:
+        """Queries in the first batch of the unaligned context."""
+        return self.infer_batch_size // 2 if self.context_shift is None else self.context_shift
 
     @property
     def plain_folders(self) -> bool:
@@ -213,7 +229,9 @@ class EvalOptions(Options):
         """Refuses options that would be dropped in silence because of others."""
         rules = (
             ("majority_weight", self.test_method == "maj_voting", "--test_method maj_voting"),
-            ("context_seeds", "shuffled" in self.encoder_context, "--encoder_context shuffled"),
+            ("context_seeds", {*DRAWN_CONTEXTS} & {*self.encoder_context}, "--encoder_context shuffled or paired"),
+            ("context_shift", "unaligned" in self.encoder_context, "--encoder_context unaligned"),
+            ("queries_names", not self.plain_folders, "datasets, and --queries_folder of plain folders"),
             ("context_seeds", not self.no_labels, "recalls over several orders, which --no_labels has none of"),
         )
         for name, has_part, of in rules:
@@ -233,6 +251,11 @@ class EvalOptions(Options):
             raise ValueError(f"{' and '.join(labels)} each say in their way what is correct; give one of them")
         if len(set(self.encoder_context)) < len(self.encoder_context):
             raise ValueError(f"--encoder_context {' '.join(self.encoder_context)} names one twice; name each once")
+        if self.no_labels and "paired" in self.encoder_context:
+            raise ValueError(
+                "--encoder_context paired: without labels nobody knows whether queries and database images pair up; "
+                "leave out --no_labels, or take shuffled"
+            )
         if self.no_labels and len(self.encoder_context) > 1:
             raise ValueError(
                 f"--encoder_context {' '.join(self.encoder_context)}: without labels there are no recalls to compare, "
@@ -259,9 +282,34 @@ class EvalOptions(Options):
                     f"found: {SUBMITTED} images are scored; give --recall_values up to {SUBMITTED}"
                 )
 
+    def queries_of(self, dataset: str) -> tuple[str, ...]:
+        """The folders of queries that are searched in a dataset's database."""
+        named = [name.rpartition(":") for name in self.queries_names]
+        return tuple(queries for of, _, queries in named if of in ("", dataset)) or ("queries",)
+
+    def _require_sets(self) -> None:
+        """Refuses names of query sets that are of no dataset, lead elsewhere, or stand twice for one dataset."""
+        for name in self.queries_names:
+            dataset = name.rpartition(":")[0]
+            if dataset and dataset not in self.eval_dataset_name:
+                raise ValueError(
+                    f"--queries_names {name}: {dataset} is not among --eval_dataset_name "
+                    f"{' '.join(self.eval_dataset_name)}; name it there too"
+                )
+        for dataset in self.eval_dataset_name:
+            sets = self.queries_of(dataset)
+            if len({*sets}) < len(sets):
+                raise ValueError(f"--queries_names {' '.join(self.queries_names)} names a set of {dataset} twice")
+            if len(sets) > 1 and (self.positives_file or self.query_keys):
+                raise ValueError(
+                    f"--positives_file and --query_keys are of one set of queries, and --queries_names has {len(sets)} "
+                    f"of {dataset}; give one"
+                )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "eval_dataset_name", tuple(map(_dataset_name, self.eval_dataset_name)))
+        object.__setattr__(self, "queries_names", tuple(map(_queries_name, self.queries_names)))
         plain = (self.database_folder is not None) + (self.queries_folder is not None)
         if self.antialias is None:
             object.__setattr__(self, "antialias", self.plain_folders)
@@ -269,6 +317,8 @@ class EvalOptions(Options):
             object.__setattr__(self, "upright", self.plain_folders)
         if self.encoder_context is None:
             object.__setattr__(self, "encoder_context", ("independent" if self.plain_folders else "file_order",))
+        if self.context_shift is not None:
+            _require_positive(self, "context_shift")
         if plain == 1:
             raise ValueError("--database_folder and --queries_folder go together; give both")
         if self.eval_datasets_folder is None and (not plain or self.pca_dim):
@@ -282,6 +332,8 @@ class EvalOptions(Options):
             raise ValueError("--pca_dim and --pca_dataset_folder go together; give both")
         if not plain and len(self.eval_dataset_name) > 1 and (self.positives_file or self.query_keys):
             raise ValueError("--positives_file and --query_keys are of one dataset; give one --eval_dataset_name")
+        if not plain:
+            self._require_sets()
         if plain and "eval_dataset_name" in self.given:
             raise ValueError("--eval_dataset_name and --database_folder both say what to search; give one of the two")
         if self.labels_where_known and (self.no_labels or self.positives_file is not None):
@@ -405,11 +457,22 @@ def _dataset_name(name: str) -> str:
     Raises:
         ValueError: it leads out of there, and so would the results.
     """
+    return _folder_name("--eval_dataset_name", name, "--eval_datasets_folder")
+
+
+def _queries_name(name: str) -> str:
+    """A folder of queries, perhaps with `<dataset>:` in front, likewise."""
+    dataset, colon, queries = name.rpartition(":")
+    queries = _folder_name("--queries_names", queries, "the folder that holds the database")
+    return (_dataset_name(dataset) if colon else "") + colon + queries
+
+
+def _folder_name(flag: str, name: str, above: str) -> str:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or not parts:
         raise ValueError(
-            f"--eval_dataset_name {name!r} is not the name of a folder below --eval_datasets_folder; give it there, "
-            "and its name here, without .. and not absolute"
+            f"{flag} {name!r} is not the name of a folder below {above}; put it there, and give its name here, without "
+            ".. and not absolute"
         )
     return "/".join(parts)
 

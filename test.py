@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,10 +56,12 @@ class EncoderContext:
     Attributes:
         batch_size: images that share a batch; 1 gives what each photo gives by itself.
         seed: of the order that the images are taken in; None for the order of their file names.
+        shift: images of the first batch, a short one; 0 for a whole one.
     """
 
     batch_size: int
     seed: tuple[int, ...] | None = None
+    shift: int = 0
 
     def order(self, count: int) -> NDArray[np.int64]:
         """The images 0 to count - 1 in the order in which they are taken."""
@@ -191,14 +194,17 @@ def descriptors(
     order = context.order(len(store))
     together, in_chunk = images_at_a_time(store.shape, batch)
     part = distributed.shares(len(order), in_chunk)[distributed.rank()] if shared else slice(0, len(order))
-    for start in range(part.start, part.stop, in_chunk):
-        indices = order[start : start + in_chunk]
+    starts = [part.start, *range(part.start + (context.shift or in_chunk), part.stop, in_chunk)]
+    for start, end in pairwise([*starts, part.stop]):
+        if start == end:
+            continue
+        indices = order[start:end]
         vectors = store.read(indices).reshape(-1, K, D)
         described = np.empty((len(vectors), K * D), dtype=np.float32)
         whole = len(indices) // batch * batch
         # All whole batches, then what is left of the last one.
         bounds = [*range(0, whole, together), whole, len(indices)]
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        for first, last in pairwise(bounds):
             if first < last:
                 rows = slice(first * crops, last * crops)
                 group = min(batch, last - first) * crops
@@ -212,16 +218,18 @@ def searched_by_all(database: int, index: str | None = None) -> bool:
 
 
 class Search:
-    """The search of a dataset's queries in its database, in one encoder context.
+    """The search of a dataset's queries, of one set or several, in its database, in one encoder context.
 
     Args:
         model: what is evaluated, in evaluation mode.
-        stores: cluster vectors of `database`, `queries` and, for a PCA, `pca`.
+        stores: cluster vectors of `database`, for a PCA of `pca`, and of the sets of queries under any other names.
         test_method: how the queries were prepared, a name from `transforms.TEST_METHODS`.
-        context: images that share a batch in the encoder: "file_order" takes neighbours, as published; "shuffled" any
-            (database and queries apart); "independent" nobody but the image itself.
+        context: images that share a batch in the encoder: "file_order" takes neighbours, as published; "unaligned"
+            too, but the queries' first batch is a short one; "shuffled" any (database and queries apart); "paired" any,
+            in one order for both sides, which are of one length; "independent" nobody but the image itself.
         infer_batch_size: images that share a batch.
-        seed: of the shuffled order, and of the PCA.
+        shift: queries in the first batch of the "unaligned" context, whole batches aside.
+        seed: of the shuffled orders, and of the PCA.
         pca_dim: numbers that a PCA leaves of a descriptor; 0 for none.
         device: where the model is, and what is searched on.
         by_all: all processes make this object and call `run` at the same points, each for its share of the database;
@@ -236,22 +244,30 @@ class Search:
         test_method: str = "hard_resize",
         context: str = "file_order",
         infer_batch_size: int,
+        shift: int = 0,
         seed: tuple[int, ...] = (0,),
         pca_dim: int = 0,
         device: torch.device,
         by_all: bool = False,
     ):
         self.test_method = test_method
-        self.agreement: dict[str, float] = {}  # of an approximate index with exact search
+        self.agreements: list[dict[str, float]] = []  # of an approximate index with exact search, one for each set
         self._counts = {name: len(store) for name, store in stores.items()}
+        self._sets = [name for name in stores if name not in ("database", "pca")]
+        self._parts = search.parts_of([self._counts[name] for name in self._sets])
         self._device = device
         self._by_all = by_all
         self._describe: dict[str, Callable[..., Iterable[Chunk]]] = {}
-        for side, (name, store) in enumerate(stores.items()):
+        for name, store in stores.items():
+            is_query = name in self._sets
             # A photo in its own shape shares a batch with none.
-            alone = context == "independent" or (name == "queries" and test_method == "single_query")
-            order = (*seed, side) if context == "shuffled" else None
-            batches = EncoderContext(1 if alone else infer_batch_size, order)
+            batch = 1 if context == "independent" or (is_query and test_method == "single_query") else infer_batch_size
+            side = 0 if name == "database" or context == "paired" else 1 if is_query else 2
+            batches = EncoderContext(
+                batch,
+                (*seed, side) if context in ("shuffled", "paired") else None,
+                shift % batch if context == "unaligned" and is_query else 0,
+            )
             self._describe[name] = partial(descriptors, model, store, batches, device=device)
         self.pca: Any = None
         if pca_dim:
@@ -270,7 +286,7 @@ class Search:
             shared: this process's share of them.
         """
         for indices, rows in self._describe[name](shared=shared):
-            if name == "queries" and self.test_method == "five_crops":
+            if name in self._sets and self.test_method == "five_crops":
                 rows = rows.reshape(len(indices), CROPS[self.test_method], -1).mean(axis=1)
             yield indices, rows if self.pca is None else self.pca.transform(rows).astype(np.float32)
 
@@ -286,7 +302,7 @@ class Search:
 
     def run(
         self, k: int, *, index: str | None = None, index_parameters: str = "", majority_weight: float = 0.01
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
         """Searches.
 
         Args:
@@ -296,31 +312,37 @@ class Search:
             majority_weight: of agreement between crops, in the test method `maj_voting`.
 
         Returns:
-            Squared distances and database indices, each Q x k, best first; where all processes search, in the main one.
+            For each set of queries squared distances and database indices, each Q x k, best first; where all processes
+            search, in the main one.
         """
         with search.cores(usable_cores(alone=not self._by_all)) if distributed.world_size() > 1 else nullcontext():
             distances, predictions = self._found(min(k, self._counts["database"]), index, index_parameters)
         helps = self._by_all and not distributed.is_main()
         if self.test_method in ("nearest_crop", "maj_voting") and not helps:
             weight = majority_weight if self.test_method == "maj_voting" else 0.0
-            return search.merge_crops(distances, predictions, crops=CROPS[self.test_method], majority_weight=weight)
-        return distances, predictions
+            crops = CROPS[self.test_method]
+            distances, predictions = search.merge_crops(distances, predictions, crops=crops, majority_weight=weight)
+        return [(distances[part], predictions[part]) for part in self._parts]
 
     def _found(self, k: int, index: str | None, index_parameters: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        queries = [self.rows(name) for name in self._sets]
+        sets = [len(rows) for rows in queries]
+
         def exactly() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
             chunks = self.chunks("database", shared=self._by_all)
-            return search.nearest(self.rows("queries"), chunks, k, self._device)
+            return search.nearest(np.concatenate(queries), chunks, k, self._device, sets)
 
         if index is None:
             return search.first_of_all(exactly, k) if self._by_all else exactly()
-        distances, predictions, self.agreement = search.nearest_by_index(
-            self.rows("queries"),
+        distances, predictions, self.agreements = search.nearest_by_index(
+            np.concatenate(queries),
             partial(self.chunks, "database"),
             self._counts["database"],
             k,
             factory=index,
             parameters=index_parameters,
             device=self._device,
+            sets=sets,
         )
         return distances, predictions
 
@@ -382,7 +404,7 @@ def evaluate(
         by_all = searched_by_all(len(dataset.database_paths))
         if by_all or distributed.is_main():
             searched = Search(model, stores, infer_batch_size=infer_batch_size, device=device, by_all=by_all)
-            _, predictions = searched.run(max(recall_values))
+            ((_, predictions),) = searched.run(max(recall_values))
             if distributed.is_main():
                 recalls = search.recall_at(predictions, dataset.positives(positive_distance), recall_values)
     finally:

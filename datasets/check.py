@@ -3,7 +3,8 @@
     python -m datasets.check data/toy_city data/gsv_cities
     python -m datasets.check known asked
 
-A folder is one evaluation dataset (`images/<split>/{database,queries}`), GSV-Cities (`Dataframes` and `Images`), or
+A folder is one evaluation dataset (`images/<split>/{database,queries}`; `gallery` for database and several
+`queries_...` are fine), GSV-Cities (`Dataframes` and `Images`), or
 anyone's photos. Each fault is one line on stdout, `<kind>: <path>: <what and what to do>`; what is only to be known,
 such as an image of 16 bits, is a line of the same form. The exit status is 0 if there is no fault, 1 if there is any, 2
 for a folder that is none of these.
@@ -46,7 +47,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from .database_queries import DatabaseQueries, like_degrees, utm_positions
+from .database_queries import DatabaseQueries, database_folder, like_degrees, utm_positions
 from .exif import gps_position
 from .gsv_cities import read_city, tables
 from .photo_files import IMAGE_SUFFIXES, PHOTO_SUFFIXES, UNREAD_PHOTOS, Listing, identity, scan
@@ -54,7 +55,6 @@ from .pixel_modes import Depth
 from .transforms import open_noted
 
 SPLITS = ("train", "val", "test")
-PARTS = ("database", "queries")
 IMAGES_PER_TASK = 16
 
 
@@ -153,23 +153,22 @@ class Split:
 
     Attributes:
         names: of the split, and of later ones whose folder is a link to the same (as MSLS's test is to its val).
-        folder: holds `database` and `queries`.
-        listings: of database and queries.
+        listings: by folder; that of the database comes first, one or more of queries follow.
     """
 
     names: list[str]
-    folder: Path
-    listings: tuple[Listing, Listing]
+    listings: dict[Path, Listing]
 
     @property
     def database(self) -> list[str]:
         """Paths, sorted."""
-        return self.listings[0].paths
+        return next(iter(self.listings.values())).paths
 
     @property
     def queries(self) -> list[str]:
         """Likewise."""
-        return self.listings[1].paths
+        _, *queries = self.listings.values()
+        return [path for listing in queries for path in listing.paths]
 
     @property
     def image_count(self) -> int:
@@ -181,8 +180,14 @@ class Split:
 
 
 def is_tree(folder: Path) -> bool:
-    """Whether the folder has `images/<split>/database` or `queries` for any split."""
-    return any(os.path.lexists(folder / "images" / split / part) for split in SPLITS for part in PARTS)
+    """Whether the folder has `images/<split>/database`, `gallery`, `queries` or `queries_...` for any split."""
+    return any(map(os.path.lexists, (part for split in SPLITS for part in parts_of(folder / "images" / split))))
+
+
+def parts_of(split: Path) -> list[Path]:
+    """The folders of a split, there or not: of the database, and of one or more sets of queries."""
+    sets = sorted(path for path in split.glob("queries*") if path.is_dir() or path.is_symlink())
+    return [database_folder(split), *(sets or [split / "queries"])]
 
 
 def find_splits(folder: Path) -> list[Split]:
@@ -195,15 +200,15 @@ def find_splits(folder: Path) -> list[Split]:
     splits = []
     for names in same.values():
         path = folder / "images" / names[0]
-        splits.append(Split(names, path, (images_below(path / "database"), images_below(path / "queries"))))
+        splits.append(Split(names, {part: images_below(part) for part in parts_of(path)}))
     return splits
 
 
 def folder_faults(split: Split) -> list[Fault]:
     """A missing or empty `database` or `queries`, and files that are left out."""
     faults = []
-    for part, listing in zip(PARTS, split.listings, strict=True):
-        path, paths = split.folder / part, listing.paths
+    for path, listing in split.listings.items():
+        paths = listing.paths
         if not path.is_dir():
             faults.append(Fault("missing", str(path), "no such folder, or a broken link; put the images there"))
         elif not paths:
@@ -227,12 +232,12 @@ def position_faults(split: Split, threshold: float) -> list[Fault]:
     faults = [Fault("name", path, advice) for path in split.database + split.queries if path in nowhere]
     database = [path for path in split.database if path not in nowhere]
     queries = [path for path in split.queries if path not in nowhere]
-    for part, paths in zip(PARTS, (database, queries), strict=True):
-        faults += degree_faults(split.folder / part, paths)
+    for folder, listing in split.listings.items():
+        faults += degree_faults(folder, [path for path in listing.paths if path not in nowhere])
     if not database or not queries:
         return faults
     located = DatabaseQueries(
-        name=str(split.folder),
+        name=str(split),
         database_paths=database,
         queries_paths=queries,
         database_positions=utm_positions(database),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any, overload
 
@@ -203,6 +203,12 @@ def image_key(path: str) -> str:
     return fields[7] if len(fields) > 8 else ""
 
 
+def database_folder(split: Path) -> Path:
+    """Where a split of a dataset has its database images: `database`, or else `gallery`, as in SVOX."""
+    folder = split / "database"
+    return split / "gallery" if not folder.is_dir() and (split / "gallery").is_dir() else folder
+
+
 class _Near(Sequence[NDArray[np.int64]]):
     """For each query the database images within a distance, found anew each time: kept, dense ones fill the memory.
 
@@ -276,6 +282,7 @@ class DatabaseQueries:
         queries_positions: Q x 2, likewise.
         geographic: whether positions are latitude and longitude, in degrees, instead.
         known_positives: for each query the indices of its correct database images, where a file says so.
+        set_sizes: the number of queries in each of several sets, one behind the other; empty for one set.
     """
 
     name: str
@@ -285,19 +292,47 @@ class DatabaseQueries:
     queries_positions: NDArray[np.float64] | None = None
     geographic: bool = False
     known_positives: list[NDArray[np.int64]] | None = None
+    set_sizes: tuple[int, ...] = ()
 
     @classmethod
-    def from_folder(cls, datasets_folder: Path, name: str, split: str, **settings: Any) -> "DatabaseQueries":
-        """Lists `<datasets_folder>/<name>/images/<split>/{database,queries}`, as `from_folders`."""
+    def from_folder(
+        cls,
+        datasets_folder: Path,
+        name: str,
+        split: str,
+        *,
+        queries_names: Sequence[str] = ("queries",),
+        **settings: Any,
+    ) -> "DatabaseQueries":
+        """Lists `<datasets_folder>/<name>/images/<split>/{database,queries}`, as `from_folders`.
+
+        Args:
+            datasets_folder: holds the dataset.
+            name: of the dataset's folder.
+            split: train, val or test.
+            queries_names: the folders of queries, each a set of its own.
+            settings: of `from_folders`.
+
+        Raises:
+            FileNotFoundError: there is no such set of queries; it names those that are there.
+        """
         folder = datasets_folder / name / "images" / split
-        return cls.from_folders(folder / "database", folder / "queries", name=f"{name} {split}", **settings)
+        database = database_folder(folder)
+        lost = [queries for queries in queries_names if not (folder / queries).is_dir()]
+        others = sorted(path.name for path in folder.glob("queries*") if path.is_dir())
+        if lost and others:
+            raise FileNotFoundError(
+                f"no folder {folder / lost[0]}; the queries there are {', '.join(others)}: name them by eval.py's "
+                "--queries_names"
+            )
+        sets = [folder / queries for queries in queries_names]
+        return cls.from_folders(database, *sets, name=f"{name} {split}", **settings)
 
     @classmethod
     def from_folders(
         cls,
         database_folder: Path,
-        queries_folder: Path,
-        *,
+        *queries_folders: Path,
         name: str,
         labelled: bool = True,
         exif: bool = False,
@@ -306,17 +341,17 @@ class DatabaseQueries:
         labels_where_known: bool = False,
         skip_unreadable: bool = False,
     ) -> "DatabaseQueries":
-        """Lists two folders of images.
+        """Lists a folder of database images and one or more of queries.
 
         Args:
             database_folder: searched below, too.
-            queries_folder: likewise.
+            queries_folders: likewise; each is a set of its own, see `sets`.
             name: to show.
             labelled: whether the file names hold positions; without them and a file, nothing is known to be correct.
             exif: whether these are anyone's photos: of every format, turned as their EXIF data says, which may hold
                 their positions; and queries among the database are left out of it.
             positives_file: says which images are correct, see `read_positives`; it counts what the folders hold (the
-                queries of the keys), whatever is left out afterwards.
+                queries of the keys), whatever is left out afterwards. Of one set of queries only.
             query_keys: a text file; of the queries, those whose `image_key` stands in it are kept.
             labels_where_known: photos without a position are searched, but neither counted nor correct.
             skip_unreadable: leave out photos that cannot be read, which takes reading all of them.
@@ -326,11 +361,14 @@ class DatabaseQueries:
                 or nothing is left.
         """
         suffixes = {"suffixes": PHOTO_SUFFIXES} if exif else {}
-        database, queries = list_images(database_folder, **suffixes), list_images(queries_folder, **suffixes)
+        database = list_images(database_folder, **suffixes)
+        sets = [list_images(folder, **suffixes) for folder in queries_folders]
         if query_keys is not None:
-            queries = _with_keys(queries, query_keys)
+            sets = [_with_keys(queries, query_keys) for queries in sets]
+        queries = list(chain(*sets))
         positives = None
         if positives_file is not None:
+            (queries_folder,) = queries_folders
             positives = read_positives(positives_file, database, queries, (database_folder, queries_folder))
         stays, asked = (
             _other_than_queries(database, queries, database_folder, keep=not exif),
@@ -338,12 +376,18 @@ class DatabaseQueries:
         )
         if skip_unreadable:
             stays &= readable(database, database_folder, upright=exif)
-            asked &= readable(queries, queries_folder, upright=exif)
+            asked &= np.concatenate(
+                [readable(of, folder, upright=exif) for of, folder in zip(sets, queries_folders, strict=True)]
+            )
         if not stays.any():
             raise ValueError(
                 f"every photo in {database_folder} {'that can be read ' if skip_unreadable else ''}is a query too, in "
-                f"{queries_folder}; name a --database_folder that holds more than the queries"
+                f"{', '.join(map(str, queries_folders))}; name a --database_folder that holds more than the queries"
             )
+        sizes: tuple[int, ...] = ()
+        if len(sets) > 1:
+            bounds = np.cumsum([0, *map(len, sets)])
+            sizes = tuple(int(asked[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
         database, queries = list(compress(database, stays)), list(compress(queries, asked))
         if positives is not None:
             if not (stays.all() and asked.all()):
@@ -365,7 +409,7 @@ class DatabaseQueries:
                     )
             return cls(name=name, database_paths=database, queries_paths=queries, known_positives=positives)
         if not labelled:
-            return cls(name=name, database_paths=database, queries_paths=queries)
+            return cls(name=name, database_paths=database, queries_paths=queries, set_sizes=sizes)
         of_database, of_queries, geographic = photo_positions(
             database, queries, exif=exif, where_known=labels_where_known
         )
@@ -376,9 +420,27 @@ class DatabaseQueries:
             database_positions=of_database,
             queries_positions=of_queries,
             geographic=geographic,
+            set_sizes=sizes,
         )
         dataset._warn_of_positions()
         return dataset
+
+    def sets(self, names: Sequence[str]) -> list["DatabaseQueries"]:
+        """Each set of queries with the same database; the name has that of the set behind it, but for plain `queries`.
+
+        Args:
+            names: of the sets, as many as there are.
+        """
+        if names == ("queries",):
+            return [self]
+        parts, start = [], 0
+        for name, size in zip(names, self.set_sizes or (len(self.queries_paths),), strict=True):
+            part = slice(start, start := start + size)
+            positions = None if self.queries_positions is None else self.queries_positions[part]
+            queries = self.queries_paths[part]
+            name = f"{self.name} {name}"
+            parts.append(replace(self, name=name, queries_paths=queries, queries_positions=positions, set_sizes=()))
+        return parts
 
     def _warn_of_positions(self) -> None:
         assert self.database_positions is not None and self.queries_positions is not None
@@ -487,10 +549,16 @@ class DatabaseQueries:
         None without positions."""
         if self.database_positions is None or self.queries_positions is None:
             return None
-        found = self.database_positions[predictions]  # (Q, k, 2)
-        if not self.geographic:
-            return np.linalg.norm(found - self.queries_positions[:, None], axis=2)
-        return haversine_metres(self.queries_positions[:, None], found)
+        return self._metres(self.database_positions[predictions], self.queries_positions[:, None])
+
+    def metres_to(self, query: int, images: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """How far a query is from some database images, as `metres`."""
+        if self.database_positions is None or self.queries_positions is None:
+            return None
+        return self._metres(self.database_positions[images], self.queries_positions[query])
+
+    def _metres(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        return haversine_metres(b, a) if self.geographic else np.linalg.norm(a - b, axis=-1)
 
 
 def _other_than_queries(

@@ -122,7 +122,7 @@ def searched(model, dataset, stored, test_method, *, context="file_order", batch
         ),
     }
     run = Search(model, stores, test_method=test_method, context=context, infer_batch_size=batch, device=CPU)
-    return run.run(k, **settings)
+    return run.run(k, **settings)[0]
 
 
 @pytest.mark.parametrize("context", ["file_order", "independent"])
@@ -177,7 +177,7 @@ def test_pca_by_hand(model, dataset, stored):
     )
     pca = PCA(5, random_state=0).fit(fitted)
     expected = distances_between(pca.transform(queries), pca.transform(database))
-    distances, predictions = run.run(3)
+    ((distances, predictions),) = run.run(3)
     np.testing.assert_allclose(distances, np.sort(expected, axis=1)[:, :3], rtol=1e-3)
     np.testing.assert_array_equal(predictions, np.argsort(expected, axis=1)[:, :3])
 

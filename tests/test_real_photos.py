@@ -16,6 +16,7 @@ RECALLS = {  # at 1, 5, 10, 20; of the released code, run on the same photos and
     "--supervlad_clusters=4": (25.2, 48.6, 69.4, 84.7),
     "--supervlad_clusters=1 --ghost_clusters=2": (25.2, 49.5, 70.3, 82.9),
 }
+UNALIGNED = (20.7, 39.6, 46.8)  # at 1, 5, 10, where the queries' first batch is one of 8
 ONE_QUERY = 100 / 111
 
 
@@ -29,10 +30,16 @@ def test_recalls_of_the_released_code(flags, tmp_path):
     model = formula_model(**options, crossimage_encoder="encoder" in flags)
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save({"epoch_num": 0, "model_state_dict": state}, tmp_path / "released.pth")
+    contexts = "file_order unaligned" if "encoder" in flags else "file_order"
     eval_script.main(
         f"--eval_datasets_folder={FOLDER} --eval_dataset_name=corridor --resume={tmp_path}/released.pth "
-        f"--backbone=dino {flags} --resize 112 112 --recall_values 1 5 10 20 --save_dir={tmp_path}/run".split()
+        f"--backbone=dino {flags} --resize 112 112 --recall_values 1 5 10 20 --save_dir={tmp_path}/run "
+        f"--encoder_context {contexts}".split()
     )
     (folder,) = (tmp_path / "run").iterdir()
-    recalls = json.loads((folder / "results.json").read_text())["recalls"]
-    assert list(recalls.values()) == pytest.approx(RECALLS[flags], abs=ONE_QUERY + 0.05)
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["recalls"].values()) == pytest.approx(RECALLS[flags], abs=ONE_QUERY + 0.05)
+    if "encoder" in flags:
+        unaligned = [*results["contexts"]["unaligned"]["recalls"].values()]
+        assert unaligned[:3] == pytest.approx(UNALIGNED, abs=ONE_QUERY + 0.05)
+        assert results["alignment"] == {"warned": True, "queries": 111, "paired": 111, "nearest": 111}

@@ -433,7 +433,7 @@ def test_a_pca_is_fitted_once_for_all(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "CHUNK_BYTES", 1)
     monkeypatch.setattr(evaluation, "ENCODED_TOGETHER", 1)
     settings = {"context": "shuffled", "infer_batch_size": 4, "pca_dim": 6, "device": CPU}
-    distances, predictions = evaluation.Search(model, stores, **settings).run(50)
+    ((distances, predictions),) = evaluation.Search(model, stores, **settings).run(50)
     described, real = [], evaluation.Search.rows
     monkeypatch.setattr(
         evaluation.Search, "rows", lambda self, name: described.append((name, distributed.rank())) or real(self, name)
@@ -441,8 +441,8 @@ def test_a_pca_is_fitted_once_for_all(monkeypatch, tmp_path):
     threads = Threads(monkeypatch, 2)
     found = threads.run(lambda: evaluation.Search(model, stores, **settings, by_all=True).run(50))
     assert sorted(described) == [("pca", 0), ("queries", 0), ("queries", 1)]
-    np.testing.assert_array_equal(found[0][1], predictions)
-    np.testing.assert_allclose(found[0][0], distances, rtol=1e-4)
+    np.testing.assert_array_equal(found[0][0][1], predictions)
+    np.testing.assert_allclose(found[0][0][0], distances, rtol=1e-4)
     assert predictions.shape == (9, 40)
 
 

@@ -517,7 +517,7 @@ def test_an_index_is_compared_with_exact_search(factory, exact, caplog):
     queries = database[::3] + 0.01 * rng.standard_normal((100, 16)).astype("f")
     chunks = in_chunks(database, [100, 100, 100], rng.permutation(300))
     with caplog.at_level(logging.INFO):
-        distances, predictions, agreement = nearest_by_index(queries, lambda: chunks, 300, 5, factory=factory)
+        distances, predictions, (agreement,) = nearest_by_index(queries, lambda: chunks, 300, 5, factory=factory)
     _, expected = nearest(queries, chunks, 5)
     shared = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(predictions, expected, strict=True)])
     assert agreement["first_k"] == pytest.approx(100 * shared) and agreement["queries"] == 100

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import faiss
@@ -33,7 +34,11 @@ class UselessDescriptors(ValueError):
 
 
 def nearest(
-    queries: NDArray[np.float32], chunks: Iterable[Chunk], k: int, device: torch.device = CPU
+    queries: NDArray[np.float32],
+    chunks: Iterable[Chunk],
+    k: int,
+    device: torch.device = CPU,
+    sets: Sequence[int] = (),
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Exact nearest neighbours by L2 distance; the database passes by in chunks.
 
@@ -45,6 +50,8 @@ def nearest(
         chunks: the database, every index once, in any order.
         k: neighbours a query; all N where there are fewer.
         device: to search on; any but a CUDA GPU is the CPU.
+        sets: the number of queries in each of several sets, which follow each other; each finds what it would find
+            alone, to the last bit, which the size of matrix products decides.
 
     Returns:
         Squared distances and database indices, each Q x min(k, N), nearest first; of equal distances the one that came
@@ -56,14 +63,21 @@ def nearest(
     _require_finite(queries)
     distances = np.empty((len(queries), 0), dtype=np.float32)
     found = np.empty((len(queries), 0), dtype=np.int64)
-    search_chunk = _ChunkSearch(queries, device)
+    searches = [_ChunkSearch(queries[part], device) for part in parts_of(sets or [len(queries)])]
     for indices, descriptors in chunks:
         _require_finite(descriptors)
-        near, rows = search_chunk(descriptors, min(k, len(descriptors)))
+        of_sets = [search_chunk(descriptors, min(k, len(descriptors))) for search_chunk in searches]
+        near, rows = (np.concatenate(side) for side in zip(*of_sets, strict=True))
         distances = np.concatenate((distances, near), axis=1)
         found = np.concatenate((found, indices[rows]), axis=1)
         distances, found = _first(distances, found, k)
     return distances, found
+
+
+def parts_of(sets: Sequence[int]) -> list[slice]:
+    """Where each of several sets of the given sizes is among the rows of all, which follow each other."""
+    ends = np.cumsum([0, *sets]).tolist()
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def _first(
@@ -260,7 +274,8 @@ def nearest_by_index(
     factory: str,
     parameters: str = "",
     device: torch.device = CPU,
-) -> tuple[NDArray[np.float32], NDArray[np.int64], dict[str, float]]:
+    sets: Sequence[int] = (),
+) -> tuple[NDArray[np.float32], NDArray[np.int64], list[dict[str, float]]]:
     """Approximate nearest neighbours by a FAISS index, compared with exact search on some of the queries.
 
     Args:
@@ -271,10 +286,12 @@ def nearest_by_index(
         factory: FAISS's description of the index, e.g. "IVF4096,PQ64".
         parameters: of its search, e.g. "nprobe=32".
         device: of the exact search, as in `nearest`; the index is on the CPU.
+        sets: as in `nearest`.
 
     Returns:
-        As `nearest`, -1 where the index found fewer than k; and the index's share of what exact search finds first
-        ("nearest") and among its first k ("first_k"), with the number of queries this was seen on, in percent.
+        As `nearest`, -1 where the index found fewer than k; and for each set the index's share of what exact search
+        finds first ("nearest") and among its first k ("first_k"), in percent, with the number of queries this was seen
+        on.
 
     Raises:
         ValueError: as `new_index`, `train_index`, `add_to_index` and `search_index`.
@@ -288,7 +305,9 @@ def nearest_by_index(
     _require_finite(sample)
     train_index(index, sample, factory)
     del sample
-    checked = queries[:: -(-len(queries) // CHECKED_QUERIES)]
+    parts = parts_of(sets or [len(queries)])
+    of_sets = [queries[part] for part in parts]
+    checked = [rows[:: _every(rows)] for rows in of_sets]
     order = []
 
     def added() -> Iterable[Chunk]:
@@ -297,24 +316,39 @@ def nearest_by_index(
             order.append(indices)
             yield indices, descriptors
 
-    _, exact = nearest(checked, added(), k, device)
-    distances, rows = search_index(index, queries, k, factory, parameters)
+    sizes = [len(rows) for rows in checked]
+    _, exact = nearest(np.concatenate(checked), added(), k, device, sizes)
+    found = [search_index(index, rows, k, factory, parameters) for rows in of_sets]
+    distances, rows = (np.concatenate(side) for side in zip(*found, strict=True))
     predictions = np.where(rows < 0, -1, np.concatenate(order)[rows])
-    approximate = predictions[:: -(-len(queries) // CHECKED_QUERIES)]
-    agreement = {
+    agreements = []
+    for part, checked_part in zip(parts, parts_of(sizes), strict=True):
+        approximate = predictions[part]
+        agreements.append(agreement(approximate[:: _every(approximate)], exact[checked_part]))
+        logger.info(
+            "index %s finds the nearest image of %.1f%% and the first %d to %.1f%% (against exact search, %d queries)",
+            factory,
+            agreements[-1]["nearest"],
+            k,
+            agreements[-1]["first_k"],
+            agreements[-1]["queries"],
+        )
+    return distances, predictions, agreements
+
+
+def _every(queries: NDArray[Any]) -> int:
+    """The step from one checked query to the next."""
+    return max(1, -(-len(queries) // CHECKED_QUERIES))
+
+
+def agreement(approximate: NDArray[np.int64], exact: NDArray[np.int64]) -> dict[str, float]:
+    """How much of what exact search finds an approximate one does, each Q x k database indices: shares in percent of
+    what is first ("nearest") and among the first k ("first_k"), and the number of "queries"."""
+    return {
         "nearest": 100.0 * float((approximate == exact[:, :1]).any(axis=1).mean()),
         "first_k": 100.0 * float(np.mean([np.isin(e, a).mean() for e, a in zip(exact, approximate, strict=True)])),
-        "queries": len(checked),
+        "queries": len(exact),
     }
-    logger.info(
-        "index %s finds the nearest image of %.1f%% and the first %d to %.1f%% (against exact search, %d queries)",
-        factory,
-        agreement["nearest"],
-        k,
-        agreement["first_k"],
-        agreement["queries"],
-    )
-    return distances, predictions, agreement
 
 
 def correct_among(predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:

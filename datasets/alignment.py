@@ -1,0 +1,57 @@
+"""Whether the batches of the cross-image encoder tell which places belong together."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .database_queries import DatabaseQueries
+
+SAME_POSITION = 0.01  # metres; coordinates are written to the centimetre
+
+
+def aligned_queries(
+    dataset: DatabaseQueries, positives: Sequence[NDArray[np.int64]], batch_size: int
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """The queries whose batch, in file order, holds the places of the database batch at the same place in the order.
+
+    In sets that pair queries and database images one to one, in one order of names, an encoder that looks across a
+    batch sees the same company on both sides, and descriptors can match by that. One batch on a side tells nothing.
+
+    Args:
+        dataset: what is evaluated.
+        positives: the correct database images of each query.
+        batch_size: images that share a batch.
+
+    Returns:
+        Two masks of the queries, Q each. In the first, a query's places are the correct images at its own position, or
+        all that a file says are correct: the pairs of a one-to-one set. In the second they are its nearest correct
+        images, as where both sides follow one route.
+    """
+    queries = len(dataset.queries_paths)
+    masks = np.zeros((2, queries), dtype=bool)
+    if batch_size == 1 or min(queries, len(dataset.database_paths)) <= batch_size:
+        return masks[0], masks[1]
+    elsewhere = np.zeros((2, queries), dtype=bool)
+    for query, found in enumerate(positives):
+        if not len(found):
+            continue
+        metres = dataset.metres_to(query, found)
+        here = found // batch_size == query // batch_size
+        sides = (
+            (np.ones(len(found), bool),) * 2 if metres is None else (metres <= SAME_POSITION, metres == metres.min())
+        )
+        for which, places in enumerate(sides):
+            masks[which, query] = here[places].any()
+            elsewhere[which, query] = places.any() and not masks[which, query]
+    for start in range(0, queries, batch_size):
+        batch = slice(start, start + batch_size)
+        masks[elsewhere[:, batch].any(axis=1), batch] = False
+    return masks[0], masks[1]
+
+
+def pair_up(positives: Sequence[NDArray[np.int64]], database: int) -> bool:
+    """Whether there are as many queries as database images, and nine queries of ten have the database image of their
+    own number among the correct ones."""
+    found = [query in of_query for query, of_query in enumerate(positives)]
+    return len(found) == database and float(np.mean(found)) >= 0.9
