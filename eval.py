@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datasets.alignment import aligned_queries, pair_up
+from datasets.alignment import alignment, log_alignment, pair_up
 from datasets.database_queries import DatabaseQueries, image_key, list_images, readable
 from datasets.protocols import protocol_of, warn_of_counts
 from datasets.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
@@ -61,6 +61,7 @@ class Task:
         of: name of the dataset, which what is kept of it goes by.
         test_method: a name from `transforms.TEST_METHODS`.
         positive_distance: a database image this near to a query is correct, in metres.
+        infer_batch_size: images that share a batch in the cross-image encoder.
         subfolder: of the run's folder, where the results go.
         folder: that, once the run has one.
     """
@@ -70,9 +71,9 @@ class Task:
     of: str
     test_method: str
     positive_distance: float
+    infer_batch_size: int
     subfolder: str
     folder: Path = Path()
-    _aligned: dict[str, Any] | None = None
 
     @property
     def store(self) -> str:
@@ -93,17 +94,11 @@ class Task:
         found = np.fromiter((len(of_query) > 0 for of_query in self.positives), bool, len(self.dataset.queries_paths))
         return found | ~self.dataset.judged_queries
 
-    def alignment(self, batch_size: int) -> dict[str, Any]:
-        """How many `queries`, of those with a correct image, have a batch in file order that holds the places of the
-        database batch at the same place in the order: the images that they are `paired` with, or their `nearest`. A
-        majority that is paired is `warned` of."""
-        if self._aligned is None:
-            assert self.positives is not None and self.findable is not None
-            paired, nearest = aligned_queries(self.dataset, self.positives, batch_size)
-            queries = int((self.findable & self.dataset.judged_queries).sum())
-            counts = {"queries": queries, "paired": int(paired.sum()), "nearest": int(nearest.sum())}
-            self._aligned = {"warned": 2 * counts["paired"] > queries, **counts}
-        return self._aligned
+    @cached_property
+    def alignment(self) -> dict[str, bool | int]:
+        """What the batches of the cross-image encoder tell in file order; of a labelled task."""
+        assert self.positives is not None
+        return alignment(self.dataset, self.positives, self.infer_batch_size)
 
 
 def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
@@ -295,6 +290,7 @@ def tasks_of(options: EvalOptions, name: str, sets: Sequence[DatabaseQueries]) -
             of=name if options.plain_folders else f"{name} test",
             test_method=options.test_method or protocol_of(name).test_method,
             positive_distance=positive_distance(options, name),
+            infer_batch_size=options.infer_batch_size,
             subfolder="/".join([name] * several + [queries] * (len(sets) > 1)),
         )
         for queries, dataset in zip(queries_names, sets, strict=True)
@@ -342,7 +338,8 @@ def foresee(model: SuperVLADNet, options: EvalOptions, group: Sequence[Task]) ->
             )
         if model.encoder is not None:
             foresee_contexts(options, task)
-    if options.index is not None:
+    if options.index not in (None, "binary"):
+        assert options.index is not None
         _, in_chunk = images_at_a_time((count, 1, *model.vectors_shape), options.infer_batch_size)
         require_index(
             options.index,
@@ -373,24 +370,7 @@ def foresee_contexts(options: EvalOptions, task: Task) -> None:
         logger.warning("--context_shift %d is whole batches of %d: unaligned is file_order then", shift, batch)
     if "file_order" not in options.encoder_context:
         return
-    aligned = task.alignment(batch)
-    if aligned["warned"]:
-        logger.warning(
-            "%s: for %d of %d queries, the batch in file order holds exactly the places of the database batch at the "
-            "same place in the order, so the encoder sees the same company on both sides, and recall may come from "
-            "that: --encoder_context file_order unaligned tests it",
-            dataset.name,
-            aligned["paired"],
-            aligned["queries"],
-        )
-    elif 2 * aligned["nearest"] > aligned["queries"]:
-        logger.info(
-            "%s: queries and database follow the same route in the order of names (%d of %d queries share their batch "
-            "with the neighbours of their nearest database image): --encoder_context unaligned tells what that adds",
-            dataset.name,
-            aligned["nearest"],
-            aligned["queries"],
-        )
+    log_alignment(dataset, task.alignment, "--encoder_context file_order unaligned")
 
 
 def rule(options: EvalOptions, distance: float) -> str:
@@ -669,6 +649,7 @@ def evaluate(
                 depth(options, group[0]),
                 index=options.index,
                 index_parameters=options.index_parameters,
+                rerank=options.rerank,
                 majority_weight=options.majority_weight,
             )
             for task, of_task, (distances, predictions) in zip(group, found, of_sets, strict=True):
@@ -704,7 +685,7 @@ def facts(model: SuperVLADNet, task: Task, options: EvalOptions) -> dict[str, An
         results = {"recalls": {}, "positive_distance": task.positive_distance}
         results |= {"queries_without_positives": int((~task.findable).sum())}
         if model.encoder is not None:
-            results["alignment"] = task.alignment(options.infer_batch_size)
+            results["alignment"] = task.alignment
     results |= {"dataset": task.dataset.sizes, "descriptor_dim": options.pca_dim or model.descriptor_dim}
     return results | {"test_method": task.test_method}
 

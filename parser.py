@@ -176,9 +176,13 @@ class EvalOptions(Options):
     descriptor_dtype: str = option("float32", "of what is kept on disk", choices=("float32", "float16"))
     efficient_ram_testing: bool = option(False, "of the released code; memory is bounded with or without it")
     index: str | None = option(
-        None, "approximate search by this FAISS index, e.g. IVF4096,PQ64; by default exact", type=str
+        None,
+        "approximate search by this FAISS index, e.g. IVF4096,PQ64, or binary: by the signs of the numbers, untrained; "
+        "by default exact",
+        type=str,
     )
     index_parameters: str = option("", "of its search, e.g. nprobe=32")
+    rerank: int = option(100, "images a query that --index binary ranks exactly")
 
     save_predictions: int = option(0, "a page of each query and its first so many matches; 0 for none")
     save_assignments: int = option(
@@ -230,6 +234,8 @@ class EvalOptions(Options):
         rules = (
             ("majority_weight", self.test_method == "maj_voting", "--test_method maj_voting"),
             ("context_seeds", {*DRAWN_CONTEXTS} & {*self.encoder_context}, "--encoder_context shuffled or paired"),
+            ("rerank", self.index == "binary", "--index binary"),
+            ("index_parameters", self.index != "binary", "FAISS's indices, and --index binary has none"),
             ("context_shift", "unaligned" in self.encoder_context, "--encoder_context unaligned"),
             ("queries_names", not self.plain_folders, "datasets, and --queries_folder of plain folders"),
             ("context_seeds", not self.no_labels, "recalls over several orders, which --no_labels has none of"),
@@ -266,6 +272,9 @@ class EvalOptions(Options):
                 f"--save_predictions {self.save_predictions}: the depth of the search decides what maj_voting finds, "
                 f"and --recall_values ends at {max(self.recall_values)}; give no more, or recall values up to it"
             )
+        depth = max(*self.recall_values, self.save_predictions)
+        if self.index == "binary" and self.rerank < depth:
+            raise ValueError(f"--rerank {self.rerank} is less than the {depth} images a query asked for; use more")
         if self.save_submission and self.skip_unreadable:
             raise ValueError(
                 "--save_submission is of every query, and --skip_unreadable leaves some out; give one of the two"

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from datasets.database_queries import DatabaseQueries, ImageList
 from datasets.transforms import CROPS, Transform, transform_sizes
 from utils import distributed, report, search
+from utils.binary_codes import nearest_by_codes
 from utils.descriptor_store import DescriptorStore, RowFile
 from utils.device import autocast, to_cpu, to_device, usable_cores
 from utils.outputs import whole
@@ -301,14 +302,21 @@ class Search:
         return rows.reshape(-1, rows.shape[2])
 
     def run(
-        self, k: int, *, index: str | None = None, index_parameters: str = "", majority_weight: float = 0.01
+        self,
+        k: int,
+        *,
+        index: str | None = None,
+        index_parameters: str = "",
+        rerank: int = 0,
+        majority_weight: float = 0.01,
     ) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
         """Searches.
 
         Args:
             k: database images a query, at most as many as there are.
-            index: description of an approximate FAISS index; None searches exactly.
+            index: description of an approximate FAISS index, or "binary"; None searches exactly.
             index_parameters: of its search.
+            rerank: images a query that the binary index ranks exactly.
             majority_weight: of agreement between crops, in the test method `maj_voting`.
 
         Returns:
@@ -316,7 +324,7 @@ class Search:
             search, in the main one.
         """
         with search.cores(usable_cores(alone=not self._by_all)) if distributed.world_size() > 1 else nullcontext():
-            distances, predictions = self._found(min(k, self._counts["database"]), index, index_parameters)
+            distances, predictions = self._found(min(k, self._counts["database"]), index, index_parameters, rerank)
         helps = self._by_all and not distributed.is_main()
         if self.test_method in ("nearest_crop", "maj_voting") and not helps:
             weight = majority_weight if self.test_method == "maj_voting" else 0.0
@@ -324,7 +332,9 @@ class Search:
             distances, predictions = search.merge_crops(distances, predictions, crops=crops, majority_weight=weight)
         return [(distances[part], predictions[part]) for part in self._parts]
 
-    def _found(self, k: int, index: str | None, index_parameters: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _found(
+        self, k: int, index: str | None, index_parameters: str, rerank: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         queries = [self.rows(name) for name in self._sets]
         sets = [len(rows) for rows in queries]
 
@@ -334,15 +344,12 @@ class Search:
 
         if index is None:
             return search.first_of_all(exactly, k) if self._by_all else exactly()
-        distances, predictions, self.agreements = search.nearest_by_index(
-            np.concatenate(queries),
-            partial(self.chunks, "database"),
-            self._counts["database"],
-            k,
-            factory=index,
-            parameters=index_parameters,
-            device=self._device,
-            sets=sets,
+        by_index = partial(search.nearest_by_index, factory=index, parameters=index_parameters)
+        if index == "binary":
+            by_index = partial(nearest_by_codes, rerank=rerank)
+        chunks = partial(self.chunks, "database")
+        distances, predictions, self.agreements = by_index(
+            np.concatenate(queries), chunks, self._counts["database"], k, device=self._device, sets=sets
         )
         return distances, predictions
 

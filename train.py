@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets.alignment import alignment, log_alignment
 from datasets.database_queries import DatabaseQueries
 from datasets.gsv_cities import GSVCities, PlaceBatches
 from datasets.transforms import TrainingTransform, evaluation_transform, normalize, to_unit
@@ -105,6 +106,11 @@ def run(options: TrainOptions) -> dict[int, float]:
             for split in ("val", "test")
         )
         logger.info("training on %s; validation on %s", places, val)
+        if options.crossimage_encoder and distributed.is_main():
+            for split in (val, test):
+                near = split.positives(options.val_positive_dist_threshold)
+                found = alignment(split, near, options.infer_batch_size)
+                log_alignment(split, found, "eval.py's --encoder_context file_order unaligned")
 
         read_images = partial(
             image_batches,

@@ -1,11 +1,14 @@
 """Whether the batches of the cross-image encoder tell which places belong together."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .database_queries import DatabaseQueries
+
+logger = logging.getLogger(__name__)
 
 SAME_POSITION = 0.01  # metres; coordinates are written to the centimetre
 
@@ -48,6 +51,46 @@ def aligned_queries(
         batch = slice(start, start + batch_size)
         masks[elsewhere[:, batch].any(axis=1), batch] = False
     return masks[0], masks[1]
+
+
+def alignment(
+    dataset: DatabaseQueries, positives: Sequence[NDArray[np.int64]], batch_size: int
+) -> dict[str, bool | int]:
+    """What `aligned_queries` counts, for the record: of the `queries` with a correct image those in the first mask,
+    `paired`, and in the second, `nearest`; a majority that is paired is to be `warned` of."""
+    paired, nearest = aligned_queries(dataset, positives, batch_size)
+    queries = sum(map(bool, map(len, positives)))
+    counts = {"queries": queries, "paired": int(paired.sum()), "nearest": int(nearest.sum())}
+    return {"warned": 2 * counts["paired"] > queries, **counts}
+
+
+def log_alignment(dataset: DatabaseQueries, found: dict[str, bool | int], advice: str) -> None:
+    """Says what `alignment` found, if it is a majority.
+
+    Args:
+        dataset: what is evaluated.
+        found: what was found.
+        advice: how to test what it means.
+    """
+    if found["warned"]:
+        logger.warning(
+            "%s: for %d of %d queries, the batch in file order holds exactly the places of the database batch at the "
+            "same place in the order, so the encoder sees the same company on both sides, and recall may come from "
+            "that: %s tests it",
+            dataset.name,
+            found["paired"],
+            found["queries"],
+            advice,
+        )
+    elif 2 * found["nearest"] > found["queries"]:
+        logger.info(
+            "%s: queries and database follow one route in the order of names (%d of %d queries share their batch with "
+            "the neighbours of their nearest database image): %s tells what that adds",
+            dataset.name,
+            found["nearest"],
+            found["queries"],
+            advice,
+        )
 
 
 def pair_up(positives: Sequence[NDArray[np.int64]], database: int) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import faiss
 import numpy as np
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # A part of the database: indices (n) and descriptors (n x D).
 Chunk = tuple[NDArray[np.int64], NDArray[np.float32]]
+
+Number = TypeVar("Number", np.float32, np.int64)
 
 PAIRS_TOGETHER = 2**20  # of a query and a correct image, about
 CHECKED_QUERIES = 1000  # that an approximate index is compared with exact search on, at most
@@ -70,7 +72,7 @@ def nearest(
         near, rows = (np.concatenate(side) for side in zip(*of_sets, strict=True))
         distances = np.concatenate((distances, near), axis=1)
         found = np.concatenate((found, indices[rows]), axis=1)
-        distances, found = _first(distances, found, k)
+        distances, found = first(distances, found, k)
     return distances, found
 
 
@@ -80,9 +82,10 @@ def parts_of(sets: Sequence[int]) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
-def _first(
+def first(
     distances: NDArray[np.float32], found: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k nearest of what was found, each Q x n, nearest first; of equal distances the one that stands first."""
     best = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distances, best, 1), np.take_along_axis(found, best, 1)
 
@@ -242,7 +245,7 @@ def first_of_all(
     # (processes * Q, k) -> (Q, processes * k)
     distances = distances.reshape(-1, len(near), k).transpose(1, 0, 2).reshape(len(near), -1)
     found = found.reshape(-1, len(near), k).transpose(1, 0, 2).reshape(len(near), -1)
-    return _first(distances, found, k)
+    return first(distances, found, k)
 
 
 @contextmanager
@@ -307,7 +310,7 @@ def nearest_by_index(
     del sample
     parts = parts_of(sets or [len(queries)])
     of_sets = [queries[part] for part in parts]
-    checked = [rows[:: _every(rows)] for rows in of_sets]
+    checked = [checked_queries(rows) for rows in of_sets]
     order = []
 
     def added() -> Iterable[Chunk]:
@@ -316,39 +319,50 @@ def nearest_by_index(
             order.append(indices)
             yield indices, descriptors
 
-    sizes = [len(rows) for rows in checked]
-    _, exact = nearest(np.concatenate(checked), added(), k, device, sizes)
+    _, exact = nearest(np.concatenate(checked), added(), k, device, [len(rows) for rows in checked])
     found = [search_index(index, rows, k, factory, parameters) for rows in of_sets]
     distances, rows = (np.concatenate(side) for side in zip(*found, strict=True))
     predictions = np.where(rows < 0, -1, np.concatenate(order)[rows])
+    return distances, predictions, log_agreement(factory, [predictions[part] for part in parts], exact)
+
+
+def checked_queries(rows: NDArray[Number]) -> NDArray[Number]:
+    """The queries of a set, by their rows, that an approximate search is compared with exact search on."""
+    return rows[:: max(1, -(-len(rows) // CHECKED_QUERIES))]
+
+
+def log_agreement(name: str, found: Sequence[NDArray[np.int64]], exact: NDArray[np.int64]) -> list[dict[str, float]]:
+    """Says how much of what exact search finds an index does.
+
+    Args:
+        name: of the index.
+        found: database indices of each set of queries, Q x k each.
+        exact: those of the `checked_queries` of all sets, which follow each other.
+
+    Returns:
+        For each set the shares, in percent, of what is first ("nearest") and among the first k ("first_k"), and the
+        number of "queries".
+    """
     agreements = []
-    for part, checked_part in zip(parts, parts_of(sizes), strict=True):
-        approximate = predictions[part]
-        agreements.append(agreement(approximate[:: _every(approximate)], exact[checked_part]))
+    checked = [checked_queries(of_set) for of_set in found]
+    for approximate, part in zip(checked, parts_of([len(rows) for rows in checked]), strict=True):
+        of_set = exact[part]
+        of_k = [np.isin(right, given).mean() for right, given in zip(of_set, approximate, strict=True)]
+        agreement = {
+            "nearest": 100.0 * float((approximate == of_set[:, :1]).any(axis=1).mean()),
+            "first_k": 100.0 * float(np.mean(of_k)),
+            "queries": len(of_set),
+        }
+        agreements.append(agreement)
         logger.info(
             "index %s finds the nearest image of %.1f%% and the first %d to %.1f%% (against exact search, %d queries)",
-            factory,
-            agreements[-1]["nearest"],
-            k,
-            agreements[-1]["first_k"],
-            agreements[-1]["queries"],
+            name,
+            agreement["nearest"],
+            exact.shape[1],
+            agreement["first_k"],
+            agreement["queries"],
         )
-    return distances, predictions, agreements
-
-
-def _every(queries: NDArray[Any]) -> int:
-    """The step from one checked query to the next."""
-    return max(1, -(-len(queries) // CHECKED_QUERIES))
-
-
-def agreement(approximate: NDArray[np.int64], exact: NDArray[np.int64]) -> dict[str, float]:
-    """How much of what exact search finds an approximate one does, each Q x k database indices: shares in percent of
-    what is first ("nearest") and among the first k ("first_k"), and the number of "queries"."""
-    return {
-        "nearest": 100.0 * float((approximate == exact[:, :1]).any(axis=1).mean()),
-        "first_k": 100.0 * float(np.mean([np.isin(e, a).mean() for e, a in zip(exact, approximate, strict=True)])),
-        "queries": len(exact),
-    }
+    return agreements
 
 
 def correct_among(predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
