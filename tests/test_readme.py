@@ -12,11 +12,12 @@ from PIL import ExifTags, Image
 
 import eval as eval_script
 from datasets import check, toy_city
+from datasets.protocols import PROTOCOLS
 from model import export
 from parser import EvalOptions, TrainOptions, parse
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "REPRODUCE.md", ROOT / "benchmarks" / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "REPRODUCE.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
 
 
 def blocks(language):
@@ -54,6 +55,22 @@ def test_commands_are_understood(command):
         for flag in flags[1:]:
             if flag.startswith("--"):
                 assert f'"{flag.split("=")[0]}"' in path.read_text()
+
+
+def test_the_table_of_protocols_is_that_of_the_code():
+    """Numbers and sources; the distance is tested by itself."""
+    lines = (ROOT / "docs/evaluation.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    table = {name.strip("`"): cells for name, *cells in rows if len(cells) == 4}
+    assert list(table) == list(PROTOCOLS)
+    for name, (database, queries, _, source) in table.items():
+        protocol = PROTOCOLS[name]
+        assert database == ("" if protocol.database is None else f"{protocol.database:,}")
+        sets = [f"`{of}` {count:,}" for of, count in protocol.query_sets.items()]
+        assert queries == ", ".join(
+            [" or ".join(f"{count:,}" for count in protocol.queries)] * bool(protocol.queries) + sets
+        )
+        assert source == protocol.source
 
 
 def test_modules_that_are_named_can_be_run():
