@@ -11,7 +11,7 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from datasets.database_queries import DatabaseQueries, image_key, list_images, readable
+from datasets.photo_files import identity
 from datasets.protocols import protocol_of, warn_of_counts
 from datasets.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
 from model import SuperVLADNet, build_model
@@ -35,7 +36,7 @@ from model.weights import (
     validated_size_of,
 )
 from test import Search, extract, format_recalls, image_batches, images_at_a_time, searched_by_all
-from utils import distributed, match_page, report, run_log, search
+from utils import acceptance, distributed, match_page, report, run_log, search
 from utils.assignments import AssignedPhoto, draw_assignments
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import allow_tf32, autocast, cast_products, extraction_batch_size, pick_device, reading_workers
@@ -52,12 +53,16 @@ PCA_IMAGES = 16_384  # that a PCA is fitted on, at most
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One dataset, how it is evaluated, and where the results go."""
+    """One dataset, how it is evaluated, and where the results go.
+
+    With `accepted_distance`, matches are accepted up to that squared distance of descriptors.
+    """
 
     dataset: DatabaseQueries
     test_method: str
     positive_distance: float
     folder: Path
+    accepted_distance: float | None = None
 
 
 def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
@@ -81,6 +86,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         run_log.require_outside(options.photo_folders, save_dir=save_dir, descriptors_folder=options.descriptors_folder)
         found = list(datasets(options))
         distances = [positive_distance(options, name) for name, _ in found]
+        val_splits = [val_split(options, name, dataset) for name, dataset in found]
         path = distributed.on_main(lambda: find_checkpoint(options.resume))
         content = read_file(path)
         options = completed(options, model_of(options.resume, content), content)
@@ -92,6 +98,9 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
             logger.warning("%s", line)
         for (name, dataset), distance in zip(found, distances, strict=True):
             foresee(model, options, dataset, options.test_method or protocol_of(name).test_method, distance)
+        for (name, _), val in zip(found, val_splits, strict=True):
+            if val is not None:
+                foresee_index(model, options, val, options.test_method or protocol_of(name).test_method)
         model.to(device).eval()
         cast_products(model.backbone, options.precision)
         if options.compile:
@@ -120,6 +129,12 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         ]
         table: dict[str, dict[str, dict[int, float]]] = {}
         outputs = Outputs()
+        tasks = [
+            replace(
+                task, accepted_distance=accepted_distance(model, task, val, pca_paths, options, device, preemption.stop)
+            )
+            for task, val in zip(tasks, val_splits, strict=True)
+        ]
         with ExitStack() as held:
             stores = [extracted(model, task, pca_paths, options, device, held, preemption.stop) for task in tasks]
             if not distributed.is_main():
@@ -273,7 +288,17 @@ def foresee(
                 "correct " * bool(options.positives_file),
                 rule(options, distance),
             )
-    if options.index is not None:
+    foresee_index(model, options, dataset, test_method)
+
+
+def foresee_index(model: SuperVLADNet, options: EvalOptions, dataset: DatabaseQueries, test_method: str) -> None:
+    """Tries the index, as far as that can be done before the extraction.
+
+    Raises:
+        ValueError: FAISS refuses it.
+    """
+    if options.index is not None and distributed.is_main():
+        count = len(dataset.database_paths)
         _, in_chunk = images_at_a_time((count, 1, *model.vectors_shape), options.infer_batch_size)
         require_index(
             options.index,
@@ -446,6 +471,7 @@ class Matches:
         correct: which of them are right, Q x k; None without labels.
         findable: which queries have a correct image, or a position that is not known, Q; None without labels.
         curves: recall@N in percent for N from 1 to k, by context.
+        first_matches: what these are accepted by, by context.
     """
 
     search: Search
@@ -455,6 +481,7 @@ class Matches:
     correct: NDArray[np.bool_] | None
     findable: NDArray[np.bool_] | None
     curves: dict[str, list[float]]
+    first_matches: dict[str, acceptance.FirstMatches]
 
 
 def searches(
@@ -483,6 +510,183 @@ def searches(
 def contexts_of(model: SuperVLADNet, options: EvalOptions) -> tuple[str, ...]:
     """The encoder contexts that can differ."""
     return options.encoder_context if model.encoder is not None else ("file_order",)
+
+
+def val_split(options: EvalOptions, name: str, dataset: DatabaseQueries) -> DatabaseQueries | None:
+    """What `--accept auto@P` finds the distance on: the val split beside a test split; None where nobody asks for it.
+
+    Raises:
+        ValueError: there is none that can be used.
+    """
+    if options.accept_precision is None:
+        return None
+    folder = options.eval_datasets_folder / name / "images" / "val"
+    remedy = f"put one into {folder}, or give --accept a distance"
+    if not folder.is_dir():
+        raise ValueError(f"--accept {options.accept} is found on the val split, and {name} has none; {remedy}")
+    try:
+        val = DatabaseQueries.from_folder(
+            options.eval_datasets_folder,
+            name,
+            "val",
+            labels_where_known=options.labels_where_known,
+            skip_unreadable=options.skip_unreadable,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"--accept {options.accept} is found on the val split of {name}: {error}; {remedy}") from error
+    tested = set(map(identity, dataset.queries_paths))
+    if any(identity(path) in tested for path in val.queries_paths):
+        raise ValueError(
+            f"--accept {options.accept}: queries of the val split of {name} are those of the test split, whose own "
+            f"distance would flatter it; {remedy}"
+        )
+    named = set(map(os.path.basename, dataset.queries_paths)) & set(map(os.path.basename, val.queries_paths))
+    if named:
+        logger.warning(
+            "%s: %d queries have the names of queries of the test split, e.g. %s; if they are the same photos, what "
+            "--accept %s finds flatters it",
+            val.name,
+            len(named),
+            min(named),
+            options.accept,
+        )
+    return val
+
+
+def accepted_distance(
+    model: SuperVLADNet,
+    task: Task,
+    val: DatabaseQueries | None,
+    pca_paths: list[str],
+    options: EvalOptions,
+    device: torch.device,
+    stop: Callable[[], None],
+) -> float | None:
+    """Up to which squared distance of descriptors matches are accepted, as `--accept` says; None where it says nothing.
+
+    All processes call it at the same point.
+
+    Args:
+        model: in evaluation mode.
+        task: of the test split.
+        val: the val split, for auto@P: it is extracted and searched as the test split will be, in the first encoder
+            context asked for, and the largest distance of such a precision there is taken.
+        pca_paths: images that a PCA is fitted on.
+        options: as completed.
+        device: where the model is.
+        stop: called now and then, to leave by an exception.
+
+    Raises:
+        ValueError: no distance has such a precision.
+    """
+    if val is None or options.accept_precision is None:
+        return options.accept_distance
+    on_val = replace(task, dataset=val, folder=task.folder / "val")
+    context = contexts_of(model, options)[0]
+    orders = []
+    with ExitStack() as held:
+        held.callback(remove_if_empty, on_val.folder)
+        stores = extracted(model, on_val, pca_paths, options, device, held, stop)
+        if distributed.is_main() or searched_by_all(len(val.database_paths), options.index):
+            with kept_if_it_fails(model, [on_val], [stores], pca_paths, options, task.folder / "kept"):
+                for searched in searches(model, on_val, stores, options, device, context):
+                    found = searched.run(
+                        depth(options, val, task.test_method),
+                        index=options.index,
+                        index_parameters=options.index_parameters,
+                    )
+                    if distributed.is_main():
+                        correct = search.correct_among(found[1], val.positives(task.positive_distance))
+                        to_find = findable(val, task.positive_distance)
+                        orders.append(first_matches(on_val, options, *found, correct, to_find))
+    return distributed.on_main(lambda: distance_on_val(acceptance.pooled(orders), val, context, options))
+
+
+def distance_on_val(found: acceptance.FirstMatches, val: DatabaseQueries, context: str, options: EvalOptions) -> float:
+    """The largest distance of the precision that `--accept auto@P` asks for; the log says what it gives there.
+
+    Raises:
+        ValueError: there is none.
+    """
+    assert options.accept_precision is not None
+    curve = acceptance.distance_curve(found)
+    best = curve.at_precision(options.accept_precision)
+    if best is None:
+        reached = f"{curve.precision.max():.1f}%" if len(curve.precision) else "none, nothing being known or found"
+        raise ValueError(
+            f"--accept {options.accept}: on {val.name} no distance gives {options.accept_precision:g}% precision, but "
+            f"{reached} at most; ask for less, or give a distance"
+        )
+    point = curve.point(best)
+    logger.info(
+        "--accept %s is %s, the largest squared distance of that precision on %s, %s%s: %d of %d first matches are "
+        "accepted, precision %.1f, recall %.1f",
+        options.accept,
+        acceptance.written(point["threshold"]),
+        val,
+        context,
+        ", all its queries, since --query_keys are of the test split" if options.query_keys else "",
+        point["accepted"],
+        len(found.distances),
+        point["precision"],
+        point["recall"],
+    )
+    return float(point["threshold"])
+
+
+def first_matches(
+    task: Task,
+    options: EvalOptions,
+    distances: NDArray[np.float32],
+    predictions: NDArray[np.int64],
+    correct: NDArray[np.bool_],
+    to_find: NDArray[np.bool_],
+) -> acceptance.FirstMatches:
+    """What the first matches of a search in a dataset with labels are judged by; `to_find` is `findable`."""
+    dataset = task.dataset
+    nothing = predictions[:, 0] < 0
+    apart = None
+    if task.test_method == "maj_voting":
+        no_ratio = "votes lower the distances"
+    else:
+        no_ratio = f"{'--positives_file' if options.positives_file else 'the dataset'} gives no metres"
+        apart = dataset.metres_from_first(predictions)
+    return acceptance.first_matches(
+        distances,
+        predictions,
+        correct=correct[:, 0],
+        findable=to_find,
+        judged=dataset.judged(predictions[:, :1])[:, 0] | (dataset.judged_queries & nothing),
+        elsewhere=None if apart is None else apart > task.positive_distance,
+        no_ratio=no_ratio,
+    )
+
+
+def say_what_is_accepted(task: Task, matches: "Matches", options: EvalOptions) -> dict[str, Any]:
+    """Writes in one line, and returns for `results.json`, what `--accept` comes to on the dataset."""
+    assert task.accepted_distance is not None
+    first, distances = matches.predictions[:, 0] >= 0, matches.distances[:, 0]
+    count = int((first & acceptance.accepted(distances, task.accepted_distance)).sum())
+    results = {"accept": options.accept, "distance": task.accepted_distance, "accepted": count, "queries": len(first)}
+    line = f"--accept {options.accept}" + f" ({acceptance.written(task.accepted_distance)})" * (
+        options.accept_precision is not None
+    )
+    line += f": {count} of {len(first)} first matches are accepted"
+    if matches.correct is not None and matches.findable is not None:
+        found = first_matches(task, options, matches.distances, matches.predictions, matches.correct, matches.findable)
+        curve = acceptance.distance_curve(found)
+        point = curve.point(curve.at(task.accepted_distance))
+        results |= {"precision": point["precision"], "recall": point["recall"]}
+        for name in ("precision", "recall"):
+            line += f", {name} {'unknown' if point[name] is None else format(point[name], '.1f')}"
+    logger.info("%s", line)
+    return results
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Removes a folder that nothing was left in."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def help_search(
@@ -521,10 +725,12 @@ def evaluate(
     results |= {"test_method": task.test_method}
     recalls: dict[str, dict[int, float]] = {}
     curves: dict[str, list[float]] = {}
+    believed: dict[str, acceptance.FirstMatches] = {}
     contexts = contexts_of(model, options)
     first: Matches | None = None
     for context in contexts:
         found = []
+        orders = []
         for searched in searches(model, task, stores, options, device, context):
             distances, predictions = searched.run(
                 k,
@@ -542,11 +748,13 @@ def evaluate(
                     correct=correct,
                     findable=to_find,
                     curves=curves,
+                    first_matches=believed,
                 )
                 if options.index is not None:
                     results["index_agreement"] = searched.agreement
-            if correct is not None:
+            if correct is not None and to_find is not None:
                 found.append(search.recall_of(correct[dataset.judged_queries], range(1, k + 1)))
+                orders.append(first_matches(task, options, distances, predictions, correct, to_find))
         line = f"Searched {dataset}, without labels: predictions.csv in {task.folder}"
         if found:
             mean = {n: float(np.mean([recall[n] for recall in found])) for n in found[0]}
@@ -559,12 +767,20 @@ def evaluate(
             line += f": {format_recalls(recalls[context])}"
             results["recalls"] = recalls[contexts[0]]
             results.setdefault("contexts", {})[context] = {"recalls": recalls[context], "orders": len(found)}
+            believed[context] = acceptance.pooled(orders)
+            summary = results["contexts"][context]["first_match"] = acceptance.summary(believed[context])
             if len(found) > 1:
                 spread = {n: deviation[min(n, k)] for n in options.recall_values}
                 results["contexts"][context]["deviations"] = spread
                 line += f"; deviations {format_recalls(spread)}"
         if context == contexts[0]:
             logger.info("log and results.json in %s", task.folder)
+            if found:
+                logger.info(
+                    "first match of %s: %s", dataset.name, acceptance.in_words(summary, k, task.positive_distance)
+                )
+            if task.accepted_distance is not None and first is not None:
+                results["accepted"] = say_what_is_accepted(task, first, options)
         logger.info("%s", line)
         with outputs.writing(str(task.folder / "results.json")):
             task.folder.mkdir(parents=True, exist_ok=True)
@@ -596,10 +812,13 @@ def write_outputs(
             metres=metres,
             positions=located.database_positions,
             geographic=located.geographic,
+            accepted_distance=task.accepted_distance,
         )
     if matches.curves:
         with outputs.writing(str(folder / "recalls.png")):
             report.draw_recalls(folder, dataset.name, matches.curves, options.recall_values)
+        with outputs.writing(str(folder / "first_match.png")):
+            report.draw_first_match(folder, dataset.name, matches.first_matches, task.accepted_distance)
     if options.save_submission:
         with outputs.writing(str(folder / "submission.zip")):
             query_keys, database_keys = (
@@ -620,6 +839,9 @@ def write_outputs(
             title += f", {matches.context}" * (model.encoder is not None) + f", {format_recalls(shown)}"
         # Of unit vectors the distance tells the cosine; not of those that a PCA, an index or a mean over crops changes.
         unit = not options.pca_dim and options.index is None and task.test_method not in ("five_crops", "maj_voting")
+        accepted = None
+        if task.accepted_distance is not None:
+            accepted = acceptance.accepted(matches.distances[first], task.accepted_distance)
         with outputs.writing(str(folder / "matches")):
             with whole(folder / "matches") as unfinished:
                 match_page.write_match_page(
@@ -635,6 +857,8 @@ def write_outputs(
                     similarity=1 - matches.distances[first].astype(np.float64) / 2 if unit else None,
                     rule=rule(options, task.positive_distance),
                     findable=None if correct is None else matches.findable,
+                    accepted=accepted,
+                    accepted_rule=f"squared distance of descriptors up to {task.accepted_distance}",
                 )
             logger.info("open in a browser: %s", (folder / "matches/index.html").absolute().as_uri())
 

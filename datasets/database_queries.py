@@ -487,10 +487,18 @@ class DatabaseQueries:
         None without positions."""
         if self.database_positions is None or self.queries_positions is None:
             return None
-        found = self.database_positions[predictions]  # (Q, k, 2)
-        if not self.geographic:
-            return np.linalg.norm(found - self.queries_positions[:, None], axis=2)
-        return haversine_metres(self.queries_positions[:, None], found)
+        return self._apart(self.queries_positions[:, None], self.database_positions[predictions])
+
+    def metres_from_first(self, predictions: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """How far each query's predicted database images are from the first one of them, as `metres`."""
+        if self.database_positions is None:
+            return None
+        found = self.database_positions[predictions]
+        return self._apart(found[:, :1], found)
+
+    def _apart(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        # (Q, 1, 2) and (Q, k, 2) to (Q, k), in metres
+        return haversine_metres(a, b) if self.geographic else np.linalg.norm(b - a, axis=2)
 
 
 def _other_than_queries(
