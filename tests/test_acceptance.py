@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from datasets.database_queries import DatabaseQueries
 from model import build_model
 from parser import EvalOptions, parse
 from test import Search
-from utils import acceptance, match_page
-from utils.acceptance import Curve, curve_of, first_matches, pooled, summary
+from utils import acceptance, match_page, report
+from utils.acceptance import curve_of, first_matches, pooled, summary
 
 SMALL = "--backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56".split()
 
@@ -263,6 +264,28 @@ def test_a_run_tells_how_far_its_first_matches_can_be_believed(evaluated, capsys
     with Image.open(folder / "first_match.png") as picture, Image.open(folder / "recalls.png") as recalls:
         assert picture.size[0] > recalls.size[0] > 300
     assert "accepted" not in rows[0] and "accepted" not in results_of(folder)
+
+
+def test_the_picture_shows_the_curves(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path, dpi: figures.append(figure) or path.touch())
+    distances, predictions, correct, elsewhere = hand_placed()
+    known = np.ones(5, dtype=bool)
+    found = first_matches(distances, predictions, correct=correct, findable=known, judged=known, elsewhere=elsewhere)
+    nothing = first_matches(
+        distances, predictions, correct=~known, findable=~known, judged=known, elsewhere=None, no_ratio="why"
+    )
+    for threshold, drawn in ((0.5, 0.5), (1e30, 2.1), (None, None)):
+        report.draw_first_match(tmp_path, "a $city$ \udcff", {"independent": found, "shuffled": nothing}, threshold)
+        both, over_distance = figures.pop().axes
+        by_distance, *_ = both.lines
+        assert by_distance.get_xdata().tolist() == [20, 60, 60] and by_distance.get_ydata()[-1] == 75
+        labels = [text.get_text() for text in both.get_legend().get_texts()]
+        assert labels == ["independent, distance: 60.0, 60.0", "independent, ratio: 40.0, 40.0"]
+        precision, recall, *line = over_distance.lines
+        assert precision.get_xdata().tolist() == [0, 1, 2] == recall.get_xdata().tolist()
+        assert [at.get_xdata()[0] for at in line] == ([] if threshold is None else [drawn])
+    report.draw_first_match(tmp_path, "nothing", {"independent": nothing}, 0.1)
 
 
 def test_each_context_has_its_own(evaluated):
@@ -575,7 +598,11 @@ def test_the_dataset_knows_how_far_matches_are_apart(city):
     found = dataset.database_positions[predictions]
     expected = [[np.linalg.norm(found[q, 0] - found[q, rank]) for rank in range(3)] for q in range(2)]
     np.testing.assert_allclose(dataset.metres_from_first(predictions), expected)
-    assert isinstance(curve_of(np.array([1.0]), np.array([True]), 1), Curve)
+    degrees = np.array([[48.0, 2.0], [48.001, 2.0], [np.nan, 2.0]])
+    on_earth = replace(dataset, database_positions=degrees, geographic=True)
+    (apart,) = on_earth.metres_from_first(np.array([[0, 1, 2]]))
+    assert apart[:2] == pytest.approx([0, 111.2], abs=0.1) and np.isnan(apart[2])
+    assert replace(dataset, database_positions=None).metres_from_first(predictions) is None
 
 
 def test_sigterm_in_the_val_split_leaves_nothing(evaluated, tmp_path, monkeypatch):

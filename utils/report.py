@@ -122,7 +122,8 @@ def draw_first_match(
             over_distance.plot(curve.thresholds, values, line, color="C0", drawstyle="steps-post", label=what)
     if accepted_distance is not None:
         label = f"--accept {acceptance.written(accepted_distance)}"
-        over_distance.axvline(accepted_distance, color="black", linewidth=1, label=label)
+        last = curve.thresholds[-1] if len(curve.thresholds) else accepted_distance
+        over_distance.axvline(min(accepted_distance, 1.05 * last), color="black", linewidth=1, label=label)
     over_distance.set(xlabel=f"accepted squared distance of descriptors, {name}", ylabel="%", ylim=(0, 103))
     if over_distance.lines:
         over_distance.legend(loc="best", fontsize="small")
