@@ -612,10 +612,10 @@ def distance_on_val(found: acceptance.FirstMatches, val: DatabaseQueries, contex
     curve = acceptance.distance_curve(found)
     best = curve.at_precision(options.accept_precision)
     if best is None:
-        reached = f"{curve.precision.max():.1f}%" if len(curve.precision) else "none, nothing being known or found"
+        most = f"but {curve.precision.max():.1f}% at most" if len(curve.precision) else "as no match can be judged"
         raise ValueError(
-            f"--accept {options.accept}: on {val.name} no distance gives {options.accept_precision:g}% precision, but "
-            f"{reached} at most; ask for less, or give a distance"
+            f"--accept {options.accept}: on {val.name} no distance gives {options.accept_precision:g}% precision, "
+            f"{most}; ask for less, or give a distance"
         )
     point = curve.point(best)
     logger.info(
