@@ -11,7 +11,7 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from datasets.alignment import alignment, log_alignment, pair_up
 from datasets.database_queries import DatabaseQueries, image_key, list_images, readable
+from datasets.photo_files import identity
 from datasets.protocols import protocol_of, warn_of_counts
 from datasets.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
 from model import SuperVLADNet, build_model
@@ -36,7 +37,7 @@ from model.weights import (
     validated_size_of,
 )
 from test import Search, extract, format_recalls, image_batches, images_at_a_time, searched_by_all
-from utils import distributed, match_page, report, run_log, search
+from utils import acceptance, distributed, match_page, report, run_log, search
 from utils.assignments import AssignedPhoto, draw_assignments
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import allow_tf32, autocast, cast_products, extraction_batch_size, pick_device, reading_workers
@@ -64,6 +65,8 @@ class Task:
         infer_batch_size: images that share a batch in the cross-image encoder.
         subfolder: of the run's folder, where the results go.
         folder: that, once the run has one.
+        accepted_distance: matches are accepted up to this squared distance of descriptors, once it is known; None
+            where nobody asks for it.
     """
 
     dataset: DatabaseQueries
@@ -74,6 +77,7 @@ class Task:
     infer_batch_size: int
     subfolder: str
     folder: Path = Path()
+    accepted_distance: float | None = None
 
     @property
     def store(self) -> str:
@@ -121,6 +125,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         save_dir = Path("logs") / options.save_dir
         run_log.require_outside(options.photo_folders, save_dir=save_dir, descriptors_folder=options.descriptors_folder)
         groups = [tasks_of(options, name, sets) for name, sets in datasets(options)]
+        val_tasks = [val_task(options, group) for group in groups]
         tasks = [task for group in groups for task in group]
         path = distributed.on_main(lambda: find_checkpoint(options.resume))
         content = read_file(path)
@@ -131,8 +136,10 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         del content
         for line in options.unused(encoder=model.encoder is not None):
             logger.warning("%s", line)
-        for group in groups:
+        for group, on_val in zip(groups, val_tasks, strict=True):
             foresee(model, options, group)
+            if on_val is not None:
+                foresee_index(model, options, on_val)
         model.to(device).eval()
         cast_products(model.backbone, options.precision)
         if options.compile:
@@ -153,6 +160,10 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         for task in tasks:
             task.folder = folder / task.subfolder
         outputs = Outputs()
+        for group, on_val in zip(groups, val_tasks, strict=True):
+            distance = accepted_distance(model, on_val, folder, pca_paths, options, device, preemption.stop)
+            for task in group:
+                task.accepted_distance = distance
         with ExitStack() as held:
             stores = [extracted(model, group, pca_paths, options, device, held, preemption.stop) for group in groups]
             if not distributed.is_main():
@@ -338,8 +349,18 @@ def foresee(model: SuperVLADNet, options: EvalOptions, group: Sequence[Task]) ->
             )
         if model.encoder is not None:
             foresee_contexts(options, task)
-    if options.index not in (None, "binary"):
+    foresee_index(model, options, group[0])
+
+
+def foresee_index(model: SuperVLADNet, options: EvalOptions, task: Task) -> None:
+    """Tries the index, as far as that can be done before the extraction.
+
+    Raises:
+        ValueError: FAISS refuses it.
+    """
+    if options.index not in (None, "binary") and distributed.is_main():
         assert options.index is not None
+        count = len(task.dataset.database_paths)
         _, in_chunk = images_at_a_time((count, 1, *model.vectors_shape), options.infer_batch_size)
         require_index(
             options.index,
@@ -347,7 +368,7 @@ def foresee(model: SuperVLADNet, options: EvalOptions, group: Sequence[Task]) ->
             dim=options.pca_dim or model.descriptor_dim,
             count=count,
             chunks=-(-count // in_chunk),
-            k=depth(options, group[0]),
+            k=depth(options, task),
         )
 
 
@@ -546,6 +567,7 @@ class Evaluation:
         results: of all contexts, as in `results.json`.
         recalls: recall@N in percent by context, of several orders the mean.
         curves: likewise, for N from 1 to the depth of the search.
+        first_matches: what first matches are accepted by, by context.
         first: what was found in the first search of the first context.
     """
 
@@ -553,37 +575,50 @@ class Evaluation:
     results: dict[str, Any]
     recalls: dict[str, dict[int, float]] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=dict)
+    first_matches: dict[str, acceptance.FirstMatches] = field(default_factory=dict)
     first: Matches | None = None
 
-    def note(self, context: str, searched: Sequence[Matches], recall_values: Sequence[int]) -> str:
+    def note(self, context: str, searched: Sequence[Matches], options: EvalOptions) -> list[str]:
         """Takes what the searches of a context found, one for each order.
 
         Returns:
-            The line that tells of it.
+            The lines that tell of it.
         """
-        dataset = self.task.dataset
+        task, dataset = self.task, self.task.dataset
+        starts = self.first is None
         if self.first is None:
             self.first = searched[0]
-        start = self.first.context
         masks = [of_order.correct for of_order in searched if of_order.correct is not None]
+        lines = []
         if not masks:
-            return f"Searched {dataset}, without labels: predictions.csv in {self.task.folder}"
-        k = masks[0].shape[1]
-        found = [search.recall_of(correct[dataset.judged_queries], range(1, k + 1)) for correct in masks]
-        mean = {n: float(np.mean([recall[n] for recall in found])) for n in found[0]}
-        self.curves[context] = list(mean.values())
-        recalls = self.recalls[context] = {n: mean[min(n, k)] for n in recall_values}
-        self.results["recalls"] = self.recalls[start]
-        of_context = self.results.setdefault("contexts", {})[context] = {"recalls": recalls, "orders": len(found)}
-        line = f"Recalls on {dataset}"
-        if context != start or context != "file_order":
-            line += f", {context}" + (f" ({len(found)} orders)" if len(found) > 1 else "")
-        line += f": {format_recalls(recalls)}"
-        if len(found) > 1:
-            deviation = {n: float(np.std([recall[n] for recall in found])) for n in found[0]}
-            spread = of_context["deviations"] = {n: deviation[min(n, k)] for n in recall_values}
-            line += f"; deviations {format_recalls(spread)}"
-        return line
+            lines.append(f"Searched {dataset}, without labels: predictions.csv in {task.folder}")
+        else:
+            k = masks[0].shape[1]
+            found = [search.recall_of(correct[dataset.judged_queries], range(1, k + 1)) for correct in masks]
+            mean = {n: float(np.mean([recall[n] for recall in found])) for n in found[0]}
+            self.curves[context] = list(mean.values())
+            recalls = self.recalls[context] = {n: mean[min(n, k)] for n in options.recall_values}
+            self.results["recalls"] = self.recalls[self.first.context]
+            of_context = self.results.setdefault("contexts", {})[context] = {"recalls": recalls, "orders": len(found)}
+            believed = acceptance.pooled([first_matches(task, options, of_order) for of_order in searched])
+            self.first_matches[context] = believed
+            summary = of_context["first_match"] = acceptance.summary(believed)
+            if starts:
+                in_words = acceptance.in_words(summary, k, task.positive_distance)
+                lines.append(f"first match of {dataset.name}: {in_words}")
+            line = f"Recalls on {dataset}"
+            if not starts or context != "file_order":
+                line += f", {context}" + (f" ({len(found)} orders)" if len(found) > 1 else "")
+            line += f": {format_recalls(recalls)}"
+            if len(found) > 1:
+                deviation = {n: float(np.std([recall[n] for recall in found])) for n in found[0]}
+                spread = of_context["deviations"] = {n: deviation[min(n, k)] for n in options.recall_values}
+                line += f"; deviations {format_recalls(spread)}"
+            lines.append(line)
+        if starts and task.accepted_distance is not None:
+            self.results["accepted"], line = what_is_accepted(task, self.first, options)
+            lines.insert(-1, line)
+        return lines
 
 
 def searches(
@@ -616,6 +651,171 @@ def contexts_of(model: SuperVLADNet, options: EvalOptions) -> tuple[str, ...]:
     return options.encoder_context if model.encoder is not None else ("file_order",)
 
 
+def val_task(options: EvalOptions, group: Sequence[Task]) -> Task | None:
+    """What `--accept auto@P` finds the distance on: the val split beside a test split; None where nobody asks for it.
+
+    Raises:
+        ValueError: there is none that can be used.
+    """
+    if options.accept_precision is None:
+        return None
+    name = group[0].of.removesuffix(" test")
+    folder = options.eval_datasets_folder / name / "images" / "val"
+    remedy = f"put one into {folder}, or give --accept a distance"
+    if not folder.is_dir():
+        raise ValueError(f"--accept {options.accept} is found on the val split, and {name} has none; {remedy}")
+    try:
+        val = DatabaseQueries.from_folder(
+            options.eval_datasets_folder,
+            name,
+            "val",
+            labels_where_known=options.labels_where_known,
+            skip_unreadable=options.skip_unreadable,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"--accept {options.accept} is found on the val split of {name}: {error}; {remedy}") from error
+    test_queries = [path for task in group for path in task.dataset.queries_paths]
+    tested = set(map(identity, test_queries))
+    if any(identity(path) in tested for path in val.queries_paths):
+        raise ValueError(
+            f"--accept {options.accept}: queries of the val split of {name} are those of the test split, whose own "
+            f"distance would flatter it; {remedy}"
+        )
+    named = set(map(os.path.basename, test_queries)) & set(map(os.path.basename, val.queries_paths))
+    if named:
+        logger.warning(
+            "%s: %d queries have the names of queries of the test split, e.g. %s; if they are the same photos, what "
+            "--accept %s finds flatters it",
+            val.name,
+            len(named),
+            min(named),
+            options.accept,
+        )
+    return replace(group[0], dataset=val, queries="queries", of=val.name)
+
+
+def accepted_distance(
+    model: SuperVLADNet,
+    on_val: Task | None,
+    folder: Path,
+    pca_paths: list[str],
+    options: EvalOptions,
+    device: torch.device,
+    stop: Callable[[], None],
+) -> float | None:
+    """Up to which squared distance of descriptors matches are accepted, as `--accept` says; None where it says nothing.
+
+    All processes call it at the same point.
+
+    Args:
+        model: in evaluation mode.
+        on_val: for auto@P the val split, which is extracted and searched as the test split will be, in the first
+            encoder context asked for; the largest distance of such a precision there is taken.
+        folder: the run's.
+        pca_paths: images that a PCA is fitted on.
+        options: as completed.
+        device: where the model is.
+        stop: called now and then, to leave by an exception.
+
+    Raises:
+        ValueError: no distance has such a precision.
+    """
+    if on_val is None:
+        return options.accept_distance
+    on_val.folder = folder / on_val.subfolder / "val"
+    context = contexts_of(model, options)[0]
+    orders = []
+    with ExitStack() as held:
+        held.callback(remove_if_empty, on_val.folder)
+        stores = extracted(model, [on_val], pca_paths, options, device, held, stop)
+        if distributed.is_main() or searched_by_all(len(on_val.dataset.database_paths), options.index):
+            with kept_if_it_fails(model, [[on_val]], [stores], pca_paths, options, folder / "kept"):
+                for searched in searches(model, [on_val], stores, options, device, context):
+                    (found,) = searched_sets(searched, [on_val], options)
+                    if distributed.is_main():
+                        orders.append(first_matches(on_val, options, matches_of(on_val, searched, context, *found)))
+    return distributed.on_main(lambda: distance_on_val(acceptance.pooled(orders), on_val.dataset, context, options))
+
+
+def distance_on_val(found: acceptance.FirstMatches, val: DatabaseQueries, context: str, options: EvalOptions) -> float:
+    """The largest distance of the precision that `--accept auto@P` asks for; the log says what it gives there.
+
+    Raises:
+        ValueError: there is none.
+    """
+    assert options.accept_precision is not None
+    curve = acceptance.distance_curve(found)
+    best = curve.at_precision(options.accept_precision)
+    if best is None:
+        most = f"but {curve.precision.max():.1f}% at most" if len(curve.precision) else "as no match can be judged"
+        raise ValueError(
+            f"--accept {options.accept}: on {val.name} no distance gives {options.accept_precision:g}% precision, "
+            f"{most}; ask for less, or give a distance"
+        )
+    point = curve.point(best)
+    logger.info(
+        "--accept %s is %s, the largest squared distance of that precision on %s, %s%s: %d of %d first matches are "
+        "accepted, precision %.1f, recall %.1f",
+        options.accept,
+        acceptance.written(point["threshold"]),
+        val,
+        context,
+        ", all its queries, since --query_keys are of the test split" if options.query_keys else "",
+        point["accepted"],
+        len(found.distances),
+        point["precision"],
+        point["recall"],
+    )
+    return float(point["threshold"])
+
+
+def first_matches(task: Task, options: EvalOptions, found: Matches) -> acceptance.FirstMatches:
+    """What the first matches of a search in a dataset with labels are judged by."""
+    assert found.correct is not None and task.findable is not None
+    dataset, predictions = task.dataset, found.predictions
+    nothing = predictions[:, 0] < 0
+    apart = None
+    if task.test_method == "maj_voting":
+        no_ratio = "votes lower the distances"
+    else:
+        no_ratio = f"{'--positives_file' if options.positives_file else 'the dataset'} gives no metres"
+        apart = dataset.metres_from_first(predictions)
+    return acceptance.first_matches(
+        found.distances,
+        predictions,
+        correct=found.correct[:, 0],
+        findable=task.findable,
+        judged=dataset.judged(predictions[:, :1])[:, 0] | (dataset.judged_queries & nothing),
+        elsewhere=None if apart is None else apart > task.positive_distance,
+        no_ratio=no_ratio,
+    )
+
+
+def what_is_accepted(task: Task, matches: Matches, options: EvalOptions) -> tuple[dict[str, Any], str]:
+    """What `--accept` comes to on a task: for `results.json`, and in a line."""
+    assert task.accepted_distance is not None
+    first, distances = matches.predictions[:, 0] >= 0, matches.distances[:, 0]
+    count = int((first & acceptance.accepted(distances, task.accepted_distance)).sum())
+    results = {"accept": options.accept, "distance": task.accepted_distance, "accepted": count, "queries": len(first)}
+    line = f"--accept {options.accept}" + f" ({acceptance.written(task.accepted_distance)})" * (
+        options.accept_precision is not None
+    )
+    line += f": {count} of {len(first)} first matches are accepted"
+    if matches.correct is not None:
+        curve = acceptance.distance_curve(first_matches(task, options, matches))
+        point = curve.point(curve.at(task.accepted_distance))
+        results |= {"precision": point["precision"], "recall": point["recall"]}
+        for name in ("precision", "recall"):
+            line += f", {name} {'unknown' if point[name] is None else format(point[name], '.1f')}"
+    return results, line
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Removes a folder that nothing was left in."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def help_search(
     model: SuperVLADNet,
     group: Sequence[Task],
@@ -638,44 +838,50 @@ def evaluate(
     device: torch.device,
     outputs: Outputs,
 ) -> list[Evaluation]:
-    """Searches the sets of queries of a dataset in every encoder context asked for; each set has its line, and its
+    """Searches the sets of queries of a dataset in every encoder context asked for; each set has its lines, and its
     `results.json`, before the next context is searched."""
     evaluations = [Evaluation(task=task, results=facts(model, task, options)) for task in group]
     contexts = contexts_of(model, options)
     for context in contexts:
         found: list[list[Matches]] = [[] for _ in group]
         for searched in searches(model, group, stores, options, device, context):
-            of_sets = searched.run(
-                depth(options, group[0]),
-                index=options.index,
-                index_parameters=options.index_parameters,
-                rerank=options.rerank,
-                majority_weight=options.majority_weight,
-            )
-            for task, of_task, (distances, predictions) in zip(group, found, of_sets, strict=True):
-                correct = None if task.positives is None else search.correct_among(predictions, task.positives)
-                of_task.append(
-                    Matches(
-                        search=searched,
-                        context=context,
-                        distances=distances,
-                        predictions=predictions,
-                        correct=correct,
-                    )
-                )
+            for task, of_task, of_set in zip(group, found, searched_sets(searched, group, options), strict=True):
+                of_task.append(matches_of(task, searched, context, *of_set))
             if options.index is not None:
                 for evaluation, agreement in zip(evaluations, searched.agreements, strict=True):
                     evaluation.results.setdefault("index_agreement", agreement)
         for evaluation, of_task in zip(evaluations, found, strict=True):
-            line = evaluation.note(context, of_task, options.recall_values)
+            lines = evaluation.note(context, of_task, options)
             folder = evaluation.task.folder
             if context == contexts[0]:
                 logger.info("log and results.json in %s", folder)
-            logger.info("%s", line)
+            for line in lines:
+                logger.info("%s", line)
             with outputs.writing(str(folder / "results.json")):
                 folder.mkdir(parents=True, exist_ok=True)
                 run_log.write_results(folder, evaluation.results, asdict(options), device)
     return evaluations
+
+
+def searched_sets(
+    searched: Search, group: Sequence[Task], options: EvalOptions
+) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """Squared distances and database indices that a search finds for each set of queries, Q x k each."""
+    return searched.run(
+        depth(options, group[0]),
+        index=options.index,
+        index_parameters=options.index_parameters,
+        rerank=options.rerank,
+        majority_weight=options.majority_weight,
+    )
+
+
+def matches_of(
+    task: Task, searched: Search, context: str, distances: NDArray[np.float32], predictions: NDArray[np.int64]
+) -> Matches:
+    """What a search found for a task, judged."""
+    correct = None if task.positives is None else search.correct_among(predictions, task.positives)
+    return Matches(search=searched, context=context, distances=distances, predictions=predictions, correct=correct)
 
 
 def facts(model: SuperVLADNet, task: Task, options: EvalOptions) -> dict[str, Any]:
@@ -715,10 +921,13 @@ def write_outputs(
             metres=metres,
             positions=located.database_positions,
             geographic=located.geographic,
+            accepted_distance=task.accepted_distance,
         )
     if curves:
         with outputs.writing(str(folder / "recalls.png")):
             report.draw_recalls(folder, dataset.name, curves, options.recall_values)
+        with outputs.writing(str(folder / "first_match.png")):
+            report.draw_first_match(folder, dataset.name, evaluation.first_matches, task.accepted_distance)
     if options.save_submission:
         with outputs.writing(str(folder / "submission.zip")):
             query_keys, database_keys = (
@@ -740,6 +949,9 @@ def write_outputs(
             title += f", {matches.context}" * (model.encoder is not None) + f", {format_recalls(shown)}"
         # Of unit vectors the distance tells the cosine; not of those that a PCA, an index or a mean over crops changes.
         unit = not options.pca_dim and options.index is None and task.test_method not in ("five_crops", "maj_voting")
+        accepted = None
+        if task.accepted_distance is not None:
+            accepted = acceptance.accepted(matches.distances[first], task.accepted_distance)
         with outputs.writing(str(folder / "matches")):
             with whole(folder / "matches") as unfinished:
                 match_page.write_match_page(
@@ -755,6 +967,8 @@ def write_outputs(
                     similarity=1 - matches.distances[first].astype(np.float64) / 2 if unit else None,
                     rule=rule(options, task.positive_distance),
                     findable=task.findable,
+                    accepted=accepted,
+                    accepted_rule=f"squared distance of descriptors up to {task.accepted_distance}",
                 )
             logger.info("open in a browser: %s", (folder / "matches/index.html").absolute().as_uri())
 

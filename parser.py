@@ -5,6 +5,7 @@ The scripts read them before they import torch and the rest, which takes seconds
 
 import argparse
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -184,6 +185,12 @@ class EvalOptions(Options):
     index_parameters: str = option("", "of its search, e.g. nprobe=32")
     rerank: int = option(100, "images a query that --index binary ranks exactly")
 
+    accept: str | None = option(
+        None,
+        "accept matches up to this squared_descriptor_distance; auto@99: that of 99 percent precision on the val split",
+        type=str,
+        metavar="{DISTANCE,auto@P}",
+    )
     save_predictions: int = option(0, "a page of each query and its first so many matches; 0 for none")
     save_assignments: int = option(
         0, "pictures of what the VLAD layer looks at, of so many queries (by hard_resize); 0 for none"
@@ -207,6 +214,16 @@ class EvalOptions(Options):
         if self.database_folder is not None and self.queries_folder is not None:
             return [self.database_folder, self.queries_folder]
         return [self.eval_datasets_folder / name / "images" for name in self.eval_dataset_name]
+
+    @property
+    def accept_distance(self) -> float | None:
+        """Up to which squared distance of descriptors matches are accepted; None where nobody says, or auto@P."""
+        return None if self.accept is None else _acceptance(self.accept)[0]
+
+    @property
+    def accept_precision(self) -> float | None:
+        """The precision, in percent, whose distance is to be found on the val split; None where none is."""
+        return None if self.accept is None else _acceptance(self.accept)[1]
 
     def unused(self, *, encoder: bool) -> list[str]:
         """What was given and has no part in the evaluation of a model with or without the cross-image encoder."""
@@ -243,6 +260,7 @@ class EvalOptions(Options):
         for name, has_part, of in rules:
             if name in self.given and not has_part:
                 raise ValueError(f"--{name} is of {of}; leave it out, or give that")
+        self._require_acceptable()
         labels = [
             flag
             for flag, given in (
@@ -313,6 +331,28 @@ class EvalOptions(Options):
                 raise ValueError(
                     f"--positives_file and --query_keys are of one set of queries, and --queries_names has {len(sets)} "
                     f"of {dataset}; give one"
+                )
+
+    def _require_acceptable(self) -> None:
+        """Refuses an --accept that is none, or that has no meaning beside other options."""
+        if self.accept is None:
+            return
+        if self.test_method == "maj_voting":
+            raise ValueError(
+                f"--accept {self.accept}: the votes of --test_method maj_voting lower the distances, which are none "
+                "any more; take another test method, e.g. nearest_crop"
+            )
+        if self.accept_precision is None:
+            return
+        for flag, given, why in (
+            ("--database_folder", self.plain_folders, "plain folders have none"),
+            ("--no_labels", self.no_labels, "precision is of labels"),
+            ("--positives_file", self.positives_file is not None, "the file is of the test split only"),
+        ):
+            if given:
+                raise ValueError(
+                    f"--accept {self.accept} takes the distance from the dataset's val split, and beside {flag} that "
+                    f"cannot be: {why}; give a distance, e.g. one that another run's log names"
                 )
 
     def __post_init__(self) -> None:
@@ -484,6 +524,30 @@ def _folder_name(flag: str, name: str, above: str) -> str:
             ".. and not absolute"
         )
     return "/".join(parts)
+
+
+def _acceptance(text: str) -> tuple[float | None, float | None]:
+    """The value of --accept: a distance, or the precision in percent that auto@ asks for.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    asked = text.removeprefix("auto@")
+    try:
+        value = float(asked)
+    except ValueError:
+        value = math.nan
+    if asked != text and not 0 < value <= 100:
+        raise ValueError(
+            f"--accept {text}: auto@ is followed by a precision in percent, above 0 and up to 100: auto@99"
+        )
+    if not 0 < value < math.inf:
+        kind = "not above 0" if value <= 0 else "not finite" if value == math.inf else "no number"
+        raise ValueError(
+            f"--accept {text} is {kind}; give a squared distance of descriptors as in predictions.csv, above 0, or "
+            "auto@99 for that of 99% precision on the val split"
+        )
+    return (None, value) if asked != text else (value, None)
 
 
 def _whole_patches(side: int) -> int:

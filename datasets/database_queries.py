@@ -549,16 +549,23 @@ class DatabaseQueries:
         None without positions."""
         if self.database_positions is None or self.queries_positions is None:
             return None
-        return self._metres(self.database_positions[predictions], self.queries_positions[:, None])
+        return self._apart(self.queries_positions[:, None], self.database_positions[predictions])
 
     def metres_to(self, query: int, images: NDArray[np.int64]) -> NDArray[np.float64] | None:
         """How far a query is from some database images, as `metres`."""
         if self.database_positions is None or self.queries_positions is None:
             return None
-        return self._metres(self.database_positions[images], self.queries_positions[query])
+        return self._apart(self.queries_positions[query], self.database_positions[images])
 
-    def _metres(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        return haversine_metres(b, a) if self.geographic else np.linalg.norm(a - b, axis=-1)
+    def metres_from_first(self, predictions: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """How far each query's predicted database images are from the first one of them, as `metres`."""
+        if self.database_positions is None:
+            return None
+        found = self.database_positions[predictions]
+        return self._apart(found[:, :1], found)
+
+    def _apart(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        return haversine_metres(a, b) if self.geographic else np.linalg.norm(b - a, axis=-1)
 
 
 def _other_than_queries(

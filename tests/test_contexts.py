@@ -292,6 +292,20 @@ def test_sets_of_one_dataset_among_several(evaluated, several, capsys):
             assert len(list(csv.DictReader(file)))
 
 
+def test_one_val_split_gives_the_distance_for_every_set(evaluated, several, city, monkeypatch):
+    shutil.copytree(city / "toy_city/images/val", several / "svox/images/val", dirs_exist_ok=True)
+    val = sum(path.suffix == ".jpg" for path in (several / "svox/images/val").rglob("*"))
+    seen, real = [], eval_script.SuperVLADNet.cluster_vectors
+    monkeypatch.setattr(
+        eval_script.SuperVLADNet, "cluster_vectors", lambda self, images: seen.append(len(images)) or real(self, images)
+    )
+    flags = [f"--eval_datasets_folder={several}", "--eval_dataset_name=svox", "--accept=auto@5"]
+    folder = evaluated(*flags, "--queries_names", "queries_night", "queries_rain")
+    assert sum(seen) == val + 30
+    found = [results_of(folder / name)["accepted"]["distance"] for name in ("queries_night", "queries_rain")]
+    assert found[0] == found[1] > 0 and not (folder / "val").exists()
+
+
 def test_an_index_of_one_database_for_several_sets(evaluated, several):
     flags = [f"--eval_datasets_folder={several}", "--eval_dataset_name=svox", "--index=IVF2,Flat"]
     both = evaluated(*flags, "--queries_names", "queries_night", "queries_rain")

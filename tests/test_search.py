@@ -528,7 +528,7 @@ def test_descriptors_of_no_use_are_not_kept(evaluate, weights, tmp_path):
     content["backbone.norm.weight" if "backbone.norm.weight" in content else next(iter(content))].fill_(float("nan"))
     torch.save(content, tmp_path / "nan.pth")
     status, said, folder = evaluate(f"--resume={tmp_path}/nan.pth")
-    assert status == 2 and "not finite" in said and "kept" not in said
+    assert status == 2 and "not finite" in said and "is kept" not in said
     assert not list(folder.rglob("*.npy"))
 
 

@@ -47,6 +47,8 @@ figure { margin: 0; min-width: 0; --frame: var(--unknown); }
 .wrong { --frame: var(--wrong); }
 img { max-width: calc(100% - 8px); height: auto; display: block; border: 4px solid var(--frame); border-radius: 4px; }
 .query img { border-color: transparent; }
+.rejected img { border-style: dashed; }
+.rejected a { opacity: 0.55; }
 figcaption { padding: 2px 4px 0; }
 b { font-weight: 600; }
 i { font: bold 15px/1 sans-serif; color: var(--frame); }
@@ -103,6 +105,8 @@ def write_match_page(
     similarity: NDArray[np.float64] | None = None,
     rule: str = "",
     findable: NDArray[np.bool_] | None = None,
+    accepted: NDArray[np.bool_] | None = None,
+    accepted_rule: str = "",
 ) -> Path:
     """Writes `index.html` and, of each image shown, one thumbnail: a row a query, filtered in the browser.
 
@@ -119,6 +123,8 @@ def write_match_page(
         similarity: cosine of the descriptors of query and match, Q x K; None where it is not known.
         rule: what makes a match correct, e.g. "within 25 m".
         findable: which queries have a correct image in the database, Q; None for all.
+        accepted: which matches are near enough to be believed, Q x K; None where nobody says.
+        accepted_rule: what makes them so, e.g. "squared distance up to 0.8".
 
     Returns:
         The path of `index.html`, which is written last.
@@ -136,26 +142,35 @@ def write_match_page(
         image_of = dict(zip(paths, tqdm(images, total=len(paths), desc="thumbnails", unit="image"), strict=True))
 
     kinds: dict[str, NDArray[np.bool_]] = {"all": np.ones(count, dtype=bool)}
-    filters, legend = "", "Grey frames: which matches are correct is not known."
+    labels, legend = ["all"], "Grey frames: which matches are correct is not known."
     if correct is not None:
         right = correct & found
         judged = np.ones_like(found) if judged is None else judged
         of_queries = judged.any(axis=1)
         kinds["first-wrong"] = np.asarray(judged[:, 0] & ~right[:, 0])
         kinds["none-correct"] = np.asarray(of_queries & ~right.any(axis=1))
-        labels = ["all", "first match wrong", f"no correct match among {k}"]
+        labels += ["first match wrong", f"no correct match among {k}"]
         findable = np.ones(count, dtype=bool) if findable is None else findable
         if not findable.all():
             kinds["nothing-to-find"] = ~findable
             labels.append("nothing to find")
-        filters = "\n".join(
-            f'<label><input type="radio" name="show" value="{kind}"{" checked" * (kind == "all")}>{label} '
-            f"({has.sum()})</label>"
-            for label, (kind, has) in zip(labels, kinds.items(), strict=True)
-        )
         legend = f"✓ in a green frame: correct{rule and f', {escape(rule)}'}. ✗ in a red frame: wrong."
         if not judged.all():
             legend += " Grey frames: a position is not known."
+    if accepted is not None:
+        accepted = accepted & found
+        kinds["accepted"], kinds["rejected"] = accepted[:, 0], ~accepted[:, 0]
+        labels += ["first match accepted", "not accepted"]
+        if correct is not None and judged is not None:
+            kinds["false-alarm"] = accepted[:, 0] & judged[:, 0] & ~correct[:, 0]
+            labels.append("accepted and wrong")
+        legend += f" Whole frames: accepted{accepted_rule and f', {escape(accepted_rule)}'}. Dashed and pale: not."
+    filters = "\n".join(
+        f'<label><input type="radio" name="show" value="{kind}"{" checked" * (kind == "all")}>{label} '
+        f"({has.sum()})</label>"
+        for label, (kind, has) in zip(labels, kinds.items(), strict=True)
+        if len(labels) > 1
+    )
     if similarity is not None:
         legend += " Similarity: cosine of the two descriptors."
     legend += " A photo leads to the full one."
@@ -176,6 +191,8 @@ def write_match_page(
             if similarity is not None:
                 facts.append(f"similarity {similarity[query, rank]:.3f}")
             caption += f" {', '.join(facts)}" if facts else ""
+            if accepted is not None and not accepted[query, rank]:
+                frame += " rejected"
             path = database[predictions[query, rank]]
             figures.append(_figure(path, image_of[path], frame, caption, folder))
         classes = " ".join(kind for kind, has in kinds.items() if has[query])
@@ -202,8 +219,8 @@ def _write_thumbnail(path: str, folder: Path, read: Callable[[str], Image.Image]
 def _figure(path: str, image: str, frame: str, caption: str, folder: Path) -> str:
     """An image with its caption and file name, which leads to the full one; `frame` is its kind.
 
-    Kinds are query, correct, wrong and unknown. The link is relative to the page, so that it leads on where both are
-    moved or served together.
+    Kinds are query, correct, wrong and unknown, the last three perhaps with rejected behind them. The link is relative
+    to the page, so that it leads on where both are moved or served together.
     """
     name = escape(os.path.basename(path))
     link = quote(os.fsencode(os.path.relpath(path, folder)))

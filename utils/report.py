@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import metrics
+from . import acceptance, metrics
 from .outputs import whole
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,67 @@ def draw_recalls(
         save_figure(figure, path, dpi=120)
 
 
+def draw_first_match(
+    folder: Path,
+    title: str,
+    contexts: Mapping[str, acceptance.FirstMatches],
+    accepted_distance: float | None = None,
+) -> None:
+    """Draws precision and recall of the first match into `first_match.png`.
+
+    They stand over each other for each encoder context, and over the accepted distance for the first one.
+
+    Args:
+        folder: the run's.
+        title: stands above.
+        contexts: by name.
+        accepted_distance: is marked; None marks none.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(f"first match of {drawable(title)}", parse_math=False)
+    both, over_distance = figure.subplots(1, 2)
+    marks = dict(zip(acceptance.PRECISIONS, "oD", strict=True))
+    for number, (name, matches) in enumerate(contexts.items()):
+        for criterion, curve, line, inside in (
+            ("distance", acceptance.distance_curve(matches), "-", f"C{number}"),
+            ("ratio", acceptance.ratio_curve(matches), "--", "white"),
+        ):
+            if curve is None or not curve.positives or not len(curve.thresholds):
+                continue
+            best = {percent: curve.at_precision(percent) for percent in marks}
+            recalls = [0.0 if row is None else curve.recall[row] for row in best.values()]
+            label = f"{name}, {criterion}: {', '.join(f'{recall:.1f}' for recall in recalls)}"
+            both.plot(curve.recall, curve.precision, line, color=f"C{number}", linewidth=1.4, label=label)
+            for percent, row in best.items():
+                if row is not None:
+                    point = curve.recall[row], curve.precision[row]
+                    both.plot(*point, marks[percent], color=f"C{number}", markerfacecolor=inside, markersize=5)
+    both.set(xlabel="recall (% of queries with a correct photo)", ylabel="precision (%)", xlim=(0, 103), ylim=(0, 103))
+    if both.lines:
+        both.legend(
+            loc="best", fontsize="small", title="recall at 100% (●) and 99% (◆) precision", title_fontsize="small"
+        )
+    name, matches = next(iter(contexts.items()))
+    curve = acceptance.distance_curve(matches)
+    if curve.positives and len(curve.thresholds):
+        # Between two distances nothing changes.
+        for what, values, line in (("precision", curve.precision, "-"), ("recall", curve.recall, ":")):
+            over_distance.plot(curve.thresholds, values, line, color="C0", drawstyle="steps-post", label=what)
+    if accepted_distance is not None:
+        label = f"--accept {acceptance.written(accepted_distance)}"
+        last = curve.thresholds[-1] if len(curve.thresholds) else accepted_distance
+        over_distance.axvline(min(accepted_distance, 1.05 * last), color="black", linewidth=1, label=label)
+    over_distance.set(xlabel=f"accepted squared distance of descriptors, {name}", ylabel="%", ylim=(0, 103))
+    if over_distance.lines:
+        over_distance.legend(loc="best", fontsize="small")
+    for axes in (both, over_distance):
+        axes.grid(alpha=0.3)
+    with whole(folder / "first_match.png") as path:
+        save_figure(figure, path, dpi=120)
+
+
 def drawable(text: str) -> str:
     """The text on one line, with a mark where it holds bytes that are no characters: matplotlib refuses to draw them.
 
@@ -113,6 +174,7 @@ def write_predictions(
     metres: NDArray[np.float64] | None = None,
     positions: NDArray[np.float64] | None = None,
     geographic: bool = False,
+    accepted_distance: float | None = None,
 ) -> None:
     """Writes `predictions.csv`, a row for each query and rank; what is not known is left empty.
 
@@ -129,6 +191,7 @@ def write_predictions(
         metres: from the query to the database image, on the ground, Q x k; not a number where that is not known.
         positions: of the database, N x 2; UTM east and north in metres.
         geographic: or latitude and longitude in degrees.
+        accepted_distance: adds a column that says whether the distance is at most this; None adds none.
     """
     axes = ("database_latitude", "database_longitude") if geographic else ("database_east", "database_north")
     digits = 7 if geographic else 2  # centimetres
@@ -137,7 +200,8 @@ def write_predictions(
         open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(["query", "rank", "database", "squared_descriptor_distance", "correct", "metres", *axes])
+        header = ["query", "rank", "database", "squared_descriptor_distance", "correct", "metres", *axes]
+        writer.writerow(header if accepted_distance is None else [*header, "accepted"])
         for query, name in enumerate(queries):
             for rank, image in enumerate(predictions[query]):
                 if image < 0:
@@ -146,8 +210,11 @@ def write_predictions(
                 right = int(correct[query, rank]) if correct is not None and known else ""
                 away = _number(metres[query, rank], 2) if metres is not None else ""
                 place = ["", ""] if positions is None else [_number(value, digits) for value in positions[image]]
-                distance = f"{distances[query, rank]:.6g}"
-                writer.writerow([name, rank + 1, database[image], distance, right, away, *place])
+                distance = acceptance.written(distances[query, rank])
+                row = [name, rank + 1, database[image], distance, right, away, *place]
+                if accepted_distance is not None:
+                    row.append(int(float(distance) <= accepted_distance))
+                writer.writerow(row)
 
 
 def _number(value: float, digits: int) -> str:
