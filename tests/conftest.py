@@ -37,3 +37,13 @@ def listening():
     """Signals as a terminal sends them: a shell ignores SIGINT for what it starts in the background, nohup SIGHUP."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Reports travel between processes as UTF-8, and some tests log names that are none."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode("utf-8")) for name, text in report.sections
+    ]
+    return report
