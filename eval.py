@@ -11,7 +11,7 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from datasets.database_queries import DatabaseQueries, image_key, list_images, readable
+from datasets.map_queries import MapQueries
 from datasets.protocols import protocol_of, warn_of_counts
 from datasets.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
 from model import SuperVLADNet, build_model
@@ -42,12 +44,16 @@ from utils.device import allow_tf32, autocast, cast_products, extraction_batch_s
 from utils.index_trial import require_index
 from utils.lock import FolderLock
 from utils.outputs import Outputs, whole
+from utils.place_map import PlaceMap, require_place_for, write_map
 from utils.preemption import Preemption
 from utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
 
 PCA_IMAGES = 16_384  # that a PCA is fitted on, at most
+
+
+Stores = dict[str, DescriptorStore | PlaceMap]  # of database and queries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +85,23 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
 
         save_dir = Path("logs") / options.save_dir
         run_log.require_outside(options.photo_folders, save_dir=save_dir, descriptors_folder=options.descriptors_folder)
-        found = list(datasets(options))
+        asked = None if options.map is None else PlaceMap(options.map)
+        found = list(datasets(options, asked))
         distances = [positive_distance(options, name) for name, _ in found]
         path = distributed.on_main(lambda: find_checkpoint(options.resume))
         content = read_file(path)
-        options = completed(options, model_of(options.resume, content), content)
+        if asked is None:
+            options = completed(options, model_of(options.resume, content), content)
+        else:
+            options = as_the_map_was_made(asked, options, model_of(options.resume, content))
         model = build_model(**options.model)
         pca_paths = pca_images(options, model.descriptor_dim)
-        load_checkpoint(model, path, content)
+        with nullcontext() if asked is None else asked.fitting(str(options.resume)):
+            load_checkpoint(model, path, content)
         del content
+        weights = digest(model.state_dict()) if asked is not None or options.save_map is not None else ""
+        if asked is not None:
+            asked.require_weights(weights, str(options.resume))
         for line in options.unused(encoder=model.encoder is not None):
             logger.warning("%s", line)
         for (name, dataset), distance in zip(found, distances, strict=True):
@@ -121,7 +135,11 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         table: dict[str, dict[str, dict[int, float]]] = {}
         outputs = Outputs()
         with ExitStack() as held:
-            stores = [extracted(model, task, pca_paths, options, device, held, preemption.stop) for task in tasks]
+            stores: list[Stores] = [
+                {**extracted(model, task, pca_paths, options, device, held, preemption.stop)} for task in tasks
+            ]
+            if asked is not None:
+                stores[0]["database"] = asked
             if not distributed.is_main():
                 for task, task_stores in zip(tasks, stores, strict=True):
                     help_search(model, task, task_stores, options, device)
@@ -137,7 +155,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                 with outputs.writing(str(folder / "results.json")):
                     run_log.write_results(folder, {"recalls": table}, asdict(options), device)
             for task, of_task in zip(tasks, matches, strict=True):
-                write_outputs(model, task, of_task, options, device, outputs)
+                write_outputs(model, task, of_task, options, device, outputs, weights)
         if outputs.missing:
             raise SystemExit(1)
     return table
@@ -194,7 +212,7 @@ def say_what_plain_folders_change(options: EvalOptions, *, encoder: bool) -> Non
     logger.info("%s", line)
 
 
-def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
+def datasets(options: EvalOptions, asked: PlaceMap | None = None) -> Iterator[tuple[str, DatabaseQueries]]:
     """The datasets asked for, with the names that their protocols go by."""
     settings: dict[str, Any] = {
         "labelled": not options.no_labels,
@@ -203,7 +221,12 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
         "labels_where_known": options.labels_where_known,
         "skip_unreadable": options.skip_unreadable,
     }
-    if options.database_folder is not None and options.queries_folder is not None:
+    if asked is not None and options.queries_folder is not None:
+        logger.info("%s", asked)
+        labelled, skip = not options.no_labels, options.skip_unreadable
+        of_map = MapQueries.asked(asked, options.queries_folder, labelled=labelled, skip_unreadable=skip)
+        found: list[tuple[str, DatabaseQueries]] = [(of_map.name, of_map)]
+    elif options.database_folder is not None and options.queries_folder is not None:
         name = f"{options.queries_folder.resolve().name} in {options.database_folder.resolve().name}"
         found = [
             (
@@ -234,6 +257,46 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, DatabaseQueries]]:
             )
         warn_of_counts(dataset, protocol_of(name))
         yield name, dataset
+
+
+def as_the_map_was_made(asked: PlaceMap, options: EvalOptions, written: dict[str, Any]) -> EvalOptions:
+    """The options with the map's model and preparation, which neither the checkpoint nor the command line may deny.
+
+    Args:
+        asked: the map.
+        options: as given.
+        written: what `build_model` takes for the checkpoint.
+    """
+    asked.require(written, str(options.resume))
+    given = {"clusters" if name == "supervlad_clusters" else name for name in options.given}
+    said = {**options.model, "resize": options.resize, "antialias": options.antialias}
+    asked.require({name: value for name, value in said.items() if name in given}, "the command line")
+    if options.precision != asked.precision:
+        logger.warning("the map was made in --precision %s, and is asked in %s", asked.precision, options.precision)
+    made: dict[str, Any] = {"resize": asked.resize, "antialias": asked.antialias, "upright": asked.upright}
+    made |= {"supervlad_clusters" if name == "clusters" else name: value for name, value in asked.model.items()}
+    return replace(options, **made, pca_dim=0 if asked.pca is None else asked.descriptor_dim)
+
+
+def save_map(path: Path, located: DatabaseQueries, searched: Search, options: EvalOptions, weights: str) -> None:
+    """Writes the map of a database: its descriptors as they were searched, and the positions that are known."""
+    write_map(
+        path,
+        searched.chunks("database"),
+        paths=located.database_paths,
+        positions=located.database_positions,
+        geographic=located.geographic,
+        dtype=options.descriptor_dtype,
+        pca=searched.pca,
+        model=options.model,
+        checkpoint=options.resume.name,
+        weights=weights,
+        resize=options.resize,
+        antialias=options.antialias,
+        upright=options.upright,
+        precision=options.precision,
+        accept=None,
+    )
 
 
 def depth(options: EvalOptions, dataset: DatabaseQueries, test_method: str) -> int:
@@ -273,6 +336,7 @@ def foresee(
                 "correct " * bool(options.positives_file),
                 rule(options, distance),
             )
+    require_outputs(options, dataset, test_method, encoder=model.encoder is not None)
     if options.index is not None:
         _, in_chunk = images_at_a_time((count, 1, *model.vectors_shape), options.infer_batch_size)
         require_index(
@@ -283,6 +347,18 @@ def foresee(
             chunks=-(-count // in_chunk),
             k=depth(options, dataset, test_method),
         )
+
+
+def require_outputs(options: EvalOptions, dataset: DatabaseQueries, test_method: str, *, encoder: bool) -> None:
+    """Raises ValueError where a map could not be written."""
+    if options.save_map is not None:
+        require_place_for(options.save_map)
+        if encoder and options.encoder_context[0] != "independent":
+            raise ValueError(
+                "--save_map: a map is asked with single photos, and --encoder_context "
+                f"{options.encoder_context[0]} describes the database's in company; give --encoder_context "
+                "independent, first if there are more"
+            )
 
 
 def findable(dataset: DatabaseQueries, distance: float) -> NDArray[np.bool_]:
@@ -323,10 +399,9 @@ def pca_images(options: EvalOptions, descriptor_dim: int) -> list[str]:
 
 def images_of(task: Task, pca_paths: list[str]) -> dict[str, tuple[list[str], str]]:
     """What is extracted for a task: paths and test method by name."""
-    images = {
-        "database": (task.dataset.database_paths, "hard_resize"),
-        "queries": (task.dataset.queries_paths, task.test_method),
-    }
+    images = {"queries": (task.dataset.queries_paths, task.test_method)}
+    if not isinstance(task.dataset, MapQueries):  # whose database a map has
+        images = {"database": (task.dataset.database_paths, "hard_resize"), **images}
     if pca_paths:
         images["pca"] = (pca_paths, "hard_resize")
     return images
@@ -408,7 +483,7 @@ def extracted(
 def kept_if_it_fails(
     model: SuperVLADNet,
     tasks: Sequence[Task],
-    stores: Sequence[dict[str, DescriptorStore]],
+    stores: Sequence[Stores],
     pca_paths: list[str],
     options: EvalOptions,
     folder: Path,
@@ -426,8 +501,10 @@ def kept_if_it_fails(
             for task, of_task in zip(tasks, stores, strict=True):
                 for name, (paths, test_method) in images_of(task, pca_paths).items():
                     fingerprint = fingerprint_of(weights, options, test_method)
+                    store = of_task[name]
+                    assert isinstance(store, DescriptorStore)
                     try:
-                        of_task[name].keep(kept_in(folder, task.dataset), fingerprint, paths)
+                        store.keep(kept_in(folder, task.dataset), fingerprint, paths)
                     except (OSError, ValueError) as problem:
                         logger.warning("%s of %s could not be kept: %s", name, task.dataset.name, problem)
         logger.warning("what was extracted is kept: %s goes on with the search", advice)
@@ -460,7 +537,7 @@ class Matches:
 def searches(
     model: SuperVLADNet,
     task: Task,
-    stores: dict[str, DescriptorStore],
+    stores: Stores,
     options: EvalOptions,
     device: torch.device,
     context: str,
@@ -485,9 +562,7 @@ def contexts_of(model: SuperVLADNet, options: EvalOptions) -> tuple[str, ...]:
     return options.encoder_context if model.encoder is not None else ("file_order",)
 
 
-def help_search(
-    model: SuperVLADNet, task: Task, stores: dict[str, DescriptorStore], options: EvalOptions, device: torch.device
-) -> None:
+def help_search(model: SuperVLADNet, task: Task, stores: Stores, options: EvalOptions, device: torch.device) -> None:
     """Searches this process's share of the database, in the order in which `evaluate` searches in the main process."""
     if searched_by_all(len(task.dataset.database_paths), options.index):
         for context in contexts_of(model, options):
@@ -498,7 +573,7 @@ def help_search(
 def evaluate(
     model: SuperVLADNet,
     task: Task,
-    stores: dict[str, DescriptorStore],
+    stores: Stores,
     options: EvalOptions,
     device: torch.device,
     outputs: Outputs,
@@ -574,9 +649,18 @@ def evaluate(
 
 
 def write_outputs(
-    model: SuperVLADNet, task: Task, matches: Matches, options: EvalOptions, device: torch.device, outputs: Outputs
+    model: SuperVLADNet,
+    task: Task,
+    matches: Matches,
+    options: EvalOptions,
+    device: torch.device,
+    outputs: Outputs,
+    weights: str,
 ) -> None:
-    """Writes what there is to look at and to compute with, as asked for; the page comes last."""
+    """Writes what there is to look at and to compute with, as asked for; the page comes last.
+
+    `weights` is the digest of the model's, for a map.
+    """
     dataset, folder, predictions = task.dataset, task.folder, matches.predictions
     correct = matches.correct
     judged = None if correct is None else dataset.judged(predictions)
@@ -606,6 +690,9 @@ def write_outputs(
                 [image_key(path) for path in side] for side in (dataset.queries_paths, dataset.database_paths)
             )
             report.write_submission(folder, query_keys, database_keys, predictions)
+    if options.save_map is not None:
+        with outputs.writing(str(options.save_map)):
+            save_map(options.save_map, located, matches.search, options, weights)
     if options.save_descriptors:
         with outputs.writing(str(folder / "descriptors")):
             matches.search.save(folder / "descriptors", database=dataset.database_paths, queries=dataset.queries_paths)
@@ -631,12 +718,19 @@ def write_outputs(
                     correct=None if correct is None else correct[first],
                     judged=None if judged is None else judged[first],
                     metres=None if metres is None else metres[first],
-                    read=partial(read_reduced, side=match_page.THUMBNAIL_SIDE, upright=options.upright),
+                    read=partial(shown_photo, options=options),
                     similarity=1 - matches.distances[first].astype(np.float64) / 2 if unit else None,
                     rule=rule(options, task.positive_distance),
                     findable=None if correct is None else matches.findable,
                 )
             logger.info("open in a browser: %s", (folder / "matches/index.html").absolute().as_uri())
+
+
+def shown_photo(path: str, options: EvalOptions) -> Image.Image | None:
+    """A photo for the page of matches; None for one of a map that is not there."""
+    if options.map is not None and not os.path.exists(path):
+        return None
+    return read_reduced(path, match_page.THUMBNAIL_SIDE, upright=options.upright)
 
 
 @torch.inference_mode()

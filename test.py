@@ -23,6 +23,7 @@ from utils import distributed, report, search
 from utils.descriptor_store import DescriptorStore, RowFile
 from utils.device import autocast, to_cpu, to_device, usable_cores
 from utils.outputs import whole
+from utils.place_map import PlaceMap
 from utils.reading import packed, read_batches, unpacked
 from utils.search import Chunk
 
@@ -216,7 +217,8 @@ class Search:
 
     Args:
         model: what is evaluated, in evaluation mode.
-        stores: cluster vectors of `database`, `queries` and, for a PCA, `pca`.
+        stores: cluster vectors of `database`, `queries` and, for a PCA, `pca`; or in place of the first a map, which
+            holds the descriptors themselves and any PCA.
         test_method: how the queries were prepared, a name from `transforms.TEST_METHODS`.
         context: images that share a batch in the encoder: "file_order" takes neighbours, as published; "shuffled" any
             (database and queries apart); "independent" nobody but the image itself.
@@ -231,7 +233,7 @@ class Search:
     def __init__(
         self,
         model: PlaceDescriber,
-        stores: Mapping[str, DescriptorStore],
+        stores: Mapping[str, DescriptorStore | PlaceMap],
         *,
         test_method: str = "hard_resize",
         context: str = "file_order",
@@ -247,14 +249,20 @@ class Search:
         self._device = device
         self._by_all = by_all
         self._describe: dict[str, Callable[..., Iterable[Chunk]]] = {}
+        self._place_map: PlaceMap | None = None
         for side, (name, store) in enumerate(stores.items()):
+            if isinstance(store, PlaceMap):
+                self._place_map = store
+                continue
             # A photo in its own shape shares a batch with none.
             alone = context == "independent" or (name == "queries" and test_method == "single_query")
             order = (*seed, side) if context == "shuffled" else None
             batches = EncoderContext(1 if alone else infer_batch_size, order)
             self._describe[name] = partial(descriptors, model, store, batches, device=device)
         self.pca: Any = None
-        if pca_dim:
+        if self._place_map is not None:
+            self.pca = self._place_map.pca
+        elif pca_dim:
             from sklearn.decomposition import PCA  # nearly a second to import, and seldom asked for
 
             def fit() -> Any:
@@ -269,6 +277,9 @@ class Search:
             name: of the images.
             shared: this process's share of them.
         """
+        if name == "database" and self._place_map is not None:
+            yield from self._place_map.chunks(shared=shared)
+            return
         for indices, rows in self._describe[name](shared=shared):
             if name == "queries" and self.test_method == "five_crops":
                 rows = rows.reshape(len(indices), CROPS[self.test_method], -1).mean(axis=1)
