@@ -37,7 +37,7 @@ from model.weights import (
     validated_size_of,
 )
 from test import Search, extract, format_recalls, image_batches, images_at_a_time, searched_by_all
-from utils import distributed, match_page, report, run_log, search
+from utils import distributed, match_page, pairs, report, run_log, search
 from utils.assignments import AssignedPhoto, draw_assignments
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import allow_tf32, autocast, cast_products, extraction_batch_size, pick_device, reading_workers
@@ -303,7 +303,7 @@ def depth(options: EvalOptions, dataset: DatabaseQueries, test_method: str) -> i
     """How many database images are searched for each query."""
     k = max(options.recall_values)
     if test_method != "maj_voting":  # where the depth of the search decides how many crops can agree
-        k = max(k, options.save_predictions, SUBMITTED if options.save_submission else 0)
+        k = max(k, options.save_predictions, options.save_pairs, SUBMITTED if options.save_submission else 0)
     return min(k, len(dataset.database_paths))
 
 
@@ -319,7 +319,8 @@ def foresee(
         return
     count = len(dataset.database_paths)
     asked = {"--recall_values": max(options.recall_values) if dataset.labelled else 0}
-    asked |= {"--save_predictions": options.save_predictions, "--save_submission": SUBMITTED * options.save_submission}
+    asked |= {"--save_predictions": options.save_predictions, "--save_pairs": options.save_pairs}
+    asked |= {"--save_submission": SUBMITTED * options.save_submission}
     for flag, wanted in asked.items():
         if wanted > count and (flag == "--save_submission" or flag.lstrip("-") in options.given):
             logger.warning("%s asks for %d matches, and %s has %d database images", flag, wanted, dataset.name, count)
@@ -350,7 +351,7 @@ def foresee(
 
 
 def require_outputs(options: EvalOptions, dataset: DatabaseQueries, test_method: str, *, encoder: bool) -> None:
-    """Raises ValueError where a map could not be written."""
+    """Raises ValueError where a map, or pairs and descriptors for other programs, could not be written."""
     if options.save_map is not None:
         require_place_for(options.save_map)
         if encoder and options.encoder_context[0] != "independent":
@@ -358,6 +359,24 @@ def require_outputs(options: EvalOptions, dataset: DatabaseQueries, test_method:
                 "--save_map: a map is asked with single photos, and --encoder_context "
                 f"{options.encoder_context[0]} describes the database's in company; give --encoder_context "
                 "independent, first if there are more"
+            )
+    for flag in ["--save_pairs"] * bool(options.save_pairs) + ["--save_h5"] * options.save_h5:
+        if isinstance(dataset, MapQueries) and not dataset.photos_there:
+            raise ValueError(
+                f"{flag} is for programs that read the photos, and those of the map are not there; bring them where "
+                "the map says, or leave it out"
+            )
+        pairs.require_names(dataset.queries_paths, dataset.database_paths, flag=flag)
+    if options.save_h5:
+        pairs.require_h5py()
+        if test_method in ("nearest_crop", "maj_voting"):
+            raise ValueError(
+                f"--save_h5 holds one descriptor a photo, and --test_method {test_method} has one for each crop; give "
+                "another, e.g. hard_resize"
+            )
+        if options.pca_dim:
+            logger.warning(
+                "--save_h5: hloc ranks by dot product, and after --pca_dim that is not the order of distance"
             )
 
 
@@ -693,6 +712,14 @@ def write_outputs(
     if options.save_map is not None:
         with outputs.writing(str(options.save_map)):
             save_map(options.save_map, located, matches.search, options, weights)
+    if options.save_pairs:
+        with outputs.writing(str(folder / pairs.PAIRS)):
+            first_of = predictions[:, : options.save_pairs]
+            pairs.write_pairs(folder, dataset.queries_paths, dataset.database_paths, first_of)
+    if options.save_h5:
+        with outputs.writing(str(folder / pairs.DESCRIPTORS)):
+            sides = {"database": dataset.database_paths, "queries": dataset.queries_paths}
+            pairs.write_h5(folder, {name: (paths, matches.search.chunks(name)) for name, paths in sides.items()})
     if options.save_descriptors:
         with outputs.writing(str(folder / "descriptors")):
             matches.search.save(folder / "descriptors", database=dataset.database_paths, queries=dataset.queries_paths)

@@ -25,7 +25,7 @@ ASKING_A_MAP = frozenset(
     map queries_folder resume eval_datasets_folder save_dir device num_workers compile seed precision
     backbone supervlad_clusters ghost_clusters crossimage_encoder resize antialias infer_batch_size
     extraction_batch_size descriptors_folder descriptor_dtype recall_values no_labels skip_unreadable
-    val_positive_dist_threshold accept save_predictions save_descriptors
+    val_positive_dist_threshold accept save_predictions save_descriptors save_pairs save_h5
     """.split()
 )
 BACKBONES = tuple(
@@ -184,6 +184,10 @@ class EvalOptions(Options):
     )
     save_descriptors: bool = option(False, "write descriptors and paths into the run's folder")
     save_submission: bool = option(False, "write the file that the MSLS challenge takes")
+    save_pairs: int = option(
+        0, "write each query's first so many matches as pairs.txt, for hloc and COLMAP; 0 for none"
+    )
+    save_h5: bool = option(False, "write descriptors as hloc reads them, global_descriptors.h5; takes h5py")
     save_map: Path | None = option(
         None, "write a map, a .npz file of the database's descriptors, paths and positions, to ask later", type=Path
     )
@@ -255,7 +259,7 @@ class EvalOptions(Options):
                 f"--encoder_context {' '.join(self.encoder_context)}: without labels there are no recalls to compare, "
                 "and matches are those of one context; give one"
             )
-        for name in ("save_predictions",):
+        for name in ("save_predictions", "save_pairs"):
             asked = getattr(self, name)
             if self.test_method == "maj_voting" and asked > max(self.recall_values):
                 raise ValueError(
@@ -330,6 +334,7 @@ class EvalOptions(Options):
         for name in (
             "pca_dim",
             "save_predictions",
+            "save_pairs",
             "save_assignments",
             "majority_weight",
             "positive_frames",
