@@ -71,7 +71,7 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
     """A map that eval.py wrote by --save_map, with the model that it was made with: `map.locate(photo)`.
 
     `locate` takes a photo as a NumPy array, H x W x 3 bytes, red, green and blue, prepares it as the map's photos were,
-    and gives `(path, position, distance, accepted)`, see `utils.place_map.Place`.
+    and gives `(path, position, distance, accepted)`, see `utils.place_map.Place`. The model computes in fp32.
 
     Args:
         path: of the map.

@@ -204,6 +204,8 @@ def test_a_program_asks_with_an_array(made, photos, run, weights):
         assert told in str(error.value)
     with pytest.raises(ValueError, match="with the weights of plain.pth, and .*other.pth holds others"):
         hubconf.place_map(made, weights / "other.pth")
+    with pytest.raises(ValueError, match="accept -1 is no squared distance; use 0 or above"):
+        hubconf.place_map(made, weights / "plain.pth", accept=-1)
     with pytest.raises(ValueError, match="no model to describe a photo with; take place_map of hubconf.py"):
         PlaceMap(made).locate(photo)
 

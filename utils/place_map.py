@@ -160,7 +160,7 @@ def write_map(
                 member.write(np.ascontiguousarray(rows, dtype=numbers).data.cast("B"))
             assert end == len(paths)
     size = path.stat().st_size / 1e6
-    logger.info("map of %d photos, %.1f MB, paths relative to %s: %s", len(paths), size, root, path)
+    logger.info("map of %d photos, %.3g MB, paths relative to %s: %s", len(paths), size, root, path)
 
 
 class PlaceMap:
@@ -189,7 +189,7 @@ class PlaceMap:
     Raises:
         FileNotFoundError: no such file.
         OSError: it cannot be read.
-        ValueError: it is damaged, or no map.
+        ValueError: it is damaged, or no map; or `accept` is no distance.
     """
 
     def __init__(
@@ -201,6 +201,8 @@ class PlaceMap:
     ):
         self.path = Path(path)
         self.describe = describe
+        if accept is not None and not accept >= 0:
+            raise ValueError(f"accept {accept} is no squared distance; use 0 or above")
         if not self.path.is_file():
             raise FileNotFoundError(f"no map at {path}; check the path, or make one by eval.py's --save_map")
         with self._reading() as archive:
@@ -375,7 +377,8 @@ class PlaceMap:
             raise ValueError(f"a descriptor of {expected} finite numbers was expected, not one of {query.shape[1]}")
         if self.pca is not None:
             query = self.pca.transform(query)
-        return self._codes.nearest(query, self._descriptors)
+        with _one_thread():
+            return self._codes.nearest(query, self._descriptors)
 
     def locate(self, photo: NDArray[np.uint8]) -> Place:
         """Where a photo was taken.
@@ -398,6 +401,18 @@ class PlaceMap:
         if self.positions is not None and np.isfinite(self.positions[index]).all():
             position = (float(self.positions[index, 0]), float(self.positions[index, 1]))
         return Place(self.paths[index], position, distance, None if self.accept is None else distance <= self.accept)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within the block FAISS computes on one core: it has no use for more where one query is asked, and where the cores
+    are busy, waiting for a second one takes longer than the search."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 class _Codes:
