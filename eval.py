@@ -337,7 +337,17 @@ def foresee(
                 "correct " * bool(options.positives_file),
                 rule(options, distance),
             )
-    require_outputs(options, dataset, test_method, encoder=model.encoder is not None)
+    if options.save_map is not None:
+        require_place_for(options.save_map, contexts_of(model, options)[0] if model.encoder is not None else None)
+    if options.save_pairs or options.save_h5:
+        pairs.require_names(
+            dataset.queries_paths,
+            dataset.database_paths,
+            flag="--save_pairs" if options.save_pairs else "--save_h5",
+            there=not isinstance(dataset, MapQueries) or dataset.photos_there,
+        )
+    if options.save_h5:
+        pairs.require_one_each(test_method, options.pca_dim)
     if options.index is not None:
         _, in_chunk = images_at_a_time((count, 1, *model.vectors_shape), options.infer_batch_size)
         require_index(
@@ -348,36 +358,6 @@ def foresee(
             chunks=-(-count // in_chunk),
             k=depth(options, dataset, test_method),
         )
-
-
-def require_outputs(options: EvalOptions, dataset: DatabaseQueries, test_method: str, *, encoder: bool) -> None:
-    """Raises ValueError where a map, or pairs and descriptors for other programs, could not be written."""
-    if options.save_map is not None:
-        require_place_for(options.save_map)
-        if encoder and options.encoder_context[0] != "independent":
-            raise ValueError(
-                "--save_map: a map is asked with single photos, and --encoder_context "
-                f"{options.encoder_context[0]} describes the database's in company; give --encoder_context "
-                "independent, first if there are more"
-            )
-    for flag in ["--save_pairs"] * bool(options.save_pairs) + ["--save_h5"] * options.save_h5:
-        if isinstance(dataset, MapQueries) and not dataset.photos_there:
-            raise ValueError(
-                f"{flag} is for programs that read the photos, and those of the map are not there; bring them where "
-                "the map says, or leave it out"
-            )
-        pairs.require_names(dataset.queries_paths, dataset.database_paths, flag=flag)
-    if options.save_h5:
-        pairs.require_h5py()
-        if test_method in ("nearest_crop", "maj_voting"):
-            raise ValueError(
-                f"--save_h5 holds one descriptor a photo, and --test_method {test_method} has one for each crop; give "
-                "another, e.g. hard_resize"
-            )
-        if options.pca_dim:
-            logger.warning(
-                "--save_h5: hloc ranks by dot product, and after --pca_dim that is not the order of distance"
-            )
 
 
 def findable(dataset: DatabaseQueries, distance: float) -> NDArray[np.bool_]:

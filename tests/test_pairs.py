@@ -159,6 +159,15 @@ def test_what_cannot_be_is_refused_before_the_extraction(images, run, capsys, mo
     assert message == "ERROR: --save_h5 takes the package h5py, which is missing; pip install h5py"
 
 
+def test_where_hloc_would_rank_otherwise_that_is_said(caplog):
+    pairs.require_one_each("five_crops", 0)
+    assert not caplog.messages
+    pairs.require_one_each("hard_resize", 64)
+    assert caplog.messages == [
+        "--save_h5: hloc ranks by dot product, and after a PCA that is not the order of distances"
+    ]
+
+
 def test_a_map_gives_pairs_while_its_photos_are_there(images, run, tmp_path, capsys):
     expected = run("--save_pairs=3", "--save_h5", f"--save_map={tmp_path}/map.npz")
     ask = [f"--map={tmp_path}/map.npz", f"--queries_folder={images}/queries", "--save_pairs=3", "--save_h5"]

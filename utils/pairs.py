@@ -22,17 +22,24 @@ PAIRS, DESCRIPTORS = "pairs.txt", "global_descriptors.h5"
 DATASET = "global_descriptor"  # hloc's name of one image's descriptor
 
 
-def require_names(*sides: Sequence[str], flag: str) -> None:
+def require_names(queries: Sequence[str], database: Sequence[str], *, flag: str, there: bool = True) -> None:
     """Sees to it that photos have names that lists can hold.
 
     Args:
-        sides: their paths.
+        queries: Q paths.
+        database: N paths.
         flag: of the option that asks for the list.
+        there: whether the photos are: those of a map need not be.
 
     Raises:
-        ValueError: hloc and COLMAP would read a name as two, as a comment, or not at all.
+        ValueError: hloc and COLMAP would read a name as two, as a comment, or not at all; or find no photo.
     """
-    paths = [path for side in sides for path in side]
+    if not there:
+        raise ValueError(
+            f"{flag} is for programs that read the photos, and those of the map are not there; bring them where the "
+            "map says, or leave it out"
+        )
+    paths = [*queries, *database]
     root = common_root(paths)
     lost = [name for name in relative_to(root, paths) if not _listable(name)]
     if lost:
@@ -56,6 +63,26 @@ def require_h5py() -> Any:
         return importlib.import_module("h5py")
     except ImportError as error:
         raise ValueError("--save_h5 takes the package h5py, which is missing; pip install h5py") from error
+
+
+def require_one_each(test_method: str, pca_dim: int) -> None:
+    """Sees to it that `write_h5` can write what hloc reads; a warning says where hloc finds something else.
+
+    Args:
+        test_method: how queries are prepared.
+        pca_dim: numbers that a PCA leaves of a descriptor; 0 for none.
+
+    Raises:
+        ValueError: h5py is missing, or a query has several descriptors.
+    """
+    require_h5py()
+    if test_method in ("nearest_crop", "maj_voting"):
+        raise ValueError(
+            f"--save_h5 holds one descriptor a photo, and --test_method {test_method} has one for each crop; give "
+            "another, e.g. hard_resize"
+        )
+    if pca_dim:
+        logger.warning("--save_h5: hloc ranks by dot product, and after a PCA that is not the order of distances")
 
 
 def write_pairs(folder: Path, queries: Sequence[str], database: Sequence[str], predictions: NDArray[np.int64]) -> None:

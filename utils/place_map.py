@@ -91,8 +91,16 @@ def relative_to(root: str, paths: Sequence[str]) -> list[str]:
     return [os.path.abspath(path)[above:] for path in paths]
 
 
-def require_place_for(path: Path) -> None:
-    """Raises ValueError where `write_map` could not write."""
+def require_place_for(path: Path, context: str | None = None) -> None:
+    """Sees to it that `write_map` can write, and what can be asked with one photo.
+
+    Args:
+        path: of the map.
+        context: of the cross-image encoder, if the model has one.
+
+    Raises:
+        ValueError: it could not.
+    """
     folder = path.absolute().parent
     if path.suffix.lower() != ".npz" or path.is_dir():
         raise ValueError(f"--save_map {path} is not a file .npz; name one, e.g. {path.with_suffix('.npz')}")
@@ -100,6 +108,11 @@ def require_place_for(path: Path) -> None:
         raise ValueError(f"--save_map {path}: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"--save_map {path}: {folder} may not be written to; name another folder")
+    if context not in (None, "independent"):
+        raise ValueError(
+            f"--save_map: a map is asked with single photos, and --encoder_context {context} describes the database's "
+            "in company; give --encoder_context independent, first if there are more"
+        )
 
 
 def write_map(
