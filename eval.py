@@ -11,7 +11,7 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from datasets.alignment import alignment, log_alignment, pair_up
 from datasets.database_queries import DatabaseQueries, image_key, list_images, readable
+from datasets.map_queries import MapQueries
 from datasets.photo_files import identity
 from datasets.protocols import protocol_of, warn_of_counts
 from datasets.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
@@ -37,19 +39,23 @@ from model.weights import (
     validated_size_of,
 )
 from test import Search, extract, format_recalls, image_batches, images_at_a_time, searched_by_all
-from utils import acceptance, distributed, match_page, report, run_log, search
+from utils import acceptance, distributed, match_page, pairs, report, run_log, search
 from utils.assignments import AssignedPhoto, draw_assignments
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import allow_tf32, autocast, cast_products, extraction_batch_size, pick_device, reading_workers
 from utils.index_trial import require_index
 from utils.lock import FolderLock
 from utils.outputs import Outputs, whole
+from utils.place_map import PlaceMap, require_place_for, write_map
 from utils.preemption import Preemption
 from utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
 
 PCA_IMAGES = 16_384  # that a PCA is fitted on, at most
+
+
+Stores = dict[str, DescriptorStore | PlaceMap]  # of database and queries
 
 
 @dataclass(kw_only=True)
@@ -124,16 +130,24 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
 
         save_dir = Path("logs") / options.save_dir
         run_log.require_outside(options.photo_folders, save_dir=save_dir, descriptors_folder=options.descriptors_folder)
-        groups = [tasks_of(options, name, sets) for name, sets in datasets(options)]
+        asked = None if options.map is None else PlaceMap(options.map)
+        groups = [tasks_of(options, name, sets) for name, sets in datasets(options, asked)]
         val_tasks = [val_task(options, group) for group in groups]
         tasks = [task for group in groups for task in group]
         path = distributed.on_main(lambda: find_checkpoint(options.resume))
         content = read_file(path)
-        options = completed(options, model_of(options.resume, content), content)
+        if asked is None:
+            options = completed(options, model_of(options.resume, content), content)
+        else:
+            options = as_the_map_was_made(asked, options, model_of(options.resume, content))
         model = build_model(**options.model)
         pca_paths = pca_images(options, model.descriptor_dim)
-        load_checkpoint(model, path, content)
+        with nullcontext() if asked is None else asked.fitting(str(options.resume)):
+            load_checkpoint(model, path, content)
         del content
+        weights = digest(model.state_dict()) if asked is not None or options.save_map is not None else ""
+        if asked is not None:
+            asked.require_weights(weights, str(options.resume))
         for line in options.unused(encoder=model.encoder is not None):
             logger.warning("%s", line)
         for group, on_val in zip(groups, val_tasks, strict=True):
@@ -162,10 +176,16 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         outputs = Outputs()
         for group, on_val in zip(groups, val_tasks, strict=True):
             distance = accepted_distance(model, on_val, folder, pca_paths, options, device, preemption.stop)
+            if distance is None and asked is not None:
+                distance = asked.accept
             for task in group:
                 task.accepted_distance = distance
         with ExitStack() as held:
-            stores = [extracted(model, group, pca_paths, options, device, held, preemption.stop) for group in groups]
+            stores: list[Stores] = [
+                {**extracted(model, group, pca_paths, options, device, held, preemption.stop)} for group in groups
+            ]
+            if asked is not None:
+                stores[0]["database"] = asked
             if not distributed.is_main():
                 for group, of_group in zip(groups, stores, strict=True):
                     help_search(model, group, of_group, options, device)
@@ -182,6 +202,9 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                     run_log.write_results(folder, {"recalls": table}, asdict(options), device)
             for evaluation in evaluations:
                 write_outputs(model, evaluation, options, device, outputs)
+            if options.save_map is not None:
+                with outputs.writing(str(options.save_map)):
+                    save_map(options.save_map, evaluations[0], options, weights)
         if outputs.missing:
             raise SystemExit(1)
     return table
@@ -238,7 +261,7 @@ def say_what_plain_folders_change(options: EvalOptions, *, encoder: bool) -> Non
     logger.info("%s", line)
 
 
-def datasets(options: EvalOptions) -> Iterator[tuple[str, list[DatabaseQueries]]]:
+def datasets(options: EvalOptions, asked: PlaceMap | None = None) -> Iterator[tuple[str, list[DatabaseQueries]]]:
     """The datasets asked for, each with the name that its protocol goes by and its sets of queries."""
     settings: dict[str, Any] = {
         "labelled": not options.no_labels,
@@ -247,7 +270,12 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, list[DatabaseQueries]]
         "labels_where_known": options.labels_where_known,
         "skip_unreadable": options.skip_unreadable,
     }
-    if options.database_folder is not None and options.queries_folder is not None:
+    if asked is not None and options.queries_folder is not None:
+        logger.info("%s", asked)
+        labelled, skip = not options.no_labels, options.skip_unreadable
+        of_map = MapQueries.asked(asked, options.queries_folder, labelled=labelled, skip_unreadable=skip)
+        found: list[tuple[str, DatabaseQueries]] = [(of_map.name, of_map)]
+    elif options.database_folder is not None and options.queries_folder is not None:
         name = f"{options.queries_folder.resolve().name} in {options.database_folder.resolve().name}"
         found = [
             (
@@ -292,27 +320,46 @@ def datasets(options: EvalOptions) -> Iterator[tuple[str, list[DatabaseQueries]]
 
 def tasks_of(options: EvalOptions, name: str, sets: Sequence[DatabaseQueries]) -> list[Task]:
     """What is to be done for a dataset: one task for each set of queries."""
-    several = not options.plain_folders and len(options.eval_dataset_name) > 1
+    trees = options.database_folder is None and options.map is None
     queries_names = options.queries_of(name)
     return [
         Task(
             dataset=dataset,
             queries=queries,
-            of=name if options.plain_folders else f"{name} test",
+            of=f"{name} test" if trees else name,
             test_method=options.test_method or protocol_of(name).test_method,
             positive_distance=positive_distance(options, name),
             infer_batch_size=options.infer_batch_size,
-            subfolder="/".join([name] * several + [queries] * (len(sets) > 1)),
+            subfolder="/".join([name] * (trees and len(options.eval_dataset_name) > 1) + [queries] * (len(sets) > 1)),
         )
         for queries, dataset in zip(queries_names, sets, strict=True)
     ]
+
+
+def as_the_map_was_made(asked: PlaceMap, options: EvalOptions, written: dict[str, Any]) -> EvalOptions:
+    """The options with the map's model and preparation, which neither the checkpoint nor the command line may deny.
+
+    Args:
+        asked: the map.
+        options: as given.
+        written: what `build_model` takes for the checkpoint.
+    """
+    asked.require(written, str(options.resume))
+    given = {"clusters" if name == "supervlad_clusters" else name for name in options.given}
+    said = {**options.model, "resize": options.resize, "antialias": options.antialias}
+    asked.require({name: value for name, value in said.items() if name in given}, "the command line")
+    if options.precision != asked.precision:
+        logger.warning("the map was made in --precision %s, and is asked in %s", asked.precision, options.precision)
+    made: dict[str, Any] = {"resize": asked.resize, "antialias": asked.antialias, "upright": asked.upright}
+    made |= {"supervlad_clusters" if name == "clusters" else name: value for name, value in asked.model.items()}
+    return replace(options, **made, pca_dim=0 if asked.pca is None else asked.descriptor_dim)
 
 
 def depth(options: EvalOptions, task: Task) -> int:
     """How many database images are searched for each query."""
     k = max(options.recall_values)
     if task.test_method != "maj_voting":  # where the depth of the search decides how many crops can agree
-        k = max(k, options.save_predictions, SUBMITTED if options.save_submission else 0)
+        k = max(k, options.save_predictions, options.save_pairs, SUBMITTED if options.save_submission else 0)
     return min(k, len(task.dataset.database_paths))
 
 
@@ -328,7 +375,8 @@ def foresee(model: SuperVLADNet, options: EvalOptions, group: Sequence[Task]) ->
     database = group[0].dataset
     count = len(database.database_paths)
     asked = {"--recall_values": max(options.recall_values) if database.labelled else 0}
-    asked |= {"--save_predictions": options.save_predictions, "--save_submission": SUBMITTED * options.save_submission}
+    asked |= {"--save_predictions": options.save_predictions, "--save_pairs": options.save_pairs}
+    asked |= {"--save_submission": SUBMITTED * options.save_submission}
     for flag, wanted in asked.items():
         if wanted > count and (flag == "--save_submission" or flag.lstrip("-") in options.given):
             logger.warning("%s asks for %d matches, and %s has %d database images", flag, wanted, group[0].of, count)
@@ -349,7 +397,29 @@ def foresee(model: SuperVLADNet, options: EvalOptions, group: Sequence[Task]) ->
             )
         if model.encoder is not None:
             foresee_contexts(options, task)
+    foresee_outputs(model, options, group)
     foresee_index(model, options, group[0])
+
+
+def foresee_outputs(model: SuperVLADNet, options: EvalOptions, group: Sequence[Task]) -> None:
+    """Refuses outputs that could not be written in the end.
+
+    Raises:
+        ValueError: it says which and why.
+    """
+    if options.save_map is not None:
+        require_place_for(options.save_map, contexts_of(model, options)[0] if model.encoder is not None else None)
+    for task in group:
+        dataset = task.dataset
+        if options.save_pairs or options.save_h5:
+            pairs.require_names(
+                dataset.queries_paths,
+                dataset.database_paths,
+                flag="--save_pairs" if options.save_pairs else "--save_h5",
+                there=not isinstance(dataset, MapQueries) or dataset.photos_there,
+            )
+        if options.save_h5:
+            pairs.require_one_each(task.test_method, options.pca_dim)
 
 
 def foresee_index(model: SuperVLADNet, options: EvalOptions, task: Task) -> None:
@@ -430,7 +500,9 @@ def pca_images(options: EvalOptions, descriptor_dim: int) -> list[str]:
 
 def images_of(group: Sequence[Task], pca_paths: list[str]) -> dict[str, tuple[list[str], str]]:
     """What is extracted for the tasks of a dataset: paths and test method by name."""
-    images = {"database": (group[0].dataset.database_paths, "hard_resize")}
+    images = {}
+    if not isinstance(group[0].dataset, MapQueries):  # whose database a map has
+        images["database"] = (group[0].dataset.database_paths, "hard_resize")
     images |= {task.store: (task.dataset.queries_paths, task.test_method) for task in group}
     if pca_paths:
         images["pca"] = (pca_paths, "hard_resize")
@@ -513,7 +585,7 @@ def extracted(
 def kept_if_it_fails(
     model: SuperVLADNet,
     groups: Sequence[Sequence[Task]],
-    stores: Sequence[dict[str, DescriptorStore]],
+    stores: Sequence[Stores],
     pca_paths: list[str],
     options: EvalOptions,
     folder: Path,
@@ -531,8 +603,10 @@ def kept_if_it_fails(
             for group, of_group in zip(groups, stores, strict=True):
                 for name, (paths, test_method) in images_of(group, pca_paths).items():
                     fingerprint = fingerprint_of(weights, options, test_method)
+                    store = of_group[name]
+                    assert isinstance(store, DescriptorStore)
                     try:
-                        of_group[name].keep(kept_in(folder, group[0].of), fingerprint, paths)
+                        store.keep(kept_in(folder, group[0].of), fingerprint, paths)
                     except (OSError, ValueError) as problem:
                         logger.warning("%s of %s could not be kept: %s", name, group[0].of, problem)
         logger.warning("what was extracted is kept: %s goes on with the search", advice)
@@ -624,7 +698,7 @@ class Evaluation:
 def searches(
     model: SuperVLADNet,
     group: Sequence[Task],
-    stores: dict[str, DescriptorStore],
+    stores: Stores,
     options: EvalOptions,
     device: torch.device,
     context: str,
@@ -727,7 +801,7 @@ def accepted_distance(
     orders = []
     with ExitStack() as held:
         held.callback(remove_if_empty, on_val.folder)
-        stores = extracted(model, [on_val], pca_paths, options, device, held, stop)
+        stores: Stores = {**extracted(model, [on_val], pca_paths, options, device, held, stop)}
         if distributed.is_main() or searched_by_all(len(on_val.dataset.database_paths), options.index):
             with kept_if_it_fails(model, [[on_val]], [stores], pca_paths, options, folder / "kept"):
                 for searched in searches(model, [on_val], stores, options, device, context):
@@ -819,7 +893,7 @@ def remove_if_empty(folder: Path) -> None:
 def help_search(
     model: SuperVLADNet,
     group: Sequence[Task],
-    stores: dict[str, DescriptorStore],
+    stores: Stores,
     options: EvalOptions,
     device: torch.device,
 ) -> None:
@@ -833,7 +907,7 @@ def help_search(
 def evaluate(
     model: SuperVLADNet,
     group: Sequence[Task],
-    stores: dict[str, DescriptorStore],
+    stores: Stores,
     options: EvalOptions,
     device: torch.device,
     outputs: Outputs,
@@ -896,6 +970,30 @@ def facts(model: SuperVLADNet, task: Task, options: EvalOptions) -> dict[str, An
     return results | {"test_method": task.test_method}
 
 
+def save_map(path: Path, evaluation: Evaluation, options: EvalOptions, weights: str) -> None:
+    """Writes the map of a database: its descriptors as they were searched, and the positions that are known."""
+    assert evaluation.first is not None
+    searched = evaluation.first.search
+    located = evaluation.task.dataset.located(exif=options.plain_folders)
+    write_map(
+        path,
+        searched.chunks("database"),
+        paths=located.database_paths,
+        positions=located.database_positions,
+        geographic=located.geographic,
+        dtype=options.descriptor_dtype,
+        pca=searched.pca,
+        model=options.model,
+        checkpoint=options.resume.name,
+        weights=weights,
+        resize=options.resize,
+        antialias=options.antialias,
+        upright=options.upright,
+        precision=options.precision,
+        accept=evaluation.task.accepted_distance,
+    )
+
+
 def write_outputs(
     model: SuperVLADNet, evaluation: Evaluation, options: EvalOptions, device: torch.device, outputs: Outputs
 ) -> None:
@@ -934,6 +1032,14 @@ def write_outputs(
                 [image_key(path) for path in side] for side in (dataset.queries_paths, dataset.database_paths)
             )
             report.write_submission(folder, query_keys, database_keys, predictions)
+    if options.save_pairs:
+        with outputs.writing(str(folder / pairs.PAIRS)):
+            first_of = predictions[:, : options.save_pairs]
+            pairs.write_pairs(folder, dataset.queries_paths, dataset.database_paths, first_of)
+    if options.save_h5:
+        with outputs.writing(str(folder / pairs.DESCRIPTORS)):
+            sides = {"database": dataset.database_paths, task.store: dataset.queries_paths}
+            pairs.write_h5(folder, {name: (paths, matches.search.chunks(name)) for name, paths in sides.items()})
     if options.save_descriptors:
         with outputs.writing(str(folder / "descriptors")):
             paths = {"database": dataset.database_paths, task.store: dataset.queries_paths}
@@ -963,7 +1069,7 @@ def write_outputs(
                     correct=None if correct is None else correct[first],
                     judged=None if judged is None else judged[first],
                     metres=None if metres is None else metres[first],
-                    read=partial(read_reduced, side=match_page.THUMBNAIL_SIDE, upright=options.upright),
+                    read=partial(shown_photo, options=options),
                     similarity=1 - matches.distances[first].astype(np.float64) / 2 if unit else None,
                     rule=rule(options, task.positive_distance),
                     findable=task.findable,
@@ -971,6 +1077,13 @@ def write_outputs(
                     accepted_rule=f"squared distance of descriptors up to {task.accepted_distance}",
                 )
             logger.info("open in a browser: %s", (folder / "matches/index.html").absolute().as_uri())
+
+
+def shown_photo(path: str, options: EvalOptions) -> Image.Image | None:
+    """A photo for the page of matches; None for one of a map that is not there."""
+    if options.map is not None and not os.path.exists(path):
+        return None
+    return read_reduced(path, match_page.THUMBNAIL_SIDE, upright=options.upright)
 
 
 @torch.inference_mode()

@@ -1,8 +1,9 @@
 """torch.hub entry points: `torch.hub.load("<folder or owner/name>", "supervlad")`.
 
-`prepare` gives the function that turns a photo into an image. Each of the others gives a model in evaluation mode that
-turns images, B x 3 x H x W in [0, 1] with ImageNet's mean and standard deviation taken out and sides that are multiples
-of 14, into descriptors B x K*D of unit L2 norm. With the cross-image encoder, those depend on what shares the batch.
+`prepare` gives the function that turns a photo into an image, and `place_map` a map that eval.py wrote, to ask where a
+photo was taken. Each of the others gives a model in evaluation mode that turns images, B x 3 x H x W in [0, 1] with
+ImageNet's mean and standard deviation taken out and sides that are multiples of 14, into descriptors B x K*D of unit L2
+norm. With the cross-image encoder, those depend on what shares the batch.
 """
 
 import importlib.util
@@ -13,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-dependencies = ["torch", "numpy"]  # of the models; `prepare` takes torchvision and Pillow too
+# Of the models; `prepare` takes torchvision and Pillow too, and `place_map` these and FAISS.
+dependencies = ["torch", "numpy"]
 
 
 def _ours(folder: str, module: str = "") -> ModuleType:
@@ -31,6 +33,11 @@ def _ours(folder: str, module: str = "") -> ModuleType:
     return importlib.import_module(f"{name}.{module}" if module else name)
 
 
+def _without_flags(error: ValueError) -> ValueError:
+    """The same error without the form that its remedies have on a command line."""
+    return ValueError(re.sub(r"(?<!\S)--(?=[a-z])", "", str(error)))
+
+
 def _released(name: str, pretrained: bool, backbone: str = "dino") -> Any:
     weights = _ours("model", "weights")
     try:
@@ -38,7 +45,7 @@ def _released(name: str, pretrained: bool, backbone: str = "dino") -> Any:
         if pretrained:
             weights.load_checkpoint(model, weights.fetch_released(name, asked=name))
     except ValueError as error:  # whose remedies are options of a command line
-        raise ValueError(re.sub(r"(?<!\S)--(?=[a-z])", "", str(error))) from error
+        raise _without_flags(error) from error
     return model.eval()
 
 
@@ -58,6 +65,51 @@ def prepare(resize: tuple[int, int] = (322, 322), antialias: bool = True, uprigh
     transforms = _ours("datasets", "transforms")
     transforms.require_patches(resize)
     return partial(transforms.prepare, transform=transforms.evaluation_transform(resize, antialias), upright=upright)
+
+
+def place_map(path: str | Path, resume: str | Path, accept: float | None = None, device: str = "cpu") -> Any:
+    """A map that eval.py wrote by --save_map, with the model that it was made with: `map.locate(photo)`.
+
+    `locate` takes a photo as a NumPy array, H x W x 3 bytes, red, green and blue, prepares it as the map's photos were,
+    and gives `(path, position, distance, accepted)`, see `utils.place_map.Place`. The model computes in fp32.
+
+    Args:
+        path: of the map.
+        resume: the checkpoint that it was made with, or the name of a released one.
+        accept: squared distance of the descriptors up to which an answer is accepted, instead of the map's own.
+        device: where the model is; the search is on the CPU.
+
+    Raises:
+        FileNotFoundError: one of the files is not there.
+        ValueError: one is damaged, or the map was made with another model.
+    """
+    import torch
+
+    transforms, weights = _ours("datasets", "transforms"), _ours("model", "weights")
+    digest = _ours("utils", "descriptor_store").digest
+    try:
+        asked = _ours("utils", "place_map").PlaceMap(path, accept=accept)
+        file = weights.find_checkpoint(Path(resume))
+        content = weights.read_file(file)
+        asked.require(weights.model_of(Path(resume), content), str(resume))
+        model = _ours("model").build_model(**asked.model)
+        with asked.fitting(str(resume)):
+            weights.load_checkpoint(model, file, content)
+        asked.require_weights(digest(model.state_dict()), str(resume))
+        transforms.require_patches(asked.resize)
+        asked.load()
+    except ValueError as error:
+        raise _without_flags(error) from error
+    model.to(device).eval()
+    transform = transforms.evaluation_transform(asked.resize, asked.antialias)
+
+    def describe(photo: Any) -> Any:
+        with torch.inference_mode():
+            pixels = torch.tensor(photo).permute(2, 0, 1).contiguous()
+            return model(transforms.prepare(pixels, transform)[None].to(device))[0].cpu().numpy()
+
+    asked.describe = describe
+    return asked
 
 
 def supervlad(pretrained: bool = True, crossimage_encoder: bool = False, backbone: str = "dino") -> Any:

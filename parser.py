@@ -21,6 +21,15 @@ TEST_METHODS = ("hard_resize", "single_query", "central_crop", "five_crops", "ne
 CONTEXTS = ("file_order", "unaligned", "shuffled", "paired", "independent")
 DRAWN_CONTEXTS = ("shuffled", "paired")  # in random orders
 SUBMITTED = 20  # images a query at least: the MSLS challenge scores the first 1, 5, 10 and 20
+# The options that have a part in asking a map; those of the model and of the size have to be the map's.
+ASKING_A_MAP = frozenset(
+    """
+    map queries_folder resume eval_datasets_folder save_dir device num_workers compile seed precision
+    backbone supervlad_clusters ghost_clusters crossimage_encoder resize antialias infer_batch_size
+    extraction_batch_size descriptors_folder descriptor_dtype recall_values no_labels skip_unreadable
+    val_positive_dist_threshold accept save_predictions save_descriptors save_pairs save_h5
+    """.split()
+)
 BACKBONES = tuple(
     f"dino{size}{registers}" for size in ("", "_small", "_large", "_giant") for registers in ("", "_reg")
 ) + ("dino_tiny",)
@@ -174,7 +183,7 @@ class EvalOptions(Options):
     descriptors_folder: Path | None = option(
         None, "keep what comes out of the backbone here, and go on from what is there", type=Path
     )
-    descriptor_dtype: str = option("float32", "of what is kept on disk", choices=("float32", "float16"))
+    descriptor_dtype: str = option("float32", "of what is kept on disk, a map too", choices=("float32", "float16"))
     efficient_ram_testing: bool = option(False, "of the released code; memory is bounded with or without it")
     index: str | None = option(
         None,
@@ -197,6 +206,14 @@ class EvalOptions(Options):
     )
     save_descriptors: bool = option(False, "write descriptors and paths into the run's folder")
     save_submission: bool = option(False, "write the file that the MSLS challenge takes")
+    save_pairs: int = option(
+        0, "write each query's first so many matches as pairs.txt, for hloc and COLMAP; 0 for none"
+    )
+    save_h5: bool = option(False, "write descriptors as hloc reads them, global_descriptors.h5; takes h5py")
+    save_map: Path | None = option(
+        None, "write a map, a .npz file of the database's descriptors, paths and positions, to ask later", type=Path
+    )
+    map: Path | None = option(None, "with --queries_folder: ask a map that --save_map wrote", type=Path)
 
     @property
     def shift(self) -> int:
@@ -211,6 +228,8 @@ class EvalOptions(Options):
     @property
     def photo_folders(self) -> list[Path]:
         """Below which the photos are listed."""
+        if self.map is not None and self.queries_folder is not None:
+            return [self.queries_folder]
         if self.database_folder is not None and self.queries_folder is not None:
             return [self.database_folder, self.queries_folder]
         return [self.eval_datasets_folder / name / "images" for name in self.eval_dataset_name]
@@ -228,6 +247,8 @@ class EvalOptions(Options):
     def unused(self, *, encoder: bool) -> list[str]:
         """What was given and has no part in the evaluation of a model with or without the cross-image encoder."""
         lines = []
+        if "eval_datasets_folder" in self.given and self.map is not None:
+            lines.append("--eval_datasets_folder has no part where a --map is asked")
         if "eval_datasets_folder" in self.given and self.plain_folders and not self.pca_dim:
             lines.append("--eval_datasets_folder has no part where --database_folder and --queries_folder are searched")
         if encoder:
@@ -285,12 +306,16 @@ class EvalOptions(Options):
                 f"--encoder_context {' '.join(self.encoder_context)}: without labels there are no recalls to compare, "
                 "and matches are those of one context; give one"
             )
-        if self.test_method == "maj_voting" and self.save_predictions > max(self.recall_values):
-            raise ValueError(
-                f"--save_predictions {self.save_predictions}: the depth of the search decides what maj_voting finds, "
-                f"and --recall_values ends at {max(self.recall_values)}; give no more, or recall values up to it"
-            )
-        depth = max(*self.recall_values, self.save_predictions)
+        for name in ("save_predictions", "save_pairs"):
+            asked = getattr(self, name)
+            if self.test_method == "maj_voting" and asked > max(self.recall_values):
+                raise ValueError(
+                    f"--{name} {asked}: the depth of the search decides what maj_voting finds, and --recall_values "
+                    f"ends at {max(self.recall_values)}; give no more, or recall values up to it"
+                )
+        if self.save_map is not None and not self.plain_folders and len(self.eval_dataset_name) > 1:
+            raise ValueError("--save_map writes the map of one dataset; give one --eval_dataset_name")
+        depth = max(*self.recall_values, self.save_predictions, self.save_pairs)
         if self.index == "binary" and self.rerank < depth:
             raise ValueError(f"--rerank {self.rerank} is less than the {depth} images a query asked for; use more")
         if self.save_submission and self.skip_unreadable:
@@ -345,6 +370,7 @@ class EvalOptions(Options):
         if self.accept_precision is None:
             return
         for flag, given, why in (
+            ("--map", self.map is not None, "a map has none"),
             ("--database_folder", self.plain_folders, "plain folders have none"),
             ("--no_labels", self.no_labels, "precision is of labels"),
             ("--positives_file", self.positives_file is not None, "the file is of the test split only"),
@@ -355,29 +381,42 @@ class EvalOptions(Options):
                     f"cannot be: {why}; give a distance, e.g. one that another run's log names"
                 )
 
+    def _require_of_map(self) -> None:
+        """Refuses options that have no part in asking a map."""
+        foreign = [f"--{name}" for name in self.given if name not in ASKING_A_MAP]
+        if foreign:
+            raise ValueError(
+                f"{' and '.join(foreign)} {'have' if len(foreign) > 1 else 'has'} no part in asking a --map, which "
+                "holds what its database is and how photos are prepared; leave that out"
+            )
+        if self.queries_folder is None:
+            raise ValueError("--map is asked with the photos of a folder; name it by --queries_folder")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "eval_dataset_name", tuple(map(_dataset_name, self.eval_dataset_name)))
         object.__setattr__(self, "queries_names", tuple(map(_queries_name, self.queries_names)))
-        plain = (self.database_folder is not None) + (self.queries_folder is not None)
+        if self.map is not None:
+            self._require_of_map()
+        plain = (self.database_folder is not None or self.map is not None) + (self.queries_folder is not None)
         if self.antialias is None:
             object.__setattr__(self, "antialias", self.plain_folders)
         if self.upright is None:
             object.__setattr__(self, "upright", self.plain_folders)
         if self.encoder_context is None:
-            object.__setattr__(self, "encoder_context", ("independent" if self.plain_folders else "file_order",))
+            object.__setattr__(self, "encoder_context", ("independent" if plain else "file_order",))
         if self.context_shift is not None:
             _require_positive(self, "context_shift")
         if plain == 1:
             raise ValueError("--database_folder and --queries_folder go together; give both")
-        if self.eval_datasets_folder is None and (not plain or self.pca_dim):
+        if self.eval_datasets_folder is None and (not plain or (self.pca_dim and self.map is None)):
             raise ValueError(
                 "--eval_datasets_folder is missing; name the folder that holds the evaluation datasets, or give "
                 "--database_folder and --queries_folder"
             )
         if self.resume is None:
             raise ValueError("--resume is missing; name the checkpoint to evaluate")
-        if bool(self.pca_dim) != (self.pca_dataset_folder is not None):
+        if self.map is None and bool(self.pca_dim) != (self.pca_dataset_folder is not None):
             raise ValueError("--pca_dim and --pca_dataset_folder go together; give both")
         if not plain and len(self.eval_dataset_name) > 1 and (self.positives_file or self.query_keys):
             raise ValueError("--positives_file and --query_keys are of one dataset; give one --eval_dataset_name")
@@ -394,7 +433,14 @@ class EvalOptions(Options):
             raise ValueError(f"--index_parameters {self.index_parameters} are of an --index; give that too")
         if len(set(self.eval_dataset_name)) < len(self.eval_dataset_name):
             raise ValueError(f"--eval_dataset_name {' '.join(self.eval_dataset_name)} names a dataset twice")
-        for name in ("pca_dim", "save_predictions", "save_assignments", "majority_weight", "positive_frames"):
+        for name in (
+            "pca_dim",
+            "save_predictions",
+            "save_pairs",
+            "save_assignments",
+            "majority_weight",
+            "positive_frames",
+        ):
             value = getattr(self, name) or 0
             if not value >= 0:
                 raise ValueError(f"--{name} {value} is {'negative' if value < 0 else 'no number'}; use 0 for none")

@@ -25,6 +25,7 @@ from utils.binary_codes import nearest_by_codes
 from utils.descriptor_store import DescriptorStore, RowFile
 from utils.device import autocast, to_cpu, to_device, usable_cores
 from utils.outputs import whole
+from utils.place_map import PlaceMap
 from utils.reading import packed, read_batches, unpacked
 from utils.search import Chunk
 
@@ -223,7 +224,8 @@ class Search:
 
     Args:
         model: what is evaluated, in evaluation mode.
-        stores: cluster vectors of `database`, for a PCA of `pca`, and of the sets of queries under any other names.
+        stores: cluster vectors of `database`, for a PCA of `pca`, and of the sets of queries under any other names. In
+            place of the first may be a map, which holds the descriptors themselves and any PCA.
         test_method: how the queries were prepared, a name from `transforms.TEST_METHODS`.
         context: images that share a batch in the encoder: "file_order" takes neighbours, as published; "unaligned"
             too, but the queries' first batch is a short one; "shuffled" any (database and queries apart); "paired" any,
@@ -240,7 +242,7 @@ class Search:
     def __init__(
         self,
         model: PlaceDescriber,
-        stores: Mapping[str, DescriptorStore],
+        stores: Mapping[str, DescriptorStore | PlaceMap],
         *,
         test_method: str = "hard_resize",
         context: str = "file_order",
@@ -259,7 +261,11 @@ class Search:
         self._device = device
         self._by_all = by_all
         self._describe: dict[str, Callable[..., Iterable[Chunk]]] = {}
+        self._place_map: PlaceMap | None = None
         for name, store in stores.items():
+            if isinstance(store, PlaceMap):
+                self._place_map = store
+                continue
             is_query = name in self._sets
             # A photo in its own shape shares a batch with none.
             batch = 1 if context == "independent" or (is_query and test_method == "single_query") else infer_batch_size
@@ -271,7 +277,9 @@ class Search:
             )
             self._describe[name] = partial(descriptors, model, store, batches, device=device)
         self.pca: Any = None
-        if pca_dim:
+        if self._place_map is not None:
+            self.pca = self._place_map.pca
+        elif pca_dim:
             from sklearn.decomposition import PCA  # nearly a second to import, and seldom asked for
 
             def fit() -> Any:
@@ -286,6 +294,9 @@ class Search:
             name: of the images.
             shared: this process's share of them.
         """
+        if name == "database" and self._place_map is not None:
+            yield from self._place_map.chunks(shared=shared)
+            return
         for indices, rows in self._describe[name](shared=shared):
             if name in self._sets and self.test_method == "five_crops":
                 rows = rows.reshape(len(indices), CROPS[self.test_method], -1).mean(axis=1)

@@ -79,7 +79,7 @@ def utm_positions(paths: Sequence[str]) -> NDArray[np.float64]:
     Raises:
         ValueError: a name has no coordinates; it says how many have none.
     """
-    positions = _named_positions(paths)
+    positions = named_positions(paths)
     _require_named((paths,), (positions,))
     return positions
 
@@ -97,7 +97,7 @@ def _require_named(sides: Sequence[Sequence[str]], positions: Sequence[NDArray[n
         )
 
 
-def _named_positions(paths: Sequence[str]) -> NDArray[np.float64]:
+def named_positions(paths: Sequence[str]) -> NDArray[np.float64]:
     """As `utm_positions`, but not a number where a name has none."""
     positions = np.full((len(paths), 2), np.nan)
     for row, path in enumerate(paths):
@@ -131,7 +131,7 @@ def photo_positions(
     Raises:
         ValueError: a photo has no position of the kind that the others have; with `where_known`, no photo of a side.
     """
-    named = _named_positions(database), _named_positions(queries)
+    named = named_positions(database), named_positions(queries)
     unnamed = [_first_nowhere(positions) for positions in named]
     if unnamed == [None, None]:
         return *named, False
@@ -527,7 +527,7 @@ class DatabaseQueries:
         if self.database_positions is not None:
             return self
         sides = self.database_paths, self.queries_paths
-        found, geographic = [_named_positions(paths) for paths in sides], False
+        found, geographic = [named_positions(paths) for paths in sides], False
         if exif:
             taken = [gps_positions(paths) for paths in sides]
             by_name, by_exif = (sum(int(known(positions).sum()) for positions in of) for of in (found, taken))

@@ -1,6 +1,7 @@
 """ONNX and safetensors: written, read by others and by us, and refused where they would be wrong."""
 
 import json
+import shutil
 import signal
 import sys
 
@@ -8,11 +9,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import ExifTags, Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_readme import example_with
 
 import eval as eval_script
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform, prepare
 from model import build_model, export, weights
 from model.weights import load_checkpoint, read_file
 
@@ -61,6 +64,21 @@ def test_onnx(saved, tmp_path, capsys, monkeypatch):
     assert json.loads(facts["antialias"]) is True and json.loads(facts["upright"]) is False
     assert json.loads(facts["mean"]) == list(IMAGENET_MEAN) and json.loads(facts["std"]) == list(IMAGENET_STD)
     assert {file.name for file in tmp_path.iterdir()} == files
+
+    # The README's way to ask it, as it stands: what eval.py gives, but that Pillow rounds what it resizes.
+    monkeypatch.chdir(tmp_path)
+    shutil.move("model.onnx", "supervlad.onnx")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((640, 480)).save("a.jpg", exif=exif)
+    names: dict[str, object] = {}
+    exec(example_with("onnxruntime"), names)
+    transform = evaluation_transform((56, 70), antialias=True)
+    with torch.inference_mode():
+        expected, other = (model(prepare("a.jpg", transform, upright=up)[None])[0].numpy() for up in (True, False))
+    assert names["descriptor"].shape == expected.shape
+    assert 1 - names["descriptor"] @ expected < 1e-4 < 1e-3 < 1 - other @ expected
 
 
 def test_safetensors(saved, tmp_path, city, capsys):

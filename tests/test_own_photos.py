@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,24 @@ def test_a_walk_is_evaluated(walk, evaluated):
     assert [row["correct"] for row in first] == ["1", "1", "0"]
     page = (folder / "matches" / "index.html").read_text()
     assert re.search(r"</i> [34]\.\d m, similarity", page) and "</i> 111.2 km, similarity" in page
+
+
+def test_a_map_of_phone_photos_is_asked_by_what_is_in_their_exif_data(walk, photo, evaluated, tmp_path, capsys):
+    made = evaluated(f"--database_folder={walk[0]}", f"--queries_folder={walk[1]}", f"--save_map={tmp_path}/walk.npz")
+    shutil.rmtree(walk[0])
+    ask = f"--map={tmp_path}/walk.npz", f"--queries_folder={walk[1]}"
+    asked = evaluated(*ask, "--save_predictions=2")
+    recalls = [json.loads((folder / "results.json").read_text())["recalls"] for folder in (made, asked)]
+    assert recalls[0] == recalls[1] and recalls[0]["1"] == pytest.approx(200 / 3)
+    told = [[(row["metres"], row["correct"], row["database_latitude"]) for row in csv_rows(of)] for of in (made, asked)]
+    assert told[0] == told[1] and float(told[0][0][0]) == pytest.approx(4, abs=0.6)
+    photo("today/@1@2@.jpg")  # UTM metres, which degrees cannot be compared with
+    evaluated(*ask)
+    assert "1 of 4 queries have no position" in capsys.readouterr().err
+    for path in walk[1].glob("IMG*"):
+        path.unlink()
+    evaluated(*ask)
+    assert "none of the 1 queries has a position, which is sought in EXIF data" in capsys.readouterr().err
 
 
 def test_a_photo_without_a_position(walk, photo, evaluated, capsys):

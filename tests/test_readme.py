@@ -1,5 +1,6 @@
 """What README.md and REPRODUCE.md tell people to type."""
 
+import csv
 import re
 import shlex
 import shutil
@@ -13,7 +14,7 @@ from PIL import ExifTags, Image
 import eval as eval_script
 from datasets import check, toy_city
 from datasets.protocols import PROTOCOLS
-from model import export
+from model import build_model, export
 from parser import EvalOptions, TrainOptions, parse
 
 ROOT = Path(__file__).parents[1]
@@ -77,10 +78,15 @@ def test_modules_that_are_named_can_be_run():
     assert all(callable(module.main) for module in (check, toy_city, export))
 
 
+def example_with(text):
+    """The Python example of the pages that has this in it."""
+    ((_, example),) = [(page, block) for page, block in blocks("python") if text in block]
+    return example.replace("/path/to/this/repository", str(ROOT))
+
+
 def test_the_example_of_torch_hub_gives_the_descriptors_of_eval(tmp_path, monkeypatch, capsys):
     """As it stands but for the weights, random ones of the small backbone: for photos as phones write them."""
-    ((_, example),) = blocks("python")
-    example = example.replace("/path/to/this/repository", str(ROOT))
+    example = example_with('"prepare"')
     entry = '"supervlad", source="local"'
     assert entry in example
     monkeypatch.chdir(tmp_path)
@@ -112,6 +118,30 @@ def test_the_example_of_torch_hub_gives_the_descriptors_of_eval(tmp_path, monkey
     as_stored = torch.hub.load(str(ROOT), "prepare", source="local", antialias=False, upright=False)
     with torch.inference_mode():
         assert names["model"](as_stored("a.jpg")[None])[0] @ names["a"] < 0.999
+
+
+def test_the_example_of_a_map_answers_as_eval_does(tmp_path, monkeypatch, capsys):
+    """As it stands but for the name of the weights."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("known/a.png", "known/b.png", "known/c.png", "asked/d.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(name)
+    torch.save(build_model(backbone="dino_tiny").state_dict(), "model.pth")
+    flags = "--device=cpu --num_workers=0 --resume=model.pth --queries_folder=asked --no_labels".split()
+    making = "--database_folder=known --backbone=dino_tiny --save_map=city.npz".split()
+    eval_script.main([*flags, *making, f"--save_dir={tmp_path}/made"])
+    eval_script.main([*flags, "--map=city.npz", f"--save_dir={tmp_path}/asked_of_map"])
+    example = example_with('"place_map"').replace('resume="SuperVLAD"', 'resume="model.pth"')
+    names: dict[str, object] = {"photo": np.asarray(Image.open("asked/d.png"))}
+    exec(example, names)
+    for save_dir in ("made", "asked_of_map"):
+        (folder,) = (tmp_path / save_dir).iterdir()
+        with open(folder / "predictions.csv", newline="") as file:
+            first = next(csv.DictReader(file))
+        assert Path(names["path"]) == Path(first["database"]).absolute()
+        assert names["distance"] == pytest.approx(float(first["squared_descriptor_distance"]), abs=1e-5)
+    assert names["position"] is names["accepted"] is None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -45,7 +45,9 @@ section[hidden] { display: none; }
 figure { margin: 0; min-width: 0; --frame: var(--unknown); }
 .correct { --frame: var(--correct); }
 .wrong { --frame: var(--wrong); }
-img { max-width: calc(100% - 8px); height: auto; display: block; border: 4px solid var(--frame); border-radius: 4px; }
+img, .gone { max-width: calc(100% - 8px); height: auto; display: block; border: 4px solid var(--frame);
+  border-radius: 4px; }
+.gone { padding: 40px 8px; text-align: center; color: var(--faint); }
 .query img { border-color: transparent; }
 .rejected img { border-style: dashed; }
 .rejected a { opacity: 0.55; }
@@ -100,7 +102,7 @@ def write_match_page(
     predictions: NDArray[np.int64],
     correct: NDArray[np.bool_] | None,
     metres: NDArray[np.float64] | None,
-    read: Callable[[str], Image.Image],
+    read: Callable[[str], Image.Image | None],
     judged: NDArray[np.bool_] | None = None,
     similarity: NDArray[np.float64] | None = None,
     rule: str = "",
@@ -118,7 +120,8 @@ def write_match_page(
         predictions: Q x K database indices, best first; -1 is none.
         correct: which of them are right, Q x K; None where nothing is known of that.
         metres: how far each is from its query, Q x K, not a number where a position is unknown; None where all are.
-        read: gives an image as the model saw it, perhaps smaller, but not below `THUMBNAIL_SIDE`.
+        read: gives an image as the model saw it, perhaps smaller, but not below `THUMBNAIL_SIDE`; None for one that is
+            not there, of which the page shows the name.
         judged: of which matches it is known whether they are right, Q x K; None for all.
         similarity: cosine of the descriptors of query and match, Q x K; None where it is not known.
         rule: what makes a match correct, e.g. "within 25 m".
@@ -204,9 +207,11 @@ def write_match_page(
     return folder / "index.html"
 
 
-def _write_thumbnail(path: str, folder: Path, read: Callable[[str], Image.Image]) -> str:
-    """Writes an image's thumbnail below `folder` and returns the `<img>` that shows it."""
+def _write_thumbnail(path: str, folder: Path, read: Callable[[str], Image.Image | None]) -> str:
+    """Writes an image's thumbnail below `folder` and returns the `<img>` that shows it; "" without an image."""
     image = read(path)
+    if image is None:
+        return ""
     scale = THUMBNAIL_SIDE / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)  # of the thinnest strip too
     small = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
@@ -223,9 +228,12 @@ def _figure(path: str, image: str, frame: str, caption: str, folder: Path) -> st
     to the page, so that it leads on where both are moved or served together.
     """
     name = escape(os.path.basename(path))
-    link = quote(os.fsencode(os.path.relpath(path, folder)))
+    shown = '<div class="gone">the photo is not here</div>'
+    if image:
+        link = quote(os.fsencode(os.path.relpath(path, folder)))
+        shown = f'<a href="{link}" target="_blank">{image}</a>'
     return (
-        f'<figure class="{frame}" title="{escape(path)}"><a href="{link}" target="_blank">{image}</a>'
+        f'<figure class="{frame}" title="{escape(path)}">{shown}'
         f'<figcaption>{caption}<span class="name">{name}</span></figcaption></figure>'
     )
 
