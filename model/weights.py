@@ -418,15 +418,14 @@ def _require_backbone(
             f"a backbone of {kind[1]} channels, {depth} blocks and {kind[2]} registers, but one of {size.channels}, "
             f"{size.kept_blocks} and {size.registers}"
         )
-    remedies = ["no --backbone of this repository fits it"]
     for name, of in BACKBONES.items():
         if kind == _kind(of) and depth <= of.depth:
             flags = [f"--backbone={name}"] * (of != replace(size, blocks=None))
             flags += [f"--backbone_blocks={depth}"] * (depth < of.depth)
             leave = depth == of.depth and size.blocks is not None and not first_blocks
             remedies = [f"use {' '.join(flags)}"] * bool(flags) + ["leave out --backbone_blocks"] * leave
-            break
-    raise ValueError(f"{path} has {said} was asked for; {' and '.join(remedies)}")
+            raise ValueError(f"{path} has {said} was asked for; {' and '.join(remedies)}")
+    raise ValueError(f"{path} has {said} was asked for; no --backbone of this repository fits it")
 
 
 def _kind(size: BackboneSize) -> tuple[str, int, int]:
