@@ -211,8 +211,9 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def completed(options: EvalOptions, written: dict[str, Any], content: dict[str, Any]) -> EvalOptions:
-    """The options with what the checkpoint says, where the command line says nothing: backbone; clusters and encoder;
-    the size of the images; of plain folders also how photos are prepared.
+    """The options with what the checkpoint says, where the command line says nothing: backbone and how many of its
+    blocks; clusters and encoder; the size of the images, else the backbone's own; of plain folders also how photos are
+    prepared.
 
     Args:
         options: as given.
@@ -220,28 +221,34 @@ def completed(options: EvalOptions, written: dict[str, Any], content: dict[str, 
         content: of its file.
     """
     found = {"supervlad_clusters" if name == "clusters" else name: value for name, value in written.items()}
-    if "backbone" in options.given:
-        found.pop("backbone", None)
+    of_backbone = ("backbone", "backbone_blocks")
+    found = {name: value for name, value in found.items() if name not in of_backbone or name not in options.given}
     if {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*options.given}:
-        found = {name: value for name, value in found.items() if name == "backbone"}
+        found = {name: value for name, value in found.items() if name in of_backbone}
     shown = [f"--{name} {value}" for name, value in found.items()]
-    size, validated_at = size_of(content), validated_size_of(content)
-    if size is not None and "resize" not in options.given:
-        found["resize"] = size
-        shown.append("--resize {} {}".format(*size))
-    taken = found.get("resize", options.resize)
-    if validated_at is not None and validated_at != taken:
-        logger.warning("the model was validated at %d %d, and --resize is %d %d", *validated_at, *taken)
-    elif validated_at is None and size is not None and size != taken:
-        logger.warning("the file was exported for %d %d, and --resize is %d %d", *size, *taken)
-    if options.plain_folders:
-        prepared = {name: value for name, value in preparation_of(content).items() if name not in options.given}
-        found |= prepared
-        if "antialias" in prepared:
-            shown.append(f"--{'no-' * (not prepared['antialias'])}antialias")
+    backbone = found.get("backbone", options.backbone)
+    size, validated_at = size_of(content, backbone), validated_size_of(content, backbone)
+    if "resize" not in options.given:
+        found["resize"] = size  # None is the backbone's own
+    if "backbone_blocks" not in options.given:
+        found.setdefault("backbone_blocks", None)
+    prepared = preparation_of(content) if options.plain_folders else {}
+    prepared = {name: value for name, value in prepared.items() if name not in options.given}
+    found |= prepared
+    options = replace(options, **found)
+    options.fit_backbone()
+    if "resize" not in options.given and (size is not None or "backbone" in found):
+        own = " (its backbone's own)" * (size is None)
+        shown.append("--resize {} {}{}".format(*options.resize, own))
+    if validated_at is not None and validated_at != options.resize:
+        logger.warning("the model was validated at %d %d, and --resize is %d %d", *validated_at, *options.resize)
+    elif validated_at is None and size is not None and size != options.resize:
+        logger.warning("the file was exported for %d %d, and --resize is %d %d", *size, *options.resize)
+    if "antialias" in prepared:
+        shown.append(f"--{'no-' * (not prepared['antialias'])}antialias")
     if shown:
         logger.info("from the checkpoint: %s", ", ".join(shown))
-    return replace(options, **found)
+    return options
 
 
 def say_what_plain_folders_change(options: EvalOptions, *, encoder: bool) -> None:
@@ -568,7 +575,9 @@ def extracted(
             held.callback(stores[name].remove)
         read_images = partial(
             image_batches,
-            transform=evaluation_transform(options.resize, options.antialias, test_method),
+            transform=evaluation_transform(
+                options.resize, options.antialias, test_method, patch_size=model.backbone.size.patch_size
+            ),
             # single_query keeps each photo's shape; crops are as many images.
             batch_size=1 if test_method == "single_query" else max(1, batch_size // CROPS[test_method]),
             num_workers=reading_workers(device) if options.num_workers is None else options.num_workers,

@@ -2,8 +2,9 @@
 
 `prepare` gives the function that turns a photo into an image, and `place_map` a map that eval.py wrote, to ask where a
 photo was taken. Each of the others gives a model in evaluation mode that turns images, B x 3 x H x W in [0, 1] with
-ImageNet's mean and standard deviation taken out and sides that are multiples of 14, into descriptors B x K*D of unit L2
-norm. With the cross-image encoder, those depend on what shares the batch.
+ImageNet's mean and standard deviation taken out and sides that are multiples of the backbone's patch (14 pixels,
+DINOv3's 16), into descriptors B x K*D of unit L2 norm. With the cross-image encoder, those depend on what shares the
+batch.
 """
 
 import importlib.util
@@ -38,10 +39,12 @@ def _without_flags(error: ValueError) -> ValueError:
     return ValueError(re.sub(r"(?<!\S)--(?=[a-z])", "", str(error)))
 
 
-def _released(name: str, pretrained: bool, backbone: str = "dino") -> Any:
+def _released(name: str, pretrained: bool, backbone: str = "dino", backbone_blocks: int | None = None) -> Any:
     weights = _ours("model", "weights")
     try:
-        model = _ours("model").build_model(backbone=backbone, **weights.RELEASED[name].model)
+        model = _ours("model").build_model(
+            backbone=backbone, backbone_blocks=backbone_blocks, **weights.RELEASED[name].model
+        )
         if pretrained:
             weights.load_checkpoint(model, weights.fetch_released(name, asked=name))
     except ValueError as error:  # whose remedies are options of a command line
@@ -49,21 +52,29 @@ def _released(name: str, pretrained: bool, backbone: str = "dino") -> Any:
     return model.eval()
 
 
-def prepare(resize: tuple[int, int] = (322, 322), antialias: bool = True, upright: bool = True) -> Any:
+def prepare(
+    resize: tuple[int, int] | None = None, antialias: bool = True, upright: bool = True, backbone: str = "dino"
+) -> Any:
     """The function that turns a photo, a path or a Pillow image, into an image 3 x H x W for the models.
 
     The defaults are what eval.py does with plain folders; benchmarks are published without antialiasing and turning.
 
     Args:
-        resize: height and width in pixels, multiples of 14; the released models were validated at 322 x 322.
+        resize: height and width in pixels, multiples of the backbone's patch; by default (322, 322), at which the
+            released models were validated, and for DINOv3 (320, 320).
         antialias: whether the resize is antialiased.
         upright: whether the photo is turned as its EXIF data says.
+        backbone: a name from `model.BACKBONES`.
 
     Raises:
-        ValueError: `resize` is not two multiples of 14, from 14 on.
+        ValueError: an unknown backbone, or `resize` is not two multiples of its patch, from one patch on.
     """
-    transforms = _ours("datasets", "transforms")
-    transforms.require_patches(resize)
+    transforms, sizes = _ours("datasets", "transforms"), _ours("model", "sizes").BACKBONES
+    if backbone not in sizes:
+        raise ValueError(f"unknown backbone {backbone!r}; use one of {', '.join(sizes)}")
+    patch_size, side = sizes[backbone].patch_size, sizes[backbone].side
+    resize = (side, side) if resize is None else resize
+    transforms.require_patches(resize, patch_size=patch_size, side=side)
     return partial(transforms.prepare, transform=transforms.evaluation_transform(resize, antialias), upright=upright)
 
 
@@ -96,7 +107,8 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
         with asked.fitting(str(resume)):
             weights.load_checkpoint(model, file, content)
         asked.require_weights(digest(model.state_dict()), str(resume))
-        transforms.require_patches(asked.resize)
+        patch_size, side = model.backbone.size.patch_size, model.backbone.size.side
+        transforms.require_patches(asked.resize, patch_size=patch_size, side=side)
         asked.load()
     except ValueError as error:
         raise _without_flags(error) from error
@@ -112,22 +124,29 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
     return asked
 
 
-def supervlad(pretrained: bool = True, crossimage_encoder: bool = False, backbone: str = "dino") -> Any:
+def supervlad(
+    pretrained: bool = True,
+    crossimage_encoder: bool = False,
+    backbone: str = "dino",
+    backbone_blocks: int | None = None,
+) -> Any:
     """SuperVLAD, 4 clusters.
 
     Args:
         pretrained: the released weights, fetched once; else random ones.
         crossimage_encoder: with the encoder across the images of a batch, which makes a descriptor depend on them.
         backbone: a name from `model.BACKBONES`; released weights exist for "dino".
+        backbone_blocks: how many of its blocks are kept, the first ones; None keeps all, as the released weights do.
     """
-    return _released("SuperVLAD-CrossImage" if crossimage_encoder else "SuperVLAD", pretrained, backbone)
+    name = "SuperVLAD-CrossImage" if crossimage_encoder else "SuperVLAD"
+    return _released(name, pretrained, backbone, backbone_blocks)
 
 
-def supervlad_crossimage(pretrained: bool = True, backbone: str = "dino") -> Any:
+def supervlad_crossimage(pretrained: bool = True, backbone: str = "dino", backbone_blocks: int | None = None) -> Any:
     """SuperVLAD with the encoder across the images of a batch; arguments as of `supervlad`."""
-    return _released("SuperVLAD-CrossImage", pretrained, backbone)
+    return _released("SuperVLAD-CrossImage", pretrained, backbone, backbone_blocks)
 
 
-def vlad_1cluster(pretrained: bool = True, backbone: str = "dino") -> Any:
+def vlad_1cluster(pretrained: bool = True, backbone: str = "dino", backbone_blocks: int | None = None) -> Any:
     """1-cluster VLAD, 768 numbers; arguments as of `supervlad`."""
-    return _released("1-ClusterVLAD", pretrained, backbone)
+    return _released("1-ClusterVLAD", pretrained, backbone, backbone_blocks)

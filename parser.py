@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 logger = logging.getLogger(__name__)
 
-PATCH_SIZE = 14  # in pixels
 TEST_METHODS = ("hard_resize", "single_query", "central_crop", "five_crops", "nearest_crop", "maj_voting")
 CONTEXTS = ("file_order", "unaligned", "shuffled", "paired", "independent")
 DRAWN_CONTEXTS = ("shuffled", "paired")  # in random orders
@@ -25,14 +24,33 @@ SUBMITTED = 20  # images a query at least: the MSLS challenge scores the first 1
 ASKING_A_MAP = frozenset(
     """
     map queries_folder resume eval_datasets_folder save_dir device num_workers compile seed precision
-    backbone supervlad_clusters ghost_clusters crossimage_encoder resize antialias infer_batch_size
+    backbone backbone_blocks supervlad_clusters ghost_clusters crossimage_encoder resize antialias infer_batch_size
     extraction_batch_size descriptors_folder descriptor_dtype recall_values no_labels skip_unreadable
     val_positive_dist_threshold accept save_predictions save_descriptors save_pairs save_h5
     """.split()
 )
-BACKBONES = tuple(
-    f"dino{size}{registers}" for size in ("", "_small", "_large", "_giant") for registers in ("", "_reg")
-) + ("dino_tiny",)
+
+
+class Backbone(NamedTuple):
+    """What the options take from a backbone; model/sizes.py has the rest, and a test compares the two.
+
+    Attributes:
+        patch_size: side of a patch in pixels; the sides of images are multiples of it.
+        side: of an evaluated image in pixels, unless another is asked for.
+        depth: its blocks.
+    """
+
+    patch_size: int
+    side: int
+    depth: int
+
+
+_DEPTHS = {"": 12, "_small": 12, "_large": 24, "_giant": 40, "_tiny": 12}
+BACKBONES = {
+    **{f"dino{size}": Backbone(14, 322, depth) for size, depth in _DEPTHS.items()},
+    **{f"dino{size}_reg": Backbone(14, 322, depth) for size, depth in _DEPTHS.items() if size != "_tiny"},
+    **{f"dinov3{size}": Backbone(16, 320, depth) for size, depth in _DEPTHS.items() if size != "_giant"},
+}
 
 
 def option(default: Any, help: str, **argparse_settings: Any) -> Any:
@@ -53,12 +71,21 @@ class Options:
     eval_datasets_folder: Path = option(None, "folder that holds the evaluation datasets", type=Path)
     save_dir: Path = option(Path("default"), "results go to logs/<save_dir>/<time>; an absolute path replaces logs/...")
 
-    backbone: str = option("dino", "dino is DINOv2 ViT-B/14; dino_tiny is for demonstration", choices=BACKBONES)
+    backbone: str = option(
+        "dino",
+        "dino is DINOv2 ViT-B/14, dinov3 is DINOv3 ViT-B/16; the tiny ones are for demonstration",
+        choices=BACKBONES,
+    )
+    backbone_blocks: int = option(
+        None, "keep the first so many blocks of the backbone and its final norm; by default all", type=int
+    )
     supervlad_clusters: int = option(4, "clusters K of the SuperVLAD layer")
     ghost_clusters: int = option(1, "clusters that take part in the soft assignment and are then dropped")
     crossimage_encoder: bool = option(False, "encode across the images of a batch")
 
-    resize: tuple[int, int] = option((322, 322), "height and width of evaluated images, in pixels", nargs=2, type=int)
+    resize: tuple[int, int] = option(
+        None, "height and width of evaluated images, in pixels (default: 322 322), of DINOv3 320 320", nargs=2, type=int
+    )
     infer_batch_size: int = option(16, "images that share a batch in the cross-image encoder: part of the protocol")
     extraction_batch_size: int = option(
         0, "images at a time in the backbone: speed and memory, never recall; 0 takes 4 on a CPU and 16 elsewhere"
@@ -80,20 +107,46 @@ class Options:
     @property
     def model(self) -> dict[str, Any]:
         """What `model.build_model` takes; a checkpoint carries it too."""
+        cut = self.backbone_blocks not in (None, BACKBONES[self.backbone].depth)
         return {
             "backbone": self.backbone,
+            **({"backbone_blocks": self.backbone_blocks} if cut else {}),
             "clusters": self.supervlad_clusters,
             "ghost_clusters": self.ghost_clusters,
             "crossimage_encoder": self.crossimage_encoder,
         }
 
-    def __post_init__(self) -> None:
+    @property
+    def backbone_known(self) -> bool:
+        """Whether the command line, or its default, has the last word on the backbone."""
+        return True
+
+    def fit_backbone(self) -> None:
+        """Fills in what the backbone decides where nothing was given, and sees to it that the rest suits it.
+
+        Raises:
+            ValueError: it does not.
+        """
+        patch_size, side, depth = BACKBONES[self.backbone]
+        if self.backbone_blocks is None:
+            object.__setattr__(self, "backbone_blocks", depth)
+        if not 1 <= self.backbone_blocks <= depth:
+            raise ValueError(
+                f"--backbone_blocks {self.backbone_blocks} cannot be kept of the {depth} that --backbone="
+                f"{self.backbone} has; use 1 to {depth}"
+            )
+        if self.resize is None:
+            object.__setattr__(self, "resize", (side, side))
         if self.resize[0] != self.resize[1]:  # a photo's own shape, which seldom fits the patches
-            rounded = tuple(map(_whole_patches, self.resize))
+            rounded = tuple(_whole_patches(side, patch_size) for side in self.resize)
             if rounded != self.resize:
                 logger.warning("--resize %d %d is rounded to whole patches, %d %d", *self.resize, *rounded)
                 object.__setattr__(self, "resize", rounded)
-        _require_patches("--resize", self.resize)
+        _require_patches("--resize", self.resize, patch_size)
+
+    def __post_init__(self) -> None:
+        if self.backbone_known:
+            self.fit_backbone()
         _require_positive(self, "infer_batch_size", "supervlad_clusters")
         if min(self.ghost_clusters, self.num_workers or 0, self.seed, self.extraction_batch_size) < 0:
             raise ValueError(
@@ -122,7 +175,10 @@ class EvalOptions(Options):
         type=str,
     )
     resize: tuple[int, int] = option(
-        (322, 322), "height and width of images, in pixels, where the checkpoint does not say", nargs=2, type=int
+        None,
+        "height and width of images, in pixels, if the checkpoint does not say (default: 322 322), of DINOv3 320 320",
+        nargs=2,
+        type=int,
     )
     antialias: bool = option(
         None,
@@ -243,6 +299,11 @@ class EvalOptions(Options):
     def accept_precision(self) -> float | None:
         """The precision, in percent, whose distance is to be found on the val split; None where none is."""
         return None if self.accept is None else _acceptance(self.accept)[1]
+
+    @property
+    def backbone_known(self) -> bool:
+        """Whether the command line, or its default, has the last word on the backbone, rather than a checkpoint."""
+        return "backbone" in self.given or self.resume is None or not self.resume.is_file()
 
     def unused(self, *, encoder: bool) -> list[str]:
         """What was given and has no part in the evaluation of a model with or without the cross-image encoder."""
@@ -467,7 +528,7 @@ class TrainOptions(Options):
     checkpoint_every: int = option(0, "steps between checkpoints within an epoch; 0 writes one an epoch")
     foundation_model_path: Path | None = option(
         None,
-        "official DINOv2 weights of the backbone, or a checkpoint to take its backbone from; by default fetched once",
+        "official weights of the backbone, or a checkpoint to take its backbone from; DINOv2's are fetched by default",
         type=Path,
     )
     cities: tuple[str, ...] = option((), "GSV-Cities to train on; by default all that are there", nargs="+", type=str)
@@ -525,7 +586,7 @@ class TrainOptions(Options):
                 logger.warning("--%s has no part without --crossimage_encoder", name)
         if self.foundation_model_path is not None and self.resume not in (None, "auto"):
             logger.warning("--foundation_model_path has no part: --resume %s gives all weights", self.resume)
-        _require_patches("--train_resize", self.train_resize)
+        _require_patches("--train_resize", self.train_resize, BACKBONES[self.backbone].patch_size)
         _require_positive(self, "images_per_place", "train_batch_size", "patience", "lr", "lr_encoder")
         _require_positive(self, "val_positive_dist_threshold")
         for name in ("epochs_num", "randaugment_ops", "checkpoint_every", "clip_grad_norm", "grad_cache_chunk"):
@@ -541,6 +602,18 @@ class TrainOptions(Options):
             object.__setattr__(self, "precision", "fp16")
         if self.freeze_te is not None and self.freeze_te < 0:
             raise ValueError(f"--freeze_te {self.freeze_te} is not a number of blocks; use 0 and above, or none")
+        self._require_blocks_to_train()
+
+    def _require_blocks_to_train(self) -> None:
+        blocks = self.backbone_blocks
+        if self.freeze_te is None or self.freeze_te < blocks:
+            return
+        if self.freeze_te > blocks:
+            raise ValueError(
+                f"--freeze_te {self.freeze_te} freezes more blocks than the {blocks} that this backbone has; "
+                f"use 0 to {blocks}, or none to train everything"
+            )
+        logger.warning("--freeze_te %d of %d blocks: nothing of the backbone is trained", self.freeze_te, blocks)
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -596,16 +669,16 @@ def _acceptance(text: str) -> tuple[float | None, float | None]:
     return (None, value) if asked != text else (value, None)
 
 
-def _whole_patches(side: int) -> int:
-    return max(PATCH_SIZE, round(side / PATCH_SIZE) * PATCH_SIZE)
+def _whole_patches(side: int, patch_size: int) -> int:
+    return max(patch_size, round(side / patch_size) * patch_size)
 
 
-def _require_patches(flag: str, size: Sequence[int]) -> None:
+def _require_patches(flag: str, size: Sequence[int], patch_size: int) -> None:
     for side in size:
-        if side < PATCH_SIZE or side % PATCH_SIZE:
+        if side < patch_size or side % patch_size:
             raise ValueError(
-                f"{flag} {' '.join(map(str, size))}: {side} is not a multiple of the {PATCH_SIZE}-pixel patch; "
-                f"use e.g. {_whole_patches(side)}"
+                f"{flag} {' '.join(map(str, size))}: {side} is not a multiple of the {patch_size}-pixel patch; "
+                f"use e.g. {_whole_patches(side, patch_size)}"
             )
 
 

@@ -25,7 +25,14 @@ from datasets.gsv_cities import GSVCities, PlaceBatches
 from datasets.transforms import TrainingTransform, evaluation_transform, normalize, to_unit
 from model import SuperVLADNet, build_model
 from model.initialization import initialize_layer, sample_local_features
-from model.weights import FOUNDATION_FILES, fetch_foundation, load_checkpoint, load_foundation, read_file
+from model.weights import (
+    FOUNDATION_FILES,
+    GATED_FILES,
+    fetch_foundation,
+    load_checkpoint,
+    load_foundation,
+    read_file,
+)
 from test import evaluate, format_recalls, image_batches
 from utils import checkpoint, distributed, report, run_log
 from utils.device import (
@@ -121,7 +128,7 @@ def run(options: TrainOptions) -> dict[int, float]:
             stop=preemption.stop,  # all that was trained is in last_model.pth
         )
 
-        # The model: DINOv2's weights with the last blocks free, the layer's clusters found by k-means.
+        # The model: published weights with the last blocks free, the layer's clusters found by k-means.
         model = build_model(**options.model)
         path = Path(options.resume) if options.resume else None
         if options.resume == "auto":
@@ -131,7 +138,8 @@ def run(options: TrainOptions) -> dict[int, float]:
         content = {} if path is None else load_checkpoint(model, path)
         goes_on = "optimization" in content  # a run of ours; any other file gives its weights to a new run
         foundation = options.foundation_model_path
-        if path is None and foundation is None and options.backbone in FOUNDATION_FILES:
+        published = options.backbone in FOUNDATION_FILES or options.backbone in GATED_FILES
+        if path is None and foundation is None and published:
             foundation = distributed.on_main(lambda: fetch_foundation(options.backbone))
         if path is None and foundation is not None:
             load_foundation(model.backbone, foundation)
@@ -155,7 +163,7 @@ def run(options: TrainOptions) -> dict[int, float]:
         folder = log.open(options.save_dir, path.parent if path and goes_on else None)
         preemption.advice = f"nothing was trained yet; the same command begins again, and {folder} can be removed"
         run_log.log_parameters(model)
-        if device.type == "cpu" and options.backbone in FOUNDATION_FILES and options.epochs_num:
+        if device.type == "cpu" and published and options.epochs_num:
             seen = options.epochs_num * len(places) * options.images_per_place
             hours = estimated_hours(model.backbone, size=options.train_resize, images=seen)
             logger.warning("training %s on a CPU takes about %.0f hours; use a CUDA GPU", options.backbone, hours)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import transforms as T
 
+from model.vit import rotated
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 TO_NORMALISED = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])
@@ -33,11 +35,13 @@ def training_input(path: str) -> Tensor:
         return TRAINING(image.convert("RGB"))
 
 
-def explicit_attention(self: nn.Module, x: Tensor) -> Tensor:
-    """In place of `model.dinov2.Attention.forward`: the attention matrix as a tensor."""
+def explicit_attention(self: nn.Module, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+    """In place of `model.vit.Attention.forward`: the attention matrix as a tensor."""
     B, tokens, C = x.shape
     qkv = self.qkv(x).reshape(B, tokens, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
     q, k, v = qkv[0] * (C // self.heads) ** -0.5, qkv[1], qkv[2]
+    if rotation is not None:
+        q, k = rotated(q, rotation), rotated(k, rotation)
     attention = (q @ k.transpose(-2, -1)).softmax(dim=-1)
     return self.proj((attention @ v).transpose(1, 2).reshape(B, tokens, C))
 

@@ -1,14 +1,15 @@
-"""Ours against the released way, stage by stage: ratios from one run, the two taking turns.
+"""Ours against the released way, stage by stage: ratios from one run, the two taking turns. And DINOv3 beside DINOv2.
 
-python -m benchmarks.compare [--only input forward layer lookup start] [--photos FOLDER]
+python -m benchmarks.compare [--only input forward layer lookup start backbones] [--photos FOLDER]
 """
 
 import argparse
 import csv
 import multiprocessing
 import tempfile
+import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from benchmarks.photos import made_photos
 from datasets.database_queries import DatabaseQueries, list_images, utm_positions
 from datasets.gsv_cities import CITIES, COLUMNS, LABELS_PER_CITY, GSVCities
 from datasets.transforms import TrainingTransform, evaluation_transform, open_image, read_pixels
-from model import build_model
+from model import BACKBONES, build_model
 from model.dinov2 import DINOv2
 from model.supervlad import SuperVLAD
 from utils import search
@@ -102,6 +103,41 @@ def compare_forward(images_count: int = 2) -> dict[str, float]:
         "forward, ratio of the ceiling": seconds["released"] / seconds["ceiling"],
         "forward, largest difference": difference,
     }
+
+
+def forward_pass(backbone: str, images: int) -> Callable[[], torch.Tensor]:
+    """The forward pass of a network with random weights on images of its backbone's own size."""
+    torch.manual_seed(0)
+    model = build_model(backbone=backbone).eval()
+    side = BACKBONES[backbone].side
+    inputs = torch.randn(images, 3, side, side)
+    return torch.inference_mode()(lambda: model(inputs))
+
+
+def forward_memory(backbone: str, images: int) -> float:
+    """MB that weights, images and a forward pass add to the process at their peak; to be called in one of its own."""
+    with PeakGrowth() as peak:
+        forward_pass(backbone, images)()
+    return peak.growth
+
+
+def compare_backbones(images: int = 4) -> dict[str, float]:
+    """Forward passes in fp32 of DINOv2 at 322 x 322 and DINOv3 at 320 x 320, the two taking turns; and their memory.
+
+    Images a second of processor time, on one core, so that other programs take no part.
+    """
+    figures = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for pair in (("dino_small", "dinov3_small"), ("dino", "dinov3")):
+        seconds = medians({name: forward_pass(name, images) for name in pair}, clock=time.process_time)
+        for name in pair:
+            figures[f"{name}, images/s of a core"] = images / seconds[name]
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                figures[f"{name}, peak MB"] = pool.apply(forward_memory, (name, images))
+        figures[f"{pair[1]} in place of {pair[0]}, ratio"] = seconds[pair[0]] / seconds[pair[1]]
+    torch.set_num_threads(threads)
+    return figures
 
 
 def layer_step(way: str, clusters: int, images: int = 32):
@@ -242,7 +278,7 @@ def compare_start(images: int = 300_000, queries: int = 10_000) -> dict[str, flo
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ("input", "forward", "layer", "lookup", "start")
+    stages = ("input", "forward", "layer", "lookup", "start", "backbones")
     parser.add_argument("--only", nargs="+", choices=stages, default=stages)
     parser.add_argument("--photos", type=Path, help="JPEGs to read instead of made ones (searched below, 48 of them)")
     parser.add_argument("--no_record", action="store_true", help="do not add to results.jsonl")
@@ -263,6 +299,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures |= compare_lookup()
     if "start" in settings.only:
         figures |= compare_start()
+    if "backbones" in settings.only:
+        figures |= compare_backbones()
     for name, value in figures.items():
         print(f"{name:55} {value:12.4g}")
     if not settings.no_record:

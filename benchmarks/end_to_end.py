@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", choices=BACKBONES, default="dino_small")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--size", type=int, nargs=2, default=(322, 322))
+    parser.add_argument("--size", type=int, nargs=2, help="by default the backbone's own")
     parser.add_argument("--train_size", type=int, nargs=2, default=(224, 224))
     parser.add_argument("--batch", type=int, help="images at a time, ours (GPU: 64, CPU: 4)")
     parser.add_argument("--places", type=int, help="places of a training step (GPU: 120, CPU: 4)")
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--photos", type=Path, help="JPEGs to read instead of made ones, searched below")
     parser.add_argument("--no_record", action="store_true", help="do not add to results.jsonl")
     settings = parser.parse_args(argv)
+    settings.size = settings.size or [BACKBONES[settings.backbone].side] * 2
     device = pick_device(settings.device)
     on_gpu = device.type == "cuda"
     batch, places = settings.batch or (64 if on_gpu else 4), settings.places or (120 if on_gpu else 4)

@@ -22,7 +22,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def medians(
-    ways: Mapping[str, Callable[[], object]], *, rounds: int = 5, device: torch.device | None = None
+    ways: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 5,
+    device: torch.device | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each way, after a call that does not count; the ways take turns.
 
@@ -30,6 +34,7 @@ def medians(
         ways: what to time, by name.
         rounds: calls of each.
         device: what they compute on.
+        clock: gives seconds; `time.process_time` leaves out what other programs took of a CPU.
     """
     device = device or torch.device("cpu")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -38,10 +43,10 @@ def medians(
     for _ in range(rounds):
         for name, way in ways.items():
             synchronize(device)
-            started = time.perf_counter()
+            started = clock()
             way()
             synchronize(device)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

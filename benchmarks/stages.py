@@ -50,7 +50,7 @@ def operations(step) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", choices=BACKBONES, default="dino_small")
-    parser.add_argument("--size", type=int, nargs=2, default=(322, 322))
+    parser.add_argument("--size", type=int, nargs=2, help="by default the backbone's own")
     parser.add_argument("--train_size", type=int, nargs=2, default=(224, 224))
     parser.add_argument("--batch", type=int, help="images at a time in evaluation (GPU: 64, CPU: 4)")
     parser.add_argument("--places", type=int, help="places of a training step (GPU: 120, CPU: 4)")
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the backbone")
     parser.add_argument("--no_record", action="store_true", help="do not add to results.jsonl")
     settings = parser.parse_args(argv)
+    settings.size = settings.size or [BACKBONES[settings.backbone].side] * 2
     device = pick_device(settings.device)
     on_gpu = device.type == "cuda"
     allow_tf32(settings.precision == "tf32")

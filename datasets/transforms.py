@@ -24,7 +24,6 @@ from .randaugment import RandAugment
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PATCH_SIZE = 14  # in pixels; an image's sides are multiples of it
 
 Size = tuple[int, int]  # height, width in pixels
 Transform = Callable[[Tensor], Tensor]
@@ -154,10 +153,10 @@ def hard_resize(pixels: Tensor, *, size: Size, antialias: bool) -> Tensor:
     return normalize(_resize(to_unit(pixels), size, antialias), inplace=True)
 
 
-def single_query(pixels: Tensor, *, size: Size, antialias: bool) -> Tensor:
+def single_query(pixels: Tensor, *, size: Size, antialias: bool, patch_size: int = 14) -> Tensor:
     """The shorter side to min(size), the shape kept, centre-cropped to whole patches: B x 3 x H' x W', normalised."""
     resized = shorter_side_to(to_unit(pixels), min(size), antialias=antialias)
-    height, width = (side // PATCH_SIZE * PATCH_SIZE for side in resized.shape[-2:])
+    height, width = (side // patch_size * patch_size for side in resized.shape[-2:])
     return normalize(TF.center_crop(resized, [height, width]))
 
 
@@ -197,18 +196,30 @@ TEST_METHODS: dict[str, Callable[..., Tensor]] = {
 CROPS = {name: 5 if transform is five_crops else 1 for name, transform in TEST_METHODS.items()}
 
 
-def evaluation_transform(size: Size, antialias: bool = False, test_method: str = "hard_resize") -> Transform:
-    """A test method with its `size` (height, width): bytes B x 3 x H x W, on any device, to what the model takes."""
-    return partial(TEST_METHODS[test_method], size=size, antialias=antialias)
+def evaluation_transform(
+    size: Size, antialias: bool = False, test_method: str = "hard_resize", *, patch_size: int = 14
+) -> Transform:
+    """A test method with its `size` (height, width): bytes B x 3 x H x W, on any device, to what the model takes.
+
+    `patch_size`, in pixels, is the backbone's: `single_query` crops to whole patches.
+    """
+    transform = partial(TEST_METHODS[test_method], size=size, antialias=antialias)
+    return partial(transform, patch_size=patch_size) if test_method == "single_query" else transform
 
 
-def require_patches(size: Sequence[int]) -> None:
-    """Raises ValueError unless `size` is a height and a width that the model takes."""
+def require_patches(size: Sequence[int], *, patch_size: int, side: int) -> None:
+    """Raises ValueError unless `size` is a height and a width that the model takes.
+
+    Args:
+        size: in pixels.
+        patch_size: the backbone's, in pixels.
+        side: one that the backbone takes, for the message.
+    """
     sides = tuple(size) if isinstance(size, Sequence) else (size,)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % PATCH_SIZE == 0 for side in sides):
+    if len(sides) != 2 or not all(isinstance(of, int) and of > 0 and of % patch_size == 0 for of in sides):
         raise ValueError(
-            f"resize {size!r} is not a height and a width that are multiples of the {PATCH_SIZE}-pixel patch, "
-            f"{PATCH_SIZE} or more; use e.g. (322, 322)"
+            f"resize {size!r} is not a height and a width that are multiples of the {patch_size}-pixel patch, "
+            f"{patch_size} or more; use e.g. ({side}, {side})"
         )
 
 
@@ -222,7 +233,7 @@ def prepare(
 
     Args:
         photo: path of a file, an image that Pillow has opened, or pixels that `read_pixels` gave.
-        transform: of `evaluation_transform`; by default both sides to 322 pixels, antialiased.
+        transform: of `evaluation_transform`; by default both sides to 322 pixels, which is DINOv2's, antialiased.
         upright: turn the photo as its EXIF data says.
 
     Returns:

@@ -1,43 +1,15 @@
 """The DINOv2 vision transformers (Oquab et al. 2023) with the parameter names of the official weight files.
 
 Shapes: B images, H x W pixels, h x w = H/14 x W/14 patches, T tokens (class token, registers, h*w patches),
-C channels, nh heads of hs channels.
+C channels.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from .sizes import PATCH_SIZE, BackboneSize
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, B x T x C to B x T x C."""
-
-    def __init__(self, channels: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, nh, T, hs)
-        return self.proj(x.transpose(1, 2).reshape(B, T, C))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with the exact GELU between them."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.fc1 = nn.Linear(channels, 4 * channels)
-        self.fc2 = nn.Linear(4 * channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+from .sizes import BackboneSize
+from .vit import Attention, Block, Mlp, PatchEmbed, compile_each, freeze_blocks, grid_of, run_blocks
 
 
 class SwiGlu(nn.Module):
@@ -53,45 +25,6 @@ class SwiGlu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
-
-
-class LayerScale(nn.Module):
-    """Adds a branch to the residual stream, with a learned factor for each channel."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        return torch.addcmul(x, branch, self.gamma)  # x + branch * gamma, with one pass over memory
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block, B x T x C to B x T x C."""
-
-    def __init__(self, channels: int, heads: int, swiglu: bool):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
-        self.attn = Attention(channels, heads)
-        self.ls1 = LayerScale(channels)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
-        self.mlp = SwiGlu(channels) if swiglu else Mlp(channels)
-        self.ls2 = LayerScale(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.ls1(x, self.attn(self.norm1(x)))
-        return self.ls2(x, self.mlp(self.norm2(x)))
-
-
-class PatchEmbed(nn.Module):
-    """Cuts the image into patches of 14 x 14 pixels and projects each to C channels."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, channels, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)  # (B, h*w, C)
 
 
 class DINOv2(nn.Module):
@@ -111,20 +44,26 @@ class DINOv2(nn.Module):
         super().__init__()
         self.size = size
         self.activation_checkpointing = False
-        grid = size.image_size // PATCH_SIZE
+        grid = size.image_size // size.patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.channels))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, size.channels))
         if size.registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, size.registers, size.channels))
         # Only DINOv2's own pre-training uses it; it is here because the official files hold it.
         self.mask_token = nn.Parameter(torch.zeros(1, size.channels), requires_grad=False)
-        self.patch_embed = PatchEmbed(size.channels)
-        self.blocks = nn.ModuleList(Block(size.channels, size.heads, size.swiglu) for _ in range(size.depth))
+        self.patch_embed = PatchEmbed(size.channels, size.patch_size)
+        self.blocks = nn.ModuleList(self._block(size) for _ in range(size.kept_blocks))
         self.norm = nn.LayerNorm(size.channels, eps=1e-6)
         self._resampled: tuple[tuple[int, int], Tensor, int, Tensor] | None = None  # see `position_embedding`
         # Published weights replace all of this. From scratch (dino_tiny) positions as strong as these were measured to
         # learn faster than DINOv2's own 0.02.
         nn.init.trunc_normal_(self.pos_embed, std=0.2)
+
+    @staticmethod
+    def _block(size: BackboneSize) -> Block:
+        attn = Attention(size.channels, size.heads)  # before the MLP: of random weights the order is part
+        mlp = SwiGlu(size.channels) if size.swiglu else Mlp(size.channels)
+        return Block(size.channels, attn=attn, mlp=mlp, eps=1e-6)
 
     @property
     def channels(self) -> int:
@@ -141,24 +80,12 @@ class DINOv2(nn.Module):
         Raises:
             ValueError: there are fewer blocks than that.
         """
-        if freeze_te is not None and not 0 <= freeze_te <= len(self.blocks):
-            raise ValueError(
-                f"--freeze_te {freeze_te} freezes more blocks than the {len(self.blocks)} that this backbone has; "
-                f"use 0 to {len(self.blocks)}, or none to train everything"
-            )
-        self.requires_grad_(freeze_te is None)
-        if freeze_te is not None:
-            self.blocks[freeze_te:].requires_grad_(True)
+        freeze_blocks(self, self.blocks, freeze_te)
         self.mask_token.requires_grad_(False)
 
     def compile_blocks(self) -> None:
-        """Compiles the blocks by torch.compile when they are first called; blocks that are alike share a program.
-
-        A program of its own have inference, frozen blocks and trained ones, batches of one, and each precision.
-        """
-        torch._dynamo.config.recompile_limit = 32  # beyond which blocks would run as if not compiled
-        for block in self.blocks:
-            block.compile(dynamic=True)
+        """Compiles the blocks by torch.compile when they are first called, see `vit.compile_each`."""
+        compile_each(self.blocks)
 
     def train(self, mode: bool = True) -> "DINOv2":
         """As every module's; also forgets the resampled position embedding, since not all that writes weights counts
@@ -172,7 +99,7 @@ class DINOv2(nn.Module):
 
         Where no gradient is taken of it, the last one is kept until the weights or the size change.
         """
-        grid, weights = self.size.image_size // PATCH_SIZE, self.pos_embed
+        grid, weights = self.size.image_size // self.size.patch_size, self.pos_embed
         if (h, w) == (grid, grid):
             return weights
         trained = torch.is_grad_enabled() and weights.requires_grad
@@ -190,7 +117,7 @@ class DINOv2(nn.Module):
         return kept
 
     def _position_embedding(self, h: int, w: int) -> Tensor:
-        grid = self.size.image_size // PATCH_SIZE
+        grid = self.size.image_size // self.size.patch_size
         cls_position, positions = self.pos_embed.float().split([1, grid**2], dim=1)
         if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled() and self.pos_embed.requires_grad:
             # On a GPU the resampling's gradient is added up in no fixed order; a matrix product's is.
@@ -216,22 +143,13 @@ class DINOv2(nn.Module):
         Raises:
             ValueError: H or W is not a multiple of 14.
         """
-        B, _, H, W = images.shape
-        if H % PATCH_SIZE or W % PATCH_SIZE:
-            raise ValueError(
-                f"image size {H}x{W} is not a multiple of the {PATCH_SIZE}-pixel patch; use e.g. --resize 322 322"
-            )
+        B = images.shape[0]
+        h, w = grid_of(images, self.size)
         x = torch.cat((self.cls_token.expand(B, -1, -1), self.patch_embed(images)), dim=1)
-        x = x + self.position_embedding(H // PATCH_SIZE, W // PATCH_SIZE)
+        x = x + self.position_embedding(h, w)
         if self.size.registers:
             x = torch.cat((x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]), dim=1)
-        for block in self.blocks:
-            trained = torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
-            if trained and self.activation_checkpointing:
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # a block draws no numbers
-            else:
-                x = block(x)
-        return self.norm(x)
+        return self.norm(run_blocks(self.blocks, x, checkpointing=self.activation_checkpointing))
 
     def forward(self, images: Tensor) -> Tensor:
         """Local features of normalised images.
@@ -242,6 +160,6 @@ class DINOv2(nn.Module):
         Returns:
             B x C x h x w, the final-norm patch tokens on their grid.
         """
-        B, _, H, W = images.shape
+        h, w = grid_of(images, self.size)
         patches = self.tokens(images)[:, 1 + self.size.registers :]  # (B, h*w, C)
-        return patches.transpose(1, 2).reshape(B, self.channels, H // PATCH_SIZE, W // PATCH_SIZE)
+        return patches.transpose(1, 2).reshape(images.shape[0], self.channels, h, w)

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .sizes import BACKBONES, PATCH_SIZE
+from .sizes import BACKBONES, require_patches
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,7 +46,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--resize",
             type=int,
             nargs=2,
-            help="height and width of the images; by default the file's own, else 322 322",
+            help="height and width of the images; by default the file's own, else the backbone's, 322 322 or 320 320",
         ),
         parser.add_argument(
             "--antialias", action=either, help="how photos are to be resized; by default the file's own, else so"
@@ -55,6 +55,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--upright", action=either, help="whether EXIF turns photos; by default the file's own, else so"
         ),
         parser.add_argument("--backbone", choices=tuple(BACKBONES), help="by default the file's own, else dino"),
+        parser.add_argument(
+            "--backbone_blocks",
+            type=int,
+            help="blocks of the backbone, the first ones; by default the file's own, else all",
+        ),
         parser.add_argument("--supervlad_clusters", type=int, help="by default the file's own, else 4"),
         parser.add_argument("--ghost_clusters", type=int, help="by default the file's own, else 1"),
         parser.add_argument(
@@ -76,11 +81,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--output {found.output}: there is no folder {found.output.parent}; make it first")
     if not os.access(found.output.parent, os.W_OK | os.X_OK):
         parser.error(f"--output {found.output}: {found.output.parent} may not be written to; name another folder")
-    if found.resize and any(side < PATCH_SIZE or side % PATCH_SIZE for side in found.resize):
-        parser.error(
-            f"--resize {' '.join(map(str, found.resize))} is not a multiple of the {PATCH_SIZE}-pixel patch; "
-            "use e.g. 322 322"
-        )
+    if found.resize and (found.backbone or not found.resume.is_file()):  # else the file says of which backbone it is
+        try:
+            require_patches("--resize", found.resize, BACKBONES[found.backbone or "dino"])
+        except ValueError as error:
+            parser.error(str(error))
     return found
 
 
@@ -125,6 +130,8 @@ import torch
 from torch import Tensor
 
 from . import build_model
+from .dinov2 import DINOv2
+from .dinov3 import DINOv3
 from .network import SuperVLADNet
 from .weights import (
     RELEASED,
@@ -149,7 +156,7 @@ def export_onnx(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metad
     Args:
         model: on the CPU.
         path: to write; a model of 1.8 GB and more keeps its weights in `<path>.data` beside it.
-        size: height and width of the images, in pixels; the position embedding is resampled for it here.
+        size: height and width of the images, in pixels; a position embedding is resampled for it here.
         metadata: plain text, goes into the file.
 
     Returns:
@@ -160,27 +167,20 @@ def export_onnx(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metad
     """
     ort, *_ = (_needed(name, "pip install onnx onnxscript onnxruntime") for name in ("onnxruntime", "onnxscript"))
     height, width = size
-    backbone = model.backbone
-    with torch.no_grad():
-        positions = backbone.position_embedding(height // PATCH_SIZE, width // PATCH_SIZE)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(count, 3, height, width, generator=generator) for count in (3, 1)]
     with tempfile.TemporaryDirectory(dir=path.parent) as name, torch.no_grad():
         written = Path(name) / path.name
-        backbone.position_embedding = lambda h, w: positions  # type: ignore[method-assign, assignment]
-        try:
-            with warnings.catch_warnings(action="ignore"):  # the exporter's own
-                program = torch.onnx.export(
-                    model,
-                    (batches[0],),
-                    dynamo=True,
-                    input_names=["images"],
-                    output_names=["descriptors"],
-                    dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                    verbose=False,
-                )
-        finally:
-            del backbone.position_embedding
+        with _resampled_positions(model.backbone, size), warnings.catch_warnings(action="ignore"):  # the exporter's own
+            program = torch.onnx.export(
+                model,
+                (batches[0],),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["descriptors"],
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                verbose=False,
+            )
         assert program is not None
         program.model.metadata_props.update(metadata)
         weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
@@ -201,6 +201,21 @@ def export_onnx(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metad
         for file in sorted(Path(name).iterdir(), reverse=True):  # the data, if any, before what refers to it
             file.replace(path.parent / file.name)
     return difference
+
+
+@contextmanager
+def _resampled_positions(backbone: DINOv2 | DINOv3, size: tuple[int, int]) -> Iterator[None]:
+    """Within the block the position embedding of a DINOv2 is a constant, resampled for `size`; DINOv3 has none."""
+    if not isinstance(backbone, DINOv2):
+        yield
+        return
+    height, width = (side // backbone.size.patch_size for side in size)
+    positions = backbone.position_embedding(height, width)
+    backbone.position_embedding = lambda h, w: positions  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del backbone.position_embedding
 
 
 def export_safetensors(model: SuperVLADNet, path: Path, *, metadata: dict[str, str]) -> float:
@@ -253,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             content = read_file(path)
             asked = {
                 "backbone": options.backbone,
+                "backbone_blocks": options.backbone_blocks,
                 "clusters": options.supervlad_clusters,
                 "ghost_clusters": options.ghost_clusters,
                 "crossimage_encoder": options.crossimage_encoder,
@@ -260,11 +276,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings = {**model_of(options.resume, content), **{k: v for k, v in asked.items() if v is not None}}
             settings = {"backbone": "dino", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": False, **settings}
             model = build_model(**settings).eval()
+            backbone = model.backbone.size
+            if options.resize:
+                require_patches("--resize", options.resize, backbone)
             load_checkpoint(model, path, content)
-            validated_at = validated_size_of(content)
+            validated_at = validated_size_of(content, settings["backbone"])
             if str(options.resume) in RELEASED and path != options.resume:
                 validated_at = RELEASED_SIZE
-            size = tuple(options.resize or size_of(content) or validated_at or RELEASED_SIZE)
+            written = size_of(content, settings["backbone"]) or validated_at
+            size = tuple(options.resize or written or (backbone.side, backbone.side))
             height, width = size
             if validated_at not in (None, size):
                 numbers = " ".join(map(str, validated_at))

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .cross_image import CrossImageEncoder
 from .dinov2 import DINOv2
+from .dinov3 import DINOv3
 from .supervlad import SuperVLAD
 
 
@@ -30,7 +31,7 @@ class SuperVLADNet(nn.Module):
             Batch Size under Memory Limited Setup, 2021, here by way of activation checkpointing.
     """
 
-    def __init__(self, *, backbone: DINOv2, aggregation: SuperVLAD, encoder: CrossImageEncoder | None = None):
+    def __init__(self, *, backbone: DINOv2 | DINOv3, aggregation: SuperVLAD, encoder: CrossImageEncoder | None = None):
         super().__init__()
         self.backbone = backbone
         self.aggregation = aggregation
@@ -82,5 +83,5 @@ class SuperVLADNet(nn.Module):
         return normalized(vectors.flatten(1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images B x 3 x H x W (sides multiples of 14) to descriptors B x K*D of unit L2 norm."""
+        """Normalised images B x 3 x H x W (sides multiples of the patch's) to descriptors B x K*D of unit L2 norm."""
         return self.describe(self.cluster_vectors(images))

@@ -1,26 +1,59 @@
-"""The members of the DINOv2 family, by name. A table without torch, which takes seconds to import."""
+"""The backbones by name, members of two families. A table without torch, which takes seconds to import."""
 
 from dataclasses import dataclass, replace
-
-PATCH_SIZE = 14  # in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSize:
-    """What tells one member of the family from another; `image_size` is the side seen in pre-training, in pixels."""
+    """What tells one backbone from another.
+
+    Attributes:
+        channels: of a local feature, C.
+        depth: blocks in all.
+        heads: of the attention.
+        family: "DINOv2" or "DINOv3".
+        patch_size: side of a patch in pixels; the sides of images are multiples of it.
+        side: of an evaluated image in pixels, unless another is asked for.
+        swiglu: whether the MLPs are gated.
+        registers: tokens between the class token and the patches.
+        image_size: side of the images of pre-training in pixels, which the position embedding is made for; DINOv3 has
+            none.
+        blocks: how many of the blocks are kept, the first ones; None keeps all.
+    """
 
     channels: int
     depth: int
     heads: int
+    family: str = "DINOv2"
+    patch_size: int = 14
+    side: int = 322
     swiglu: bool = False
     registers: int = 0
     image_size: int = 518
+    blocks: int | None = None
+
+    @property
+    def kept_blocks(self) -> int:
+        """Blocks that there are."""
+        return self.depth if self.blocks is None else self.blocks
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of a head."""
+        return self.channels // self.heads
 
 
 _SMALL = BackboneSize(channels=384, depth=12, heads=6)
 _BASE = BackboneSize(channels=768, depth=12, heads=12)
 _LARGE = BackboneSize(channels=1024, depth=24, heads=16)
 _GIANT = BackboneSize(channels=1536, depth=40, heads=24, swiglu=True)
+# Ours, for the demo and the tests; as deep as ViT-B, so that --freeze_te means the same. No published weights.
+_TINY = BackboneSize(channels=96, depth=12, heads=6, image_size=112)
+
+
+def _dinov3(size: BackboneSize) -> BackboneSize:
+    return replace(size, family="DINOv3", patch_size=16, side=320, registers=4)
+
 
 BACKBONES = {
     "dino": _BASE,
@@ -31,6 +64,19 @@ BACKBONES = {
     "dino_small_reg": replace(_SMALL, registers=4),
     "dino_large_reg": replace(_LARGE, registers=4),
     "dino_giant_reg": replace(_GIANT, registers=4),
-    # Ours, for the demo and the tests; as deep as ViT-B, so that --freeze_te means the same. No published weights.
-    "dino_tiny": BackboneSize(channels=96, depth=12, heads=6, image_size=112),
+    "dino_tiny": _TINY,
+    "dinov3": _dinov3(_BASE),
+    "dinov3_small": _dinov3(_SMALL),
+    "dinov3_large": _dinov3(_LARGE),
+    "dinov3_tiny": _dinov3(_TINY),
 }
+
+
+def require_patches(flag: str, size: tuple[int, int], backbone: BackboneSize) -> None:
+    """Raises ValueError, which speaks of `flag`, unless a height and a width are whole patches, one or more."""
+    patch = backbone.patch_size
+    if any(side < patch or side % patch for side in size):
+        raise ValueError(
+            f"{flag} {' '.join(map(str, size))} is not a multiple of the {patch}-pixel patch; "
+            f"use e.g. {backbone.side} {backbone.side}"
+        )

@@ -1,12 +1,13 @@
-"""Weight files, loaded without running code from them: DINOv2's, released checkpoints, ours, bare state dicts."""
+"""Weight files, loaded without running code from them: DINOv2's and DINOv3's, released ones, ours, bare state dicts."""
 
 import errno
 import json
 import logging
 import pickle
 import struct
+import textwrap
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .dinov2 import DINOv2
+from .dinov3 import DINOv3
 from .network import SuperVLADNet
-from .sizes import BACKBONES, PATCH_SIZE
+from .sizes import BACKBONES, BackboneSize
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,13 @@ FOUNDATION_FILES = {
     "dino_reg": "dinov2_vitb14_reg4_pretrain.pth",
     "dino_large_reg": "dinov2_vitl14_reg4_pretrain.pth",
     "dino_giant_reg": "dinov2_vitg14_reg4_pretrain.pth",
+}
+
+# Given out to those who accept their licence, so that nothing here can fetch them.
+GATED_FILES = {
+    "dinov3_small": "dinov3_vits16_pretrain_lvd1689m-08c60483.pth",
+    "dinov3": "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth",
+    "dinov3_large": "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth",
 }
 
 SPLITS_NAMED = 4  # of clusters into kept ones and ghosts, in an error
@@ -52,8 +61,15 @@ def fetch_foundation(backbone: str) -> Path:
     """The official weights of a backbone of `FOUNDATION_FILES`, fetched into torch.hub's cache the first time.
 
     Raises:
-        ValueError: they are not there and cannot be fetched; the message says from where, and where to put them.
+        ValueError: they are not there and cannot be fetched, or are of `GATED_FILES`; the message says from where, and
+            where to put them.
     """
+    if backbone in GATED_FILES:
+        raise ValueError(
+            f"--backbone={backbone} starts from DINOv3's weights, which are not fetched: they are given out under the "
+            "DINOv3 License to those who accept it; ask at https://github.com/facebookresearch/dinov3 for "
+            f"{GATED_FILES[backbone]}, and name the file by --foundation_model_path"
+        )
     address = foundation_address(backbone)
     path = cached(FOUNDATION_FILES[backbone])
     if not path.exists():
@@ -133,34 +149,37 @@ def model_of(name: Path, content: dict[str, Any]) -> dict[str, Any]:
     if str(name) in RELEASED and not name.is_file():
         return {"backbone": "dino", "crossimage_encoder": False, **RELEASED[str(name)].model}
     written = content.get("model")
-    known = {"backbone", "clusters", "ghost_clusters", "crossimage_encoder"}
+    known = {"backbone", "backbone_blocks", "clusters", "ghost_clusters", "crossimage_encoder"}
     return written if isinstance(written, dict) and written.keys() <= known else {}
 
 
-def size_of(content: dict[str, Any]) -> tuple[int, int] | None:
+def size_of(content: dict[str, Any], backbone: str | None = None) -> tuple[int, int] | None:
     """Height and width in pixels that a checkpoint's model takes by default; None where the file does not say.
 
     Args:
         content: of its file.
+        backbone: a name from `BACKBONES`, whose patches such a size is a multiple of; by default those of any.
     """
-    return _size(content.get("resize"))
+    return _size(content.get("resize"), backbone)
 
 
-def validated_size_of(content: dict[str, Any]) -> tuple[int, int] | None:
+def validated_size_of(content: dict[str, Any], backbone: str | None = None) -> tuple[int, int] | None:
     """Height and width in pixels at which a checkpoint's model was validated; None where the file does not say.
 
     That is what train.py writes as `resize`; an exported file says it apart, since it may be for another size.
 
     Args:
         content: of its file.
+        backbone: as of `size_of`.
     """
-    return _size(content["validated_at"] if "validated_at" in content else content.get("resize"))
+    return _size(content["validated_at"] if "validated_at" in content else content.get("resize"), backbone)
 
 
-def _size(written: Any) -> tuple[int, int] | None:
+def _size(written: Any, backbone: str | None) -> tuple[int, int] | None:
     if not isinstance(written, (list, tuple)) or len(written) != 2:
         return None
-    if not all(type(side) is int and side > 0 and side % PATCH_SIZE == 0 for side in written):
+    patches = {size.patch_size for name, size in BACKBONES.items() if backbone in (None, name)}
+    if not any(all(type(side) is int and side > 0 and side % patch == 0 for side in written) for patch in patches):
         return None  # another project's entry of that name
     return written[0], written[1]
 
@@ -274,8 +293,10 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def load_foundation(backbone: DINOv2, path: Path) -> None:
-    """Loads an official DINOv2 file, or the backbone of a checkpoint; every key must fit.
+def load_foundation(backbone: DINOv2 | DINOv3, path: Path) -> None:
+    """Loads an official DINOv2 or DINOv3 file, or the backbone of a checkpoint; every key must fit.
+
+    Where the backbone keeps its first blocks only, a line of the log says that the file's others are left out.
 
     Raises:
         FileNotFoundError, ValueError: as `read_file`, or the file is of another backbone.
@@ -284,7 +305,11 @@ def load_foundation(backbone: DINOv2, path: Path) -> None:
     state = _plain_names(content.get("model_state_dict", content), path)
     if any(name.startswith("backbone.") for name in state):
         state = {n.removeprefix("backbone."): value for n, value in state.items() if n.startswith("backbone.")}
-    _require_backbone(backbone, state, path)
+    _require_backbone(backbone, state, path, first_blocks=True)
+    kept, count = backbone.size.kept_blocks, _blocks_in(state)
+    if kept < count:
+        state = {n: value for n, value in state.items() if not n.startswith("blocks.") or int(n.split(".")[1]) < kept}
+        logger.info("%s: the first %d of its %d blocks are taken (--backbone_blocks)", path, kept, count)
     _load(backbone, state, path)
 
 
@@ -358,30 +383,60 @@ def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dic
         raise ValueError(f"{path} has no cross-image encoder, but one was asked for; leave out --crossimage_encoder")
 
 
-def _require_backbone(backbone: DINOv2, state: dict[str, Tensor], path: Path) -> None:
-    if "pos_embed" not in state:
+def _family_of(state: dict[str, Tensor]) -> str | None:
+    """Which backbone the names of a state dict are of; None for neither."""
+    if {"rope_embed.periods", "storage_tokens"} <= state.keys():
+        return "DINOv3"
+    return "DINOv2" if "pos_embed" in state else None
+
+
+def _blocks_in(state: dict[str, Tensor]) -> int:
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+
+
+def _require_backbone(
+    backbone: DINOv2 | DINOv3, state: dict[str, Tensor], path: Path, *, first_blocks: bool = False
+) -> None:
+    """Raises ValueError unless a state dict is of such a backbone; `first_blocks` allows for more blocks than kept."""
+    size, family, depth = backbone.size, _family_of(state), _blocks_in(state)
+    if family is None:
+        others = "embeddings.cls_token" in state
         raise ValueError(
-            f"{path} holds no DINOv2 backbone where one is expected: a checkpoint for --resume has its names under "
-            "backbone., perhaps in model_state_dict; the official files go to train.py's --foundation_model_path"
+            f"{path} holds no {size.family} backbone where one is expected: a checkpoint for --resume has its names "
+            "under backbone., perhaps in model_state_dict; the official files go to train.py's --foundation_model_path"
+            + "; the names in this one are those of Hugging Face's transformers"
+            * others
         )
-    found = (
-        state["pos_embed"].shape[2],
-        len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        state["register_tokens"].shape[1] if "register_tokens" in state else 0,
-    )
-    size = backbone.size
-    if found != (size.channels, size.depth, size.registers):
-        fitting = [n for n, s in BACKBONES.items() if found == (s.channels, s.depth, s.registers)]
-        raise ValueError(
-            f"{path} has a backbone of {found[0]} channels, {found[1]} blocks and {found[2]} registers, but one of "
-            f"{size.channels}, {size.depth} and {size.registers} was asked for; "
-            + (f"use --backbone={fitting[0]}" if fitting else "no --backbone of this repository fits it")
+    embedding = state.get("patch_embed.proj.weight")
+    registers = state.get("storage_tokens" if family == "DINOv3" else "register_tokens")
+    kind = (family, *(0 if of is None else of.shape[at] for of, at in ((embedding, 0), (registers, 1))))
+    if kind == _kind(size) and (depth == size.kept_blocks or (first_blocks and depth > (size.blocks or depth))):
+        return
+    said = f"a {family} backbone, but a {size.family} one"
+    if family == size.family:
+        said = (
+            f"a backbone of {kind[1]} channels, {depth} blocks and {kind[2]} registers, but one of {size.channels}, "
+            f"{size.kept_blocks} and {size.registers}"
         )
+    for name, of in BACKBONES.items():
+        if kind == _kind(of) and depth <= of.depth:
+            flags = [f"--backbone={name}"] * (of != replace(size, blocks=None))
+            flags += [f"--backbone_blocks={depth}"] * (depth < of.depth)
+            leave = depth == of.depth and size.blocks is not None and not first_blocks
+            remedies = [f"use {' '.join(flags)}"] * bool(flags) + ["leave out --backbone_blocks"] * leave
+            raise ValueError(f"{path} has {said} was asked for; {' and '.join(remedies)}")
+    raise ValueError(f"{path} has {said} was asked for; no --backbone of this repository fits it")
+
+
+def _kind(size: BackboneSize) -> tuple[str, int, int]:
+    """What a file tells of a backbone, besides the number of blocks: family, channels, registers."""
+    return size.family, size.channels, size.registers
 
 
 def _load(module: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model: {error}") from error
+        told = textwrap.shorten(str(error), 600, placeholder=" ...")  # it may name hundreds
+        raise ValueError(f"{path} does not fit the model: {told}") from error
     logger.info("weights loaded from %s", path)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from model import SuperVLADNet, build_model
-from model.dinov2 import BackboneSize, DINOv2
+from model.dinov2 import DINOv2
+from model.dinov3 import DINOv3
+from model.sizes import BackboneSize
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -26,6 +28,10 @@ def normal(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 @cache
 def _weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    if name.endswith(".bias_mask"):
+        return torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(shape[0] // 3)
+    if name.endswith(".periods"):
+        return torch.from_numpy(100 ** (2 * np.arange(16) / 32)).float()
     r = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
     *_, owner, leaf = ("", *name.split("."))
     if leaf == "gamma" or (leaf == "weight" and "norm" in owner):
@@ -52,9 +58,9 @@ def formula_model(**options) -> SuperVLADNet:
     return model
 
 
-def formula_backbone(size: BackboneSize) -> DINOv2:
+def formula_backbone(size: BackboneSize) -> DINOv2 | DINOv3:
     """A backbone by itself, with the weights that it has inside the whole model."""
     with torch.device("meta"):
-        backbone = DINOv2(size)
+        backbone = (DINOv3 if size.family == "DINOv3" else DINOv2)(size)
     backbone.load_state_dict(formula_state(backbone, "backbone."), assign=True)
     return backbone

@@ -77,11 +77,14 @@ def test_peak_memory_on_a_mac_is_in_bytes(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_blocks_compute_the_same():
+@pytest.mark.parametrize(
+    "settings", [{"backbone": "dino_tiny"}, {"backbone": "dinov3_tiny", "backbone_blocks": 2}], ids=["2", "3"]
+)
+def test_compiled_blocks_compute_the_same(settings):
     torch.manual_seed(0)
-    model = build_model(backbone="dino_tiny").eval()
+    model = build_model(**settings).eval()
     names = list(model.state_dict())
-    batches = [torch.randn(count, 3, 56, 56) for count in (3, 2)]
+    batches = [torch.randn(count, 3, 112, 112) for count in (3, 2)]
     with torch.inference_mode():
         plain = [model(images) for images in batches]
         model.backbone.compile_blocks()

@@ -33,6 +33,7 @@ def gathered(steps, name):
         (3, 7, "--freeze_te=none"),  # 7, 7 and 2 of 16 places: uneven, and one process has no place of the last batch
         (2, 7, "--crossimage_encoder --encoder_training=every_step"),
         (2, 6, "--crossimage_encoder --freeze_te=none --grad_cache_chunk=5 --activation_checkpointing"),
+        (2, 6, "--backbone=dinov3_tiny --backbone_blocks=3 --freeze_te=0 --resize 64 64 --train_resize 64 64"),
     ],
 )
 def test_several_processes_take_the_steps_of_one(city, tmp_path, processes, places, flags):

@@ -1,4 +1,4 @@
-"""The model equals the released code, ViT-B included (reference.npz, backbones.npz)."""
+"""The model equals the released code, ViT-B included, and the backbones other code (reference, backbones, dinov3)."""
 
 from dataclasses import replace
 
@@ -8,7 +8,6 @@ import torch
 from formula import formula_backbone, formula_model, golden, normal
 
 from model import BACKBONES, build_model
-from model.dinov2 import DINOv2
 from model.initialization import layer_weights
 from model.supervlad import SuperVLAD
 
@@ -54,14 +53,37 @@ def test_backbone_sizes(key):
     np.testing.assert_allclose(patches[:, ::23].numpy().reshape(expected.shape), expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("key", golden("dinov3"))
+def test_dinov3(key):
+    """Small whole, base and large cut to their first two blocks; on square and other grids."""
+    variant, size = key.split("/")
+    name = variant.removesuffix("_base")
+    cut = BACKBONES[name] if name == "dinov3_small" else replace(BACKBONES[name], blocks=2)
+    backbone = formula_backbone(cut).eval()
+    height, width = map(int, size.split("x"))
+    with torch.inference_mode():
+        patches = backbone(normal(width, (1, 3, height, width))).flatten(2).transpose(1, 2)
+    expected = golden("dinov3")[key]
+    np.testing.assert_allclose(patches[0, ::23].numpy(), expected, rtol=0, atol=5e-5)
+
+
 @pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("dino_small", 22_056_576), ("dino", 86_580_480), ("dino_large", 304_368_640), ("dino_giant", 1_136_480_768)],
+    ("name", "parameters", "keys"),
+    [
+        ("dino_small", 22_056_576, 175),
+        ("dino", 86_580_480, 175),
+        ("dino_large", 304_368_640, 343),
+        ("dino_giant", 1_136_480_768, 567),
+        ("dinov3_small", 21_601_152, 188),
+        ("dinov3", 85_669_632, 188),
+        ("dinov3_large", 303_154_176, 368),
+    ],
 )
-def test_backbone_parameter_counts(name, parameters):
+def test_backbone_parameter_counts(name, parameters, keys):
     with torch.device("meta"):
-        backbone = DINOv2(BACKBONES[name])
+        backbone = build_model(backbone=name).backbone
     assert sum(p.numel() for p in backbone.parameters()) == parameters
+    assert len(backbone.state_dict()) == keys
 
 
 def test_model_parameter_count():

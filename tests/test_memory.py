@@ -8,10 +8,10 @@ from model import build_model
 from utils.multi_similarity import MinedMultiSimilarity
 
 
-def step(images, labels, *, encoder, freeze_te=8, chunk=0, activation_checkpointing=False):
+def step(images, labels, *, encoder, backbone="dino_tiny", freeze_te=8, chunk=0, activation_checkpointing=False):
     """Loss, gradients by name, and the most that the step kept for the backward pass at a time, in numbers."""
     torch.manual_seed(0)
-    model = build_model(backbone="dino_tiny", crossimage_encoder=encoder).train()
+    model = build_model(backbone=backbone, crossimage_encoder=encoder).train()
     model.backbone.freeze(freeze_te)
     model.backbone.activation_checkpointing = activation_checkpointing
     model.grad_cache_chunk = chunk
@@ -23,15 +23,17 @@ def step(images, labels, *, encoder, freeze_te=8, chunk=0, activation_checkpoint
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, seen
 
 
+@pytest.mark.parametrize(("backbone", "side"), [("dino_tiny", 56), ("dinov3_tiny", 64)])
 @pytest.mark.parametrize("encoder", [False, True])
 @pytest.mark.parametrize("freeze_te", [8, None])
 @pytest.mark.parametrize(
     "saving", [{"chunk": 5}, {"activation_checkpointing": True}, {"chunk": 8, "activation_checkpointing": True}]
 )
-def test_the_step_is_the_plain_one(encoder, freeze_te, saving):
-    images, labels = torch.randn(24, 3, 56, 56), torch.arange(6).repeat_interleave(4)
-    loss, gradients, _ = step(images, labels, encoder=encoder, freeze_te=freeze_te)
-    other_loss, other_gradients, seen = step(images, labels, encoder=encoder, freeze_te=freeze_te, **saving)
+def test_the_step_is_the_plain_one(backbone, side, encoder, freeze_te, saving):
+    images, labels = torch.randn(24, 3, side, side), torch.arange(6).repeat_interleave(4)
+    settings = {"backbone": backbone, "encoder": encoder, "freeze_te": freeze_te}
+    loss, gradients, _ = step(images, labels, **settings)
+    other_loss, other_gradients, seen = step(images, labels, **settings, **saving)
     assert other_loss == pytest.approx(loss, abs=1e-6)
     assert other_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():

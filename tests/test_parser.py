@@ -41,7 +41,7 @@ def test_released_evaluation_commands(flags, model):
 
 
 def test_names_are_those_of_the_parts():
-    assert set(parser.BACKBONES) == set(BACKBONES)
+    assert {name: (of.patch_size, of.side, of.depth) for name, of in BACKBONES.items()} == parser.BACKBONES
     assert set(parser.TEST_METHODS) == set(TEST_METHODS)
 
 
@@ -49,6 +49,56 @@ def test_other_shapes_are_rounded_to_whole_patches(caplog):
     flags = ["--eval_datasets_folder=D", "--resume=x", "--resize", "480", "640"]
     assert parse(EvalOptions, flags).resize == (476, 644)
     assert "--resize 480 640 is rounded to whole patches, 476 644" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("backbone", "resize", "blocks"),
+    [
+        ("dino", (322, 322), 12),
+        ("dino_giant_reg", (322, 322), 40),
+        ("dinov3", (320, 320), 12),
+        ("dinov3_large", (320, 320), 24),
+    ],
+)
+def test_sizes_and_blocks_are_the_backbones_own(backbone, resize, blocks):
+    """In what decides a training run, too, which is real numbers."""
+    train = parse(TrainOptions, ["--eval_datasets_folder=D", f"--backbone={backbone}"])
+    assert (train.resize, train.train_resize, train.backbone_blocks) == (resize, (224, 224), blocks)
+    assert (train.decisive["--resize"], train.decisive["--backbone_blocks"]) == (resize, blocks)
+    assert "backbone_blocks" not in train.model and train.given == ("eval_datasets_folder", "backbone")
+    evaluation = parse(EvalOptions, ["--eval_datasets_folder=D", "--resume=x", f"--backbone={backbone}"])
+    assert (evaluation.resize, evaluation.backbone_blocks) == (resize, blocks)
+
+
+def test_blocks_that_are_kept_go_into_the_checkpoint():
+    options = parse(TrainOptions, ["--eval_datasets_folder=D", "--backbone=dinov3", "--backbone_blocks=11"])
+    assert options.model["backbone_blocks"] == options.decisive["--backbone_blocks"] == 11
+
+
+def test_other_shapes_are_rounded_to_the_backbones_patches(caplog):
+    flags = ["--eval_datasets_folder=D", "--backbone=dinov3", "--resize", "476", "644"]
+    assert parse(TrainOptions, flags).resize == (480, 640)
+    assert "--resize 476 644 is rounded to whole patches, 480 640" in caplog.text
+
+
+def test_a_checkpoint_may_be_of_a_backbone_with_other_patches(tmp_path):
+    """So that --resize can be judged only once it is read; not so where the backbone is known."""
+    (tmp_path / "best.pth").touch()
+    flags = ["--eval_datasets_folder=D", f"--resume={tmp_path}/best.pth"]
+    assert parse(EvalOptions, [*flags, "--resize", "320", "320"]).resize == (320, 320)
+    assert parse(EvalOptions, flags).resize is None
+    for known in ("--backbone=dino", "--resume=SuperVLAD"):
+        with pytest.raises(SystemExit):
+            parse(EvalOptions, [*flags, known, "--resize", "320", "320"])
+
+
+def test_a_training_that_leaves_the_backbone_as_it_is_is_told(caplog):
+    flags = ["--eval_datasets_folder=D", "--backbone_blocks=8"]
+    parse(TrainOptions, flags)
+    assert "--freeze_te 8 of 8 blocks: nothing of the backbone is trained" in caplog.text
+    caplog.clear()
+    parse(TrainOptions, [*flags, "--freeze_te=7"])
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("12", 12), ("none", None)])
@@ -64,6 +114,18 @@ def test_freeze_te(text, value):
         (
             "--eval_datasets_folder=D --resume=x --resize 320 320",
             "320 is not a multiple of the 14-pixel patch; use e.g. 322",
+        ),
+        (
+            "--eval_datasets_folder=D --resume=x --backbone=dinov3_small --resize 322 322",
+            "322 is not a multiple of the 16-pixel patch; use e.g. 320",
+        ),
+        (
+            "--eval_datasets_folder=D --resume=x --backbone_blocks 13",
+            "--backbone_blocks 13 cannot be kept of the 12 that --backbone=dino has; use 1 to 12",
+        ),
+        (
+            "--eval_datasets_folder=D --resume=x --backbone=dinov3_large --backbone_blocks 0",
+            "--backbone_blocks 0 cannot be kept of the 24",
         ),
         ("--eval_datasets_folder=D --resume=x --recall_values 0 5", "--recall_values 0"),
         ("--eval_datasets_folder=D --resume=x --infer_batch_size 0", "--infer_batch_size 0 is not above 0"),
@@ -148,6 +210,8 @@ def test_refusals(flags, message, capsys):
     "flags",
     [
         "--train_resize 224 225",
+        "--train_resize 238 238 --backbone=dinov3",
+        "--freeze_te 9 --backbone_blocks=8",
         "--freeze_te=-1",
         "--patience 0",
         "--images_per_place 1",

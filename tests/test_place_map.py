@@ -228,6 +228,25 @@ def test_the_accepted_distance_travels_with_the_map(city, photos, run, weights, 
         assert place.accepted == (row["accepted"] == "1" if accepted is None else accepted)
 
 
+def test_a_map_of_fewer_blocks_of_a_dinov3(city, photos, run, tmp_path, capsys):
+    """Its patches are of 16 pixels."""
+    torch.manual_seed(3)
+    written = {"backbone": "dinov3_tiny", "backbone_blocks": 3, "clusters": 2, "ghost_clusters": 1}
+    state = build_model(**written, crossimage_encoder=False).state_dict()
+    file = tmp_path / "cut.pth"
+    torch.save({"model_state_dict": state, "model": {**written, "crossimage_encoder": False}}, file)
+    flags = [f"--resume={file}", f"--queries_folder={photos}/queries"]
+    made = run(*flags, f"--database_folder={photos}/database", "--resize", 64, 64, f"--save_map={tmp_path}/city.npz")
+    asked = run(*flags, f"--map={tmp_path}/city.npz")
+    distances = [[float(row["squared_descriptor_distance"]) for row in rows_of(of)] for of in (made, asked)]
+    np.testing.assert_allclose(*distances, atol=1e-5)
+    row = rows_of(asked)[0]
+    place = hubconf.place_map(tmp_path / "city.npz", file).locate(np.asarray(Image.open(row["query"])))
+    assert place.distance == pytest.approx(float(row["squared_descriptor_distance"]), abs=1e-4)
+    told = refusal(capsys, lambda: run(*flags, f"--map={tmp_path}/city.npz", "--backbone_blocks=4"))
+    assert "--backbone_blocks 3 and not 4" in told
+
+
 def test_what_does_not_fit_a_map_is_refused_with_its_reason(made, photos, run, capsys):
     ask = [f"--map={made}", f"--queries_folder={photos}/queries"]
     for flags, model, told in (

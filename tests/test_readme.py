@@ -1,4 +1,4 @@
-"""What README.md and REPRODUCE.md tell people to type."""
+"""What README.md and the pages beside it tell people to type, and what MODELS.md says of weights."""
 
 import csv
 import re
@@ -14,11 +14,12 @@ from PIL import ExifTags, Image
 import eval as eval_script
 from datasets import check, toy_city
 from datasets.protocols import PROTOCOLS
-from model import build_model, export
+from model import build_model, export, weights
 from parser import EvalOptions, TrainOptions, parse
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "REPRODUCE.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [ROOT / "README.md", ROOT / "REPRODUCE.md", ROOT / "MODELS.md", ROOT / "benchmarks" / "README.md"]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 
 def blocks(language):
@@ -152,7 +153,30 @@ def test_links_lead_somewhere(page):
         if path.startswith("http"):
             continue
         assert not path or (page.parent / path).exists(), target
-        if heading and not path:
-            headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+        if heading:
+            other = (page.parent / path).read_text() if path else text
+            headings = re.findall(r"^#+ (.*)", other, re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in headings}
             assert heading in anchors, target
+
+
+@pytest.mark.parametrize("name", [*weights.RELEASED, *weights.FOUNDATION_FILES, *weights.GATED_FILES])
+def test_models_has_every_file_as_it_is_in_the_code(name):
+    """One row each: where it is, its parameters, what these take."""
+    (row,) = [line for line in (ROOT / "MODELS.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    if released := weights.RELEASED.get(name):
+        where, settings = f"`{released.drive_id}`", released.model
+    elif name in weights.FOUNDATION_FILES:
+        where = f"`{weights.foundation_address(name).removeprefix('https://dl.fbaipublicfiles.com/dinov2/')}`"
+        settings = {"backbone": name}
+    else:
+        where, settings = f"`{weights.GATED_FILES[name]}`", {"backbone": name}
+    with torch.device("meta"):
+        model = build_model(**settings)
+    parameters = sum(p.numel() for p in (model if name in weights.RELEASED else model.backbone).parameters())
+    assert [cell.strip() for cell in row.split("|")][2:6] == [
+        where,
+        f"{parameters:,}",
+        f"{4 * parameters / 1e6:.1f}",
+        "not computed here",
+    ]

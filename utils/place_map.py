@@ -41,6 +41,7 @@ WITHIN = 0.999  # of their numbers are within it
 _PREPARATION = {"resize": "--resize", "antialias": "--antialias", "upright": "turned as EXIF says"}
 _MODEL = {
     "backbone": "--backbone",
+    "backbone_blocks": "--backbone_blocks",
     "clusters": "--supervlad_clusters",
     "ghost_clusters": "--ghost_clusters",
     "crossimage_encoder": "--crossimage_encoder",
@@ -235,7 +236,7 @@ class PlaceMap:
             if any(os.path.isabs(name) or ".." in name.split("/") for name in self._relative):
                 raise ValueError("its paths lead out of its root")
         self.positions: NDArray[np.float64] | None = found
-        self.model: dict[str, Any] = settings["model"]
+        self.model: dict[str, Any] = {"backbone_blocks": None, **settings["model"]}  # None is all of them
         self.resize: tuple[int, int] = (settings["resize"][0], settings["resize"][1])
         self.antialias: bool = settings["antialias"]
         self.upright: bool = settings["upright"]
@@ -302,7 +303,7 @@ class PlaceMap:
         try:
             yield
         except ValueError as error:
-            model = " ".join(f"{_MODEL[name]} {value}" for name, value in self.model.items())
+            model = " ".join(f"{_MODEL[name]} {value}" for name, value in self.model.items() if value is not None)
             raise ValueError(
                 f"{self.path} was made with {self._checkpoint}, a model of {model}, which {source} does not fit; give "
                 "the checkpoint that the map was made with, or make a map of this one by --save_map"
@@ -509,6 +510,7 @@ def _settings(text: str) -> dict[str, Any]:
             raise ValueError(f"its {name} is missing or no {kind}")
     model, sides = settings["model"], settings["resize"]
     of_model = {"backbone": str, "clusters": int, "ghost_clusters": int, "crossimage_encoder": bool}
+    of_model |= {"backbone_blocks": int} if "backbone_blocks" in model else {}
     if {name: type(value) for name, value in model.items()} != of_model or [*map(type, sides)] != [int, int]:
         raise ValueError("its model or its size is not what it should be")
     return settings

@@ -1,0 +1,158 @@
+"""What DINOv2 and DINOv3 share: the patch embedding, the transformer's blocks, and what is done with a row of them.
+
+Shapes: B images, H x W pixels, h x w patches, T tokens (class token, registers, h*w patches), C channels, nh heads of
+hs channels.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .sizes import BackboneSize
+
+
+class PatchEmbed(nn.Module):
+    """Cuts the image into square patches and projects each to C channels: B x 3 x H x W to B x h*w x C."""
+
+    def __init__(self, channels: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, channels, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)  # (B, h*w, C)
+
+
+def rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turns each pair (i, i + hs/2) of the channels of a head by an angle of its token's, in fp32.
+
+    Args:
+        x: B x nh x T x hs.
+        rotation: cosines and sines of the angles, 2 x T x hs/2.
+    """
+    cos, sin = rotation
+    a, b = x.float().chunk(2, dim=-1)  # (B, nh, T, hs/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, B x T x C to B x T x C; a rotation of queries and keys tells where tokens lie.
+
+    Args:
+        channels: C.
+        heads: nh.
+        qkv: the class of the layer that makes queries, keys and values.
+    """
+
+    def __init__(self, channels: int, heads: int, qkv: type[nn.Linear] = nn.Linear):
+        super().__init__()
+        self.heads = heads
+        self.qkv = qkv(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, nh, T, hs)
+        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact GELU between them."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, 4 * channels)
+        self.fc2 = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """Adds a branch to the residual stream, with a learned factor for each channel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        return torch.addcmul(x, branch, self.gamma)  # x + branch * gamma, with one pass over memory
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, B x T x C to B x T x C.
+
+    Args:
+        channels: C.
+        attn: its attention.
+        mlp: its MLP, B x T x C to B x T x C.
+        eps: of the two norms.
+    """
+
+    def __init__(self, channels: int, *, attn: Attention, mlp: nn.Module, eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=eps)
+        self.attn = attn
+        self.ls1 = LayerScale(channels)
+        self.norm2 = nn.LayerNorm(channels, eps=eps)
+        self.mlp = mlp
+        self.ls2 = LayerScale(channels)
+
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        x = self.ls1(x, self.attn(self.norm1(x), rotation))
+        return self.ls2(x, self.mlp(self.norm2(x)))
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, rotation: Tensor | None = None, *, checkpointing: bool) -> Tensor:
+    """Tokens B x T x C through all blocks; with `checkpointing`, trained blocks keep only their input."""
+    for block in blocks:
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
+        if trained and checkpointing:
+            x = checkpoint(block, x, rotation, use_reentrant=False, preserve_rng_state=False)  # it draws no numbers
+        else:
+            x = block(x, rotation)
+    return x
+
+
+def freeze_blocks(backbone: nn.Module, blocks: nn.ModuleList, freeze_te: int | None) -> None:
+    """Trains the blocks from `freeze_te` on and freezes all else of a backbone; None trains all of it.
+
+    Raises:
+        ValueError: there are fewer blocks than that.
+    """
+    if freeze_te is not None and not 0 <= freeze_te <= len(blocks):
+        raise ValueError(
+            f"--freeze_te {freeze_te} freezes more blocks than the {len(blocks)} that this backbone has; "
+            f"use 0 to {len(blocks)}, or none to train everything"
+        )
+    backbone.requires_grad_(freeze_te is None)
+    if freeze_te is not None:
+        blocks[freeze_te:].requires_grad_(True)
+
+
+def compile_each(blocks: nn.ModuleList) -> None:
+    """Compiles blocks by torch.compile when they are first called; blocks that are alike share a program.
+
+    A program of its own have inference, frozen blocks and trained ones, batches of one, and each precision.
+    """
+    torch._dynamo.config.recompile_limit = 32  # beyond which blocks would run as if not compiled
+    for block in blocks:
+        block.compile(dynamic=True)
+
+
+def grid_of(images: Tensor, size: BackboneSize) -> tuple[int, int]:
+    """Patches in a column and in a row of images B x 3 x H x W.
+
+    Raises:
+        ValueError: H or W is not a multiple of the patch's side.
+    """
+    H, W = images.shape[-2:]
+    if H % size.patch_size or W % size.patch_size:
+        raise ValueError(
+            f"image size {H}x{W} is not a multiple of the {size.patch_size}-pixel patch; "
+            f"use e.g. --resize {size.side} {size.side}"
+        )
+    return H // size.patch_size, W // size.patch_size
