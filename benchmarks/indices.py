@@ -6,8 +6,8 @@ Descriptors are made up: 64 random numbers an image, mixed into all numbers of t
 are a matter of degree, as real ones are, and not one image against noise. Each query is a database image with more
 noise.
 All searches read the same file (float16) in this process, one after the other: exact, `--index binary`, and FAISS's
-indices. Memory is what an index holds; time has building and searching apart from reading, which all of them do, and is
-given as a ratio to the exact search.
+indices. Memory is what an index holds. Times are processor time, which other work on the machine changes little,
+without reading, which all of them do, and are given as ratios to the exact search.
 """
 
 import argparse
@@ -67,9 +67,9 @@ def main() -> None:
         yield from descriptors(Plain(), store, EncoderContext(16), device=torch.device("cpu"))
 
     def timed(call):
-        started = time.perf_counter()
+        started = time.process_time()
         found = call()
-        return time.perf_counter() - started, found
+        return time.process_time() - started, found
 
     reading, _ = timed(lambda: sum(len(indices) for indices, _ in chunks()))
     exact_seconds, (_, exact) = timed(lambda: search.nearest(queries, chunks(), k))
