@@ -10,7 +10,15 @@ DEMO_OPTIONS := --eval_datasets_folder=$(DEMO) --eval_dataset_name=toy_city --ba
 DEMO_TRAINING := $(DEMO_OPTIONS) --train_resize 112 112 --freeze_te none --randaugment_ops 0
 NEWEST = $$(ls -d logs/demo/$(1)/* | tail -n 1)
 
-.PHONY: demo test lint bench
+.PHONY: help demo test test-fast lint bench
+
+help:
+	@echo "make demo       a made city, training of a small model, recall before and after, pages and pictures"
+	@echo "make test       all tests, on up to four processes of one thread each"
+	@echo "make test-fast  those that start no process and build no ViT-B, for use while editing"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      speed and memory of each stage"
+	@echo "Each first makes .venv with requirements-dev.txt, once."
 
 demo: $(DEMO)/toy_city
 	$(VENV) train.py $(DEMO_TRAINING) --save_dir=demo/before --epochs_num=0
@@ -30,8 +38,14 @@ demo: $(DEMO)/toy_city
 $(DEMO)/toy_city: datasets/toy_city.py | .venv/ready
 	$(VENV) -m datasets.toy_city --output $(DEMO) --overwrite
 
+# One thread a process: tests are many and small, and threads would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --maxprocesses=4 --dist=worksteal
+
 test: .venv/ready
-	$(VENV) -m pytest
+	$(PYTEST)
+
+test-fast: .venv/ready
+	$(PYTEST) -m "not slow"
 
 bench: .venv/ready
 	$(VENV) -m benchmarks.stages
@@ -45,6 +59,9 @@ lint: .venv/ready
 	$(VENV) -m mypy
 
 .venv/ready: requirements.txt requirements-dev.txt
+	@echo "Installing requirements-dev.txt into .venv: PyTorch with CUDA and the rest, 7.5 GB, once; some minutes."
 	$(PYTHON) -m venv .venv
-	$(VENV) -m pip install --quiet --requirement requirements-dev.txt
+	@# uv is several times as fast; it knows no pip.conf, so where it finds no packages, pip does it.
+	if ! { command -v uv && uv pip install --python $(VENV) --requirement requirements-dev.txt; }; then \
+		$(VENV) -m pip install --requirement requirements-dev.txt; fi
 	touch $@

@@ -7,6 +7,23 @@ import torch
 
 from datasets.toy_city import write_toy_city
 
+# They start processes or build a ViT-B; `make test-fast` leaves them out.
+SLOW = {"distributed", "end_to_end", "export", "golden_model", "golden_training", "real_photos", "resume", "signals"}
+SLOW_TESTS = {
+    "test_all_processes_search_what_one_finds",
+    "test_killed_five_times_and_resumed",
+    "test_onnx",
+    "test_the_scripts_start_without_what_only_some_runs_need",
+    "test_two_processes_find_what_one_finds",
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the slow ones."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW or item.originalname in SLOW_TESTS:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def city(tmp_path_factory):

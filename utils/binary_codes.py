@@ -67,7 +67,7 @@ def nearest_by_codes(
     _, exact = nearest(np.concatenate(checked), added(), k, device, [len(rows) for rows in checked])
     with refusals("search --index binary"):
         _, rows = index.search(codes_of(queries), min(rerank, count))  # type: ignore[call-arg]
-    distances = _exact_distances(queries, rows, chunks)
+    distances = exact_distances(queries, rows, chunks)
     # Of equal distances the image that came first, as exact search has it.
     by_row = np.argsort(rows, axis=1)
     rows, distances = np.take_along_axis(rows, by_row, 1), np.take_along_axis(distances, by_row, 1)
@@ -77,7 +77,7 @@ def nearest_by_codes(
     return distances, predictions, log_agreement(name, [predictions[part] for part in parts], exact)
 
 
-def _exact_distances(
+def exact_distances(
     queries: NDArray[np.float32], rows: NDArray[np.int64], chunks: Callable[[], Iterable[Chunk]]
 ) -> NDArray[np.float32]:
     """Squared distances of queries to database images, Q x R, given by their rows in the order of the chunks."""
