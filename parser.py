@@ -309,8 +309,11 @@ class TrainOptions(Options):
 
     eval_dataset_name: str = option("pitts30k", "evaluation dataset: <folder>/<name>/images/<split>/{database,queries}")
     val_positive_dist_threshold: float = option(25.0, "a database image this near is correct, in metres")
-    train_dataset_folder: Path | None = option(
-        None, "GSV-Cities; by default <eval_datasets_folder>/gsv_cities", type=Path
+    train_dataset_folder: tuple[Path, ...] | None = option(
+        None,
+        "GSV-Cities, or several folders of its form; by default <eval_datasets_folder>/gsv_cities",
+        nargs="+",
+        type=Path,
     )
     resume: str | None = option(
         None,
@@ -323,7 +326,9 @@ class TrainOptions(Options):
         "official DINOv2 weights of the backbone, or a checkpoint to take its backbone from; by default fetched once",
         type=Path,
     )
-    cities: tuple[str, ...] = option((), "GSV-Cities to train on; by default all that are there", nargs="+", type=str)
+    cities: tuple[str, ...] = option(
+        (), "cities to train on, of all folders; by default all that are there", nargs="+", type=str
+    )
     images_per_place: int = option(4, "images of a place in a batch; places with fewer are left out")
     antialias: bool = option(False, "antialias the evaluation resize (the published protocol does not)")
     train_resize: tuple[int, int] = option((224, 224), "height and width of training images", nargs=2, type=int)
@@ -366,7 +371,8 @@ class TrainOptions(Options):
         free |= {"activation_checkpointing", "grad_cache_chunk", "compile", "deterministic"}
         free |= {"given"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}
-        return {f"--{name}": value for name, value in values.items() if not isinstance(value, Path)}
+        # Where files lie may change, what they hold may not.
+        return {f"--{name}": value for name, value in values.items() if not _is_path(value)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -452,6 +458,18 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+def _is_path(value: Any) -> bool:
+    """Whether it is a path, or several."""
+    return isinstance(value, Path) or (isinstance(value, tuple) and bool(value) and all(map(_is_path, value)))
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or each of several, with its ~ replaced."""
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    return value.expanduser() if isinstance(value, Path) else value
+
+
 def _unknown(words: Sequence[str], flags: Sequence[str], other: type[Options]) -> str:
     """What to say of words on the command line that are neither options nor their values."""
     misspelt = [word.split("=")[0] for word in words if word.startswith("-")] or [words[0]]
@@ -495,7 +513,7 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
     values: dict[str, Any] = vars(given)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     # Shells leave a ~ behind = as it is.
-    values = {name: value.expanduser() if isinstance(value, Path) else value for name, value in values.items()}
+    values = {name: _at_home(value) for name, value in values.items()}
     if isinstance(values.get("resume"), str):
         values["resume"] = os.path.expanduser(values["resume"])
     try:

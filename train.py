@@ -68,8 +68,9 @@ def run(options: TrainOptions) -> dict[int, float]:
         require_determinism(options.deterministic)
 
         # The data: places to train on, and the splits that judge.
-        gsv_cities = options.train_dataset_folder or options.eval_datasets_folder / "gsv_cities"
-        photos = [options.eval_datasets_folder / options.eval_dataset_name / "images", gsv_cities / "Images"]
+        gsv_cities = options.train_dataset_folder or (options.eval_datasets_folder / "gsv_cities",)
+        photos = [options.eval_datasets_folder / options.eval_dataset_name / "images"]
+        photos += [folder / "Images" for folder in gsv_cities]
         run_log.require_outside(photos, save_dir=Path("logs") / options.save_dir)
         places = GSVCities(
             gsv_cities,

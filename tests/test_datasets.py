@@ -72,6 +72,60 @@ def test_no_city_is_missing_where_there_are_no_gsv_cities(city, tmp_path, caplog
     assert "23" not in caplog.text
 
 
+@pytest.fixture
+def three_folders(tmp_path):
+    """Two that share a city, and one's own."""
+    for name, cities in (("A", ("Boston", "London")), ("B", ("London", "Atlantis")), ("C", ("Zoo", "Ark"))):
+        (tmp_path / name).mkdir()
+        for city in cities:
+            write_table(tmp_path / name, city, [(3, 4), (7, 5)])
+    return [tmp_path / name for name in "ABC"]
+
+
+def test_several_folders_follow_each_other_and_their_labels_never_meet(three_folders, caplog):
+    places = places_of(three_folders)
+    assert places.cities == ["Boston", "London", "London", "Atlantis", "Ark", "Zoo"]
+    assert places.labels.tolist() == [i * 100_000 + place for i in range(6) for place in (3, 7)]
+    first = [places.image_paths(place)[0] for place in range(0, 12, 2)]
+    assert [path.split("/")[-4:-1] for path in first] == [
+        [folder, "Images", city] for folder, city in zip("AABBCC", places.cities, strict=True)
+    ]
+    assert len(set(places.all_image_paths())) == 54 and str(places).endswith(
+        "(12 places, 54 images, 6 cities, 3 folders)"
+    )
+    # What one folder lacks of the 23 another may have; a name that is there twice is told.
+    missing, twice = caplog.messages
+    assert missing.startswith(f"21 of the 23 GSV-Cities are not in {three_folders[0]} and {three_folders[1]}: Bangkok")
+    assert twice.startswith(f"London is in {three_folders[0]} and {three_folders[1]}: taken as 2 cities")
+    # No place twice in an epoch, and batches go city by city.
+    order = PlaceBatches(places, batch_size=4).order(0)
+    assert sorted(order) == list(range(12)) and (np.diff(places.labels[order] // 100_000) >= 0).all()
+
+
+def test_one_folder_is_what_it_was(three_folders):
+    alone, listed = places_of(three_folders[2]), places_of(three_folders[2:])
+    assert alone.digest == listed.digest == "3336a2e83b67efbb"
+    assert alone.labels.tolist() == [3, 7, 100_003, 100_007] and alone.all_image_paths() == listed.all_image_paths()
+    assert PlaceBatches(alone, batch_size=2).order(0).tolist() == [1, 0, 2, 3]
+
+
+def test_cities_are_selected_over_all_folders(three_folders, caplog):
+    places = places_of(three_folders, cities=["Zoo", "London"])
+    assert places.cities == ["Zoo", "London", "London"]
+    assert [path.split("/")[-4] for path in map(places.image_paths, (0, 2, 4)) for path in path[:1]] == ["C", "A", "B"]
+    assert [message.split(":")[0].split()[0] for message in caplog.messages] == ["London"]
+    places_of(three_folders, cities=["Zoo", "Boston"])
+    assert caplog.messages[-1] == f"--cities Zoo Boston leaves nothing of {three_folders[1]}"
+    with pytest.raises(
+        FileNotFoundError, match=r"no table Rome.csv, Oslo.csv in .*A/Dataframes, .*leave Rome Oslo out"
+    ):
+        places_of(three_folders, cities=["Rome", "Zoo", "Oslo"])
+    with pytest.raises(ValueError, match="--train_dataset_folder .*A and .*A/../A are the same folder"):
+        places_of([three_folders[0], three_folders[1], three_folders[0] / ".." / "A"])
+    with pytest.raises(FileNotFoundError, match="no GSV-Cities in .*nowhere"):
+        places_of([three_folders[0], three_folders[0] / "nowhere"])
+
+
 def test_gsv_cities_refusals(tmp_path):
     with pytest.raises(FileNotFoundError, match="no GSV-Cities in"):
         places_of(tmp_path)

@@ -262,3 +262,13 @@ def test_the_home_folder_behind_an_equals_sign(monkeypatch):
     assert (options.eval_datasets_folder, options.resume) == (Path("/home/me/data"), Path("/home/me/a.pth"))
     assert options.save_dir == Path("/home/me/out")
     assert parse(TrainOptions, ["--eval_datasets_folder=D", "--resume=~/a.pth"]).resume == "/home/me/a.pth"
+    folders = parse(
+        TrainOptions, ["--eval_datasets_folder=D", "--train_dataset_folder", "~/a", "b"]
+    ).train_dataset_folder
+    assert folders == (Path("/home/me/a"), Path("b"))
+
+
+def test_where_files_lie_does_not_decide_a_run():
+    given = ["--eval_datasets_folder=D", "--train_dataset_folder", "a", "b"]
+    assert "--train_dataset_folder" not in parse(TrainOptions, given).decisive
+    assert parse(TrainOptions, given[:1]).decisive["--train_dataset_folder"] is None, "as ever"
