@@ -154,6 +154,9 @@ class EvalOptions(Options):
     )
     context_seeds: int = option(5, "random orders of the shuffled context")
     pca_dim: int = option(0, "reduce descriptors to so many numbers by PCA; 0 does not")
+    pca_whiten: bool = option(
+        False, "scale what the PCA leaves to the same variance, and descriptors to unit norm again"
+    )
     pca_dataset_folder: Path | None = option(None, "images to fit the PCA on, below --eval_datasets_folder", type=Path)
 
     precision: str = option(
@@ -212,6 +215,7 @@ class EvalOptions(Options):
     def _require_a_part(self) -> None:
         """Refuses options that would be dropped in silence because of others."""
         rules = (
+            ("pca_whiten", self.pca_dim > 0, "--pca_dim"),
             ("majority_weight", self.test_method == "maj_voting", "--test_method maj_voting"),
             ("context_seeds", "shuffled" in self.encoder_context, "--encoder_context shuffled"),
             ("context_seeds", not self.no_labels, "recalls over several orders, which --no_labels has none of"),
@@ -341,7 +345,14 @@ class TrainOptions(Options):
     train_batch_size: int = option(120, "places a batch, of all GPUs together")
     epochs_num: int = option(20, "epochs at most; 0 writes and evaluates the initialised model")
     patience: int = option(3, "stop after this many epochs without a better validation R@1 + R@5")
-    lr: float = option(5e-5, "learning rate; it halves every third epoch")
+    lr: float = option(5e-5, "learning rate, at its highest")
+    lr_schedule: str = option(
+        "halving",
+        "halve learning rates every third epoch, or take them to --lr_end_factor by the end of --epochs_num",
+        choices=("halving", "linear", "cosine"),
+    )
+    warmup_steps: int = option(0, "steps in which learning rates rise before the schedule begins; 0 for none")
+    lr_end_factor: float = option(0.0, "what linear and cosine schedules end at, as a share of the learning rate")
     lr_encoder: float = option(1e-4, "learning rate of the cross-image encoder")
     encoder_training: str = option(
         "released",
@@ -349,6 +360,9 @@ class TrainOptions(Options):
         choices=("released", "every_step"),
     )
     optim: str = option("adam", "optimiser", choices=("adam", "adamw", "sgd"))
+    weight_decay: float | None = option(
+        None, "of all weights; by default the optimiser's own: adam 0, adamw 9.5e-9, sgd 0.001", type=float
+    )
     precision: str = option("fp32", "arithmetic of the training step", choices=("fp32", "tf32", "bf16", "fp16"))
     val_precision: str = option(
         "fp32",
@@ -370,9 +384,16 @@ class TrainOptions(Options):
         # These only round differently.
         free |= {"activation_checkpointing", "grad_cache_chunk", "compile", "deterministic"}
         free |= {"given"}
+        if self.lr_schedule != "halving":  # it ends with the last epoch
+            free -= {"epochs_num"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}
         # Where files lie may change, what they hold may not.
         return {f"--{name}": value for name, value in values.items() if not _is_path(value)}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What holds for each option that a command line does not name."""
+        return {f"--{entry.name}": entry.default for entry in fields(self)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -382,14 +403,21 @@ class TrainOptions(Options):
         for name in ("lr_encoder", "encoder_training"):
             if name in self.given and not self.crossimage_encoder:
                 logger.warning("--%s has no part without --crossimage_encoder", name)
+        if "lr_end_factor" in self.given and self.lr_schedule == "halving":
+            logger.warning("--lr_end_factor has no part in --lr_schedule halving")
         if self.foundation_model_path is not None and self.resume not in (None, "auto"):
             logger.warning("--foundation_model_path has no part: --resume %s gives all weights", self.resume)
         _require_patches("--train_resize", self.train_resize)
         _require_positive(self, "images_per_place", "train_batch_size", "patience", "lr", "lr_encoder")
         _require_positive(self, "val_positive_dist_threshold")
-        for name in ("epochs_num", "randaugment_ops", "checkpoint_every", "clip_grad_norm", "grad_cache_chunk"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} is negative; use 0 for none")
+        for name in (
+            "epochs_num", "randaugment_ops", "checkpoint_every", "clip_grad_norm", "grad_cache_chunk", "warmup_steps",
+            "weight_decay",
+        ):  # fmt: skip
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"--{name} {getattr(self, name)} is negative or no number; use 0 for none")
+        if not 0 <= self.lr_end_factor <= 1:
+            raise ValueError(f"--lr_end_factor {self.lr_end_factor} is no share of the learning rate; use 0 to 1")
         if self.images_per_place < 2:
             raise ValueError(f"--images_per_place {self.images_per_place} leaves no pair of a place; use 2 or more")
         if len(set(self.cities)) < len(self.cities):

@@ -124,6 +124,9 @@ def run(options: TrainOptions) -> dict[int, float]:
             runs = run_log.runs_of(options.save_dir)
             path = distributed.on_main(lambda: checkpoint.newest(runs, read=read_file))
         content = {} if path is None else load_checkpoint(model, path)
+        if model.projection is not None:
+            logger.warning("%s ends with a PCA, which has no part in training: left out", path)
+            model.projection = None
         goes_on = "optimization" in content  # a run of ours; any other file gives its weights to a new run
         foundation = options.foundation_model_path
         if path is None and foundation is None and options.backbone in FOUNDATION_FILES:
@@ -139,11 +142,16 @@ def run(options: TrainOptions) -> dict[int, float]:
         optimization = Optimization(
             model,
             optim=options.optim,
+            weight_decay=options.weight_decay,
             lr=options.lr,
             lr_encoder=options.lr_encoder,
             encoder_training=options.encoder_training,
             encoder_retired=content.get("encoder_retired", False),
             steps_per_epoch=len(batches),
+            epochs=options.epochs_num,
+            lr_schedule=options.lr_schedule,
+            warmup_steps=options.warmup_steps,
+            lr_end_factor=options.lr_end_factor,
             scale_gradients=options.precision == "fp16",
             clip_grad_norm=options.clip_grad_norm,
         )
@@ -168,6 +176,7 @@ def run(options: TrainOptions) -> dict[int, float]:
                 "the number of places": len(places),
                 "the digest of GSV-Cities' tables": places.digest,
             },
+            unless_said=options.defaults,
             read_every=1 if device.type == "cpu" else 20,
         )
         if distributed.rank():

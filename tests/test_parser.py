@@ -70,6 +70,7 @@ def test_freeze_te(text, value):
         ("--eval_datasets_folder=D --resume=x --ghost_clusters -1", "--ghost_clusters"),
         ("--eval_datasets_folder=D --resume=x --seed -1", "--extraction_batch_size cannot be negative"),
         ("--resume=x --queries_folder=q", "--database_folder and --queries_folder go together"),
+        ("--eval_datasets_folder=D --resume=x --pca_whiten", "--pca_whiten is of --pca_dim"),
         ("--eval_datasets_folder=D --resume=x --pca_dim 8", "--pca_dim and --pca_dataset_folder go together"),
         ("--eval_datasets_folder=D --resume=x --eval_dataset_name a b --positives_file f", "are of one dataset"),
         ("--eval_datasets_folder=D --resume=x --eval_dataset_name a a", "names a dataset twice"),
@@ -155,6 +156,11 @@ def test_refusals(flags, message, capsys):
         "--clip_grad_norm -1",
         "--lr 0",
         "--epochs_num -1",
+        "--warmup_steps -1",
+        "--weight_decay -0.1",
+        "--weight_decay nan",
+        "--lr_end_factor 1.5",
+        "--lr_schedule step",
         "--eval_dataset_name /data/pitts30k",
         "--eval_dataset_name ../pitts30k",
     ],
@@ -253,6 +259,8 @@ def test_options_without_a_part_are_told(caplog):
     assert "--foundation_model_path has no part" in caplog.text
     parse(TrainOptions, ["--eval_datasets_folder=D", "--lr_encoder=1e-3", "--encoder_training=every_step"])
     assert "--lr_encoder has no part" in caplog.text and "--encoder_training has no part" in caplog.text
+    parse(TrainOptions, ["--eval_datasets_folder=D", "--lr_end_factor=0.2"])
+    assert "--lr_end_factor has no part in --lr_schedule halving" in caplog.text
 
 
 def test_the_home_folder_behind_an_equals_sign(monkeypatch):

@@ -134,6 +134,37 @@ def test_contradicting_options_are_named(flags, tmp_path, capsys):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.pth")} == kept
 
 
+def test_a_schedule_with_an_end_fixes_it(flags, tmp_path, capsys):
+    """--epochs_num may change where nothing depends on it: not the end of a linear schedule."""
+    flags = [*flags, "--lr_schedule=linear", "--warmup_steps=2"]
+    train_script.main([*flags, f"--save_dir={tmp_path}/whole"])
+    with pytest.raises(SystemExit):
+        train_script.main([*flags, f"--save_dir={tmp_path}/whole", "--epochs_num=4", "--resume=auto"])
+    assert "--epochs_num was 3 and is 4 now; give the same ones" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as stopped:
+        stopped.setattr(train_script, "evaluate", lambda *_, **__: sys.exit(3))
+        with pytest.raises(SystemExit):
+            train_script.main([*flags, f"--save_dir={tmp_path}/cut"])
+    train_script.main([*flags, f"--save_dir={tmp_path}/cut", "--resume=auto"])
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+    (table,) = (tmp_path / "whole").glob("*/metrics.csv")
+    rates = [float(line.split(",")[3]) for line in table.read_text().splitlines()[1:]]
+    assert rates == pytest.approx([0.001 * share for share in (0.9, 0.5, 0.1)]), "of steps 4, 8 and 12"
+
+
+def test_a_checkpoint_from_before_there_were_schedules_is_of_the_released_one(flags, tmp_path, capsys):
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1"])
+    (last,) = tmp_path.glob("*/last_model.pth")
+    content = torch.load(last, weights_only=True)
+    for name in ("lr_schedule", "warmup_steps", "lr_end_factor", "weight_decay"):
+        del content["decisive"][f"--{name}"]
+    torch.save(content, last)
+    with pytest.raises(SystemExit):
+        train_script.main([*flags, f"--save_dir={tmp_path}", "--resume=auto", "--lr_schedule=cosine"])
+    assert "--lr_schedule was halving and is cosine now" in capsys.readouterr().err
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=2", "--resume=auto"])
+
+
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         train_script.main([*flags, f"--save_dir={tmp_path}", "--lr=1e30", "--checkpoint_every=1"])

@@ -31,6 +31,8 @@ class Progress:
         optimization: how.
         facts: plain values that every checkpoint carries.
         decisive: what decides the result, by the name to show; a run goes on under the same values only.
+        unless_said: of `decisive`, what holds for a checkpoint that does not name it, as it was written before there
+            was such an option.
         read_every: steps between two readings of their losses, since to read one is to wait for the GPU; they are read
             before anything is written, too.
     """
@@ -43,6 +45,7 @@ class Progress:
         *,
         facts: dict[str, Any],
         decisive: dict[str, Any],
+        unless_said: dict[str, Any] | None = None,
         read_every: int = 1,
     ):
         self.folder = folder
@@ -50,6 +53,7 @@ class Progress:
         self.optimization = optimization
         self.facts = facts
         self.decisive = decisive
+        self.unless_said = unless_said or {}
         self.read_every = read_every
         self.epoch = 0
         self.losses: list[float] = []
@@ -178,7 +182,7 @@ class Progress:
         Raises:
             ValueError: it was written under other decisive options, or the run's best model is gone.
         """
-        checkpoint.require_same(self.decisive, content["decisive"])
+        checkpoint.require_same(self.decisive, {**self.unless_said, **content["decisive"]})
         self.epoch, self.losses = content["epoch_num"], content["losses"]
         self.lr = content["lr"]
         self.recalls, self.best_score = content["recalls"], content["best_score"]
