@@ -337,7 +337,12 @@ class TrainOptions(Options):
     antialias: bool = option(False, "antialias the evaluation resize (the published protocol does not)")
     train_resize: tuple[int, int] = option((224, 224), "height and width of training images", nargs=2, type=int)
     randaugment_ops: int = option(3, "RandAugment operations an image; 0 for none")
-    place_order: str = option("fixed", "keep the first epoch's order, or not", choices=("fixed", "reshuffled"))
+    place_order: str = option(
+        "fixed",
+        "keep the first epoch's order; draw a new one each epoch; or, from the second on, put places that the model "
+        "confuses into a batch",
+        choices=("fixed", "reshuffled", "similar"),
+    )
 
     freeze_te: int | None = option(
         8, "train the backbone's blocks from this one on; none trains all of it", type=freeze_te, metavar="{N,none}"

@@ -289,6 +289,11 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
         folder = self._city_folders[self.labels[place] // LABELS_PER_CITY] / "Images"
         return [f"{folder}/{name.decode()}" for name in names.tolist()]
 
+    def drawn_paths(self, place: int, count: int, rng: np.random.Generator) -> list[str]:
+        """Paths of so many images of a place, drawn without replacement, or of all where it has fewer."""
+        paths = self.image_paths(place)
+        return [paths[index] for index in rng.choice(len(paths), size=min(count, len(paths)), replace=False)]
+
     def all_image_paths(self) -> list[str]:
         """Paths of the images of every place."""
         return [path for place in range(len(self)) for path in self.image_paths(place)]
@@ -319,7 +324,10 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
         dataset: whose places.
         batch_size: places a batch.
         place_order: "fixed" keeps the first epoch's order, as the released code does; "reshuffled" draws a new one each
-            epoch, as GSV-Cities' own code does.
+            epoch, as GSV-Cities' own code does, and so does "similar", for what `mined` is made of.
+
+    Attributes:
+        mined: the order of the present epoch where it was made of what the model confuses, see `similar_places`.
 
     Of several processes each gets its share of every batch: a run of neighbours, so that the shares make up the batch
     in its order. A process whose share of a short last batch is empty gets a place that does not count, see `shares`.
@@ -330,6 +338,7 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
         self.batch_size = batch_size
         self.place_order = place_order
         self.epoch = 0
+        self.mined: NDArray[np.int64] | None = None
         self.start = 0  # the first batch of the epoch that is still to come
 
     def __len__(self) -> int:
@@ -343,7 +352,7 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The places in the order of an epoch."""
-        rng = np.random.default_rng((self.dataset.seed, epoch if self.place_order == "reshuffled" else 0))
+        rng = np.random.default_rng((self.dataset.seed, 0 if self.place_order == "fixed" else epoch))
         cities = self.dataset.labels // LABELS_PER_CITY
         order = []
         for city in np.unique(cities):
@@ -354,7 +363,7 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
         return np.concatenate(order)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = self.order(self.epoch)
+        order = self.order(self.epoch) if self.mined is None else self.mined
         for start in range(self.start * self.batch_size, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             share = batch[distributed.shares(len(batch))[distributed.rank()]]

@@ -15,6 +15,7 @@ import train as train_script
 from utils import multi_similarity, reading
 from utils.optimization import Optimization
 from utils.progress import Progress
+from utils.seed import generator_states
 
 # 16 places make 4 steps an epoch, with a checkpoint after every second.
 FLAGS = (
@@ -75,6 +76,37 @@ def test_killed_at_ten_points(flags, uninterrupted, tmp_path):
         assert run.returncode == -signal.SIGKILL, run.stderr
     train_script.main(flags)
     assert_same(outcome(tmp_path), uninterrupted)
+
+
+def test_killed_while_similar_places_share_batches(flags, tmp_path, monkeypatch):
+    """The second epoch's order is of the weights that it began with, which a checkpoint within it no longer has."""
+    flags = [*flags, "--place_order=similar"]
+    real, kept, orders = train_script.order_by_similarity, [], []
+
+    def watched(*args, **kwargs):
+        before = generator_states()
+        orders.append(real(*args, **kwargs))
+        assert all(map(torch.equal, [before["torch"]], [generator_states()["torch"]]))
+        assert {**before, "torch": 0} == {**generator_states(), "torch": 0}
+        return orders[-1]
+
+    monkeypatch.setattr(train_script, "order_by_similarity", watched)
+    train_script.main([*flags, f"--save_dir={tmp_path}/whole"])
+    assert [sorted(order) for order in orders] == [list(range(16))] * 2 and orders[0].tolist() != orders[1].tolist()
+
+    save = Progress.save_last
+    monkeypatch.setattr(Progress, "save_last", lambda self: kept.append(self.order) or save(self))
+    command = [sys.executable, str(Path(__file__).with_name("killed.py"))]
+    flags = [*flags, f"--save_dir={tmp_path}/killed", "--resume=auto"]
+    for count in (7, 5):  # in the third step of the second epoch, and of the third
+        run = subprocess.run([*command, "step", str(count), *flags], capture_output=True, text=True)
+        assert run.returncode == -signal.SIGKILL, run.stderr
+    (last,) = (tmp_path / "killed").glob("*/last_model.pth")
+    content = torch.load(last, weights_only=True)
+    assert (content["epoch_num"], len(content["losses"])) == (2, 2), "within the third epoch"
+    train_script.main(flags)
+    assert kept[0].tolist() == orders[1].tolist() and kept[-1] is None
+    assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import checkpoint, distributed, metrics
@@ -24,6 +26,7 @@ class Progress:
         lr: learning rate of the newest step.
         best_score: the highest validation score so far.
         not_improved: epochs since then.
+        order: of the places in the epoch under way, where the model decided it as the epoch began.
 
     Args:
         folder: the run's.
@@ -62,6 +65,7 @@ class Progress:
         self.recalls: dict[int, float] = {}
         self.best_score = -1.0
         self.not_improved = 0
+        self.order: NDArray[np.int64] | None = None
 
     @property
     def steps(self) -> int:
@@ -104,7 +108,7 @@ class Progress:
             metrics.append_row(self.folder, {**row, **{f"R@{n}": recall for n, recall in recalls.items()}})
         better = score > self.best_score
         self.best_score, self.not_improved = (score, 0) if better else (self.best_score, self.not_improved + 1)
-        self.losses = []
+        self.losses, self.order = [], None
         if better:
             self.save_best()
         self.save_last()
@@ -151,6 +155,8 @@ class Progress:
             "generators": distributed.gather_objects(generator_states()),
             "decisive": self.decisive,
         }
+        if self.order is not None:
+            state["order"] = torch.from_numpy(self.order)
         self._save(checkpoint.LAST, {**self._content(), **state})
 
     def _save(self, name: str, content: dict[str, Any]) -> None:
@@ -187,6 +193,7 @@ class Progress:
         self.lr = content["lr"]
         self.recalls, self.best_score = content["recalls"], content["best_score"]
         self.not_improved = content["not_improved_num"]
+        self.order = content["order"].numpy() if "order" in content else None
         self._keep_best()
         self.optimization.load_state_dict(content["optimization"])
         if distributed.is_main():
