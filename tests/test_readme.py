@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image
 
 import eval as eval_script
-from datasets import check, toy_city
+from datasets import check, to_gsv_cities, toy_city
 from model import export
 from parser import EvalOptions, TrainOptions, parse
 
@@ -57,7 +57,7 @@ def test_commands_are_understood(command):
 
 
 def test_modules_that_are_named_can_be_run():
-    assert all(callable(module.main) for module in (check, toy_city, export))
+    assert all(callable(module.main) for module in (check, toy_city, to_gsv_cities, export))
 
 
 def test_the_example_of_torch_hub_gives_the_descriptors_of_eval(tmp_path, monkeypatch, capsys):
