@@ -306,7 +306,7 @@ def write(folder: Path, collection: Collection, fate: Fate, *, name: str, copy: 
     if collection.kind == LABELS:
         lines.append("no map: there are labels only, and what is held out has made positions, a place a kilometre")
     else:
-        draw_map(folder / "places.png", metres, fate.uses)
+        draw_map(folder / "places.png", metres, fate)
     return lines
 
 
@@ -326,26 +326,28 @@ def place_photo(photo: Photo, target: Path, *, copy: bool) -> None:
         target.symlink_to(os.path.realpath(photo.path))
 
 
-def draw_map(path: Path, metres: NDArray[np.float64], uses: Sequence[str]) -> None:
-    """Draws where the photos are, and what became of them."""
+def draw_map(path: Path, metres: NDArray[np.float64], fate: Fate) -> None:
+    """Draws where the photos are, those to train on in the colour of their place, and what became of the others."""
     from matplotlib.figure import Figure  # not before a picture is drawn: it takes a quarter of a second
 
     figure = Figure(figsize=(8, 8), layout="constrained")
     axes = figure.subplots()
-    origin = metres.min(axis=0)
-    kinds = np.array([use if use in KEPT else "dropped" for use in uses])
-    for kind, colour in (
-        ("dropped", "0.75"),
-        (TRAIN, "tab:blue"),
-        ("val/database", "tab:orange"),
-        ("val/queries", "gold"),
-        ("test/database", "tab:red"),
-        ("test/queries", "pink"),
-    ):
+    metres = metres - metres.min(axis=0)
+    kinds = np.array([use if use in KEPT else "dropped" for use in fate.uses])
+    for kind, style in {
+        "dropped": {"color": "0.8", "marker": "."},
+        TRAIN: {"c": fate.places[kinds == TRAIN] % 20, "cmap": "tab20", "marker": "."},
+        "val/database": {"color": "black", "marker": "+"},
+        "val/queries": {"color": "black", "marker": "x"},
+        "test/database": {"color": "red", "marker": "+"},
+        "test/queries": {"color": "red", "marker": "x"},
+    }.items():
         if (kinds == kind).any():
-            east, north = (metres[kinds == kind] - origin).T
-            axes.scatter(east, north, s=9, color=colour, label=f"{kind} ({len(east)})", linewidths=0)
-    axes.set(xlabel="metres east", ylabel="metres north", aspect="equal")
+            east, north = metres[kinds == kind].T
+            axes.scatter(east, north, s=25, label=f"{kind} ({len(east)})", linewidths=0.8, **style)  # type: ignore
+    middle, half = metres.max(axis=0) / 2, metres.max() * 0.55 + 1  # a square, of a straight line too
+    limits = {f"{axis}lim": (middle[i] - half, middle[i] + half) for i, axis in enumerate("xy")}
+    axes.set(xlabel="metres east", ylabel="metres north", aspect="equal", **limits)
     axes.legend(loc="best")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
