@@ -23,6 +23,7 @@ from .positives import read_text
 from .transforms import read_reduced
 from .utm import to_utm, zone_of
 
+SPLITS = ("train", "val", "test")
 LARGEST = 2e7  # metres: beyond this no map reaches
 METRES, DEGREES, LABELS = "metres", "degrees", "labels"
 TIMES = ("%Y:%m:%d %H:%M:%S", "%Y%m%d_%H%M%S", "%Y-%m")
@@ -87,9 +88,13 @@ def parse_time(text: str) -> datetime:
         found = datetime.fromisoformat(text)
         return found if found.tzinfo is None else found.astimezone(UTC).replace(tzinfo=None)
     seconds = float(text)
-    if not 0 <= seconds < 2**33:
+    if not 10**8 <= seconds < 2**33:  # a smaller number is something else
         raise ValueError(f"{text} is no time")
     return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
+
+
+def _direction(degrees: float) -> float | None:
+    return degrees % 360 if np.isfinite(degrees) else None
 
 
 def from_name(path: str) -> Photo:
@@ -104,7 +109,7 @@ def from_name(path: str) -> Photo:
     with suppress(ValueError, IndexError):
         photo = replace(photo, degrees=(float(fields[5]), float(fields[6])))
     with suppress(ValueError, IndexError):
-        photo = replace(photo, heading=float(fields[9]) % 360)
+        photo = replace(photo, heading=_direction(float(fields[9])))
     with suppress(ValueError, IndexError):
         photo = replace(photo, time=parse_time(fields[13]))
     return photo
@@ -117,8 +122,7 @@ def from_exif(path: str) -> Photo:
     with Image.open(path) as image:
         with suppress(Exception):  # what Pillow makes of tags that are not as the standard says
             gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
-            heading = float(gps[ExifTags.GPS.GPSImgDirection])
-            photo = replace(photo, heading=heading % 360 if np.isfinite(heading) else None)
+            photo = replace(photo, heading=_direction(float(gps[ExifTags.GPS.GPSImgDirection])))
         with suppress(Exception):
             taken = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
             photo = replace(photo, time=parse_time(str(taken).strip("\0 ")))
@@ -128,9 +132,19 @@ def from_exif(path: str) -> Photo:
 def read_folder(folder: Path, notes: list[str]) -> tuple[str, list[Photo]]:
     """The photos below a folder, by their names where these have coordinates; else EXIF data are read later.
 
+    Of an evaluation dataset the train split alone counts, where it has one: the others are to evaluate on.
+
     Raises:
         ValueError: no photo, or some names only have coordinates.
     """
+    splits = [split for split in SPLITS if (folder / "images" / split).is_dir()]
+    if "train" in splits and len(splits) > 1:
+        notes.append(f"{folder}: its train split is converted, and {' and '.join(splits[1:])} left to evaluate on")
+        folder = folder / "images" / "train"
+    elif splits and splits != ["train"]:
+        notes.append(
+            f"{folder} has no train split: do not evaluate on its {' and '.join(splits)} what is trained on it"
+        )
     listing = scan(folder, PHOTO_SUFFIXES)
     if listing.left_out:
         notes.append(f"{folder}: left out {listing.left_out}; convert other formats (HEIC) to JPEG")

@@ -63,10 +63,10 @@ def apart(
     return ~np.isin(places, list(gone))
 
 
-def in_area(metres: NDArray[np.float64], corners: Sequence[float]) -> NDArray[np.bool_]:
-    """Which of N x 2 positions lie between two corners, east and north each."""
+def in_area(positions: NDArray[np.float64], corners: Sequence[float]) -> NDArray[np.bool_]:
+    """Which of N x 2 positions lie between two corners, given as one after the other."""
     low, high = np.sort(np.reshape(corners, (2, 2)), axis=0)
-    return np.asarray(((metres >= low) & (metres <= high)).all(axis=1))
+    return np.asarray(((positions >= low) & (positions <= high)).all(axis=1))
 
 
 def connected_share(
@@ -99,6 +99,6 @@ def connected_share(
     return held[inverse]
 
 
-def nearer(metres: NDArray[np.float64], held: NDArray[np.bool_], gap: float) -> NDArray[np.bool_]:
-    """Which of N x 2 positions lie nearer than the gap to one of those held out."""
-    return np.asarray(KDTree(metres[held]).query(metres)[0][:, 0] < gap)
+def nearer(metres: NDArray[np.float64], others: NDArray[np.float64], gap: float) -> NDArray[np.bool_]:
+    """Which of N x 2 positions lie nearer than the gap to one of M x 2 others."""
+    return np.asarray(KDTree(others).query(metres)[0][:, 0] < gap)

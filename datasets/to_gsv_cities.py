@@ -65,21 +65,24 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import to_pil_image
 
 from utils.outputs import whole
 
 from .gsv_cities import COLUMNS, LABELS_PER_CITY, image_name
-from .own_photos import DEGREES, LABELS, Collection, Photo, collect
+from .own_photos import LABELS, Collection, Photo, collect
 from .own_places import apart, cells_of, connected_share, heading_bins, in_area, nearer
-from .utm import to_utm, zone_of
+from .transforms import read_pixels
 
 METRES_PER_DEGREE = 111_320.0
+POSITIVE = 25.0  # metres from a query to a correct database photo, as train.py has it by default
+IMAGES_PER_PLACE = 4  # that train.py asks for by default
 TRAIN, SPLITS = "train", ("val", "test")
 KEPT = (TRAIN, *(f"{split}/{part}" for split in SPLITS for part in ("database", "queries")))
 
@@ -140,7 +143,9 @@ def hold_out(
     for split, wanted in held_out.items():
         free = uses == TRAIN
         if wanted.area:
-            held = free & in_area(metres, _corners(wanted.area, collection))
+            if collection.kind == LABELS:
+                raise ValueError(f"--{split}_area is of positions, and there are labels only; use --{split}_share")
+            held = free & in_area(np.array([photo.position for photo in photos]), wanted.area)
             if not held.any():
                 area = " ".join(f"{value:.10g}" for value in wanted.area)
                 raise ValueError(f"--{split}_area {area} holds no photo{_extent(collection)}")
@@ -151,7 +156,10 @@ def hold_out(
         else:
             continue
         uses[held] = _database_and_queries(photos, held, split, queries, rng, lines)
-        uses[nearer(metres, held, gap) & (uses == TRAIN)] = f"nearer than --gap to what is held out for {split}"
+        asked = metres[uses == f"{split}/queries"]
+        alone = len(asked) - int(nearer(asked, metres[uses == f"{split}/database"], np.nextafter(POSITIVE, 99)).sum())
+        lines[-1] += f"; {alone} queries have no database photo within {POSITIVE:g} m" * bool(alone)
+        uses[nearer(metres, metres[held], gap) & (uses == TRAIN)] = f"nearer than --gap to what is held out for {split}"
     return uses, lines
 
 
@@ -172,6 +180,7 @@ def assign(
         ValueError: there are not two places to train on, too many, or nothing to hold out.
     """
     photos, metres = collection.photos, collection.metres
+    gap = 0.0 if collection.kind == LABELS else gap  # a label is apart from all others
     labels = [photo.label or "" for photo in photos]
     if any(labels) and not all(labels):
         raise ValueError(f"{labels.count('')} of {len(labels)} photos have no label and others do; give all, or none")
@@ -188,7 +197,6 @@ def assign(
     enough = np.bincount(found)[found] >= min_images
     uses[train[~enough]] = f"a place of fewer than {min_images} photos (--min_images)"
     stays = np.zeros(len(train), dtype=bool)
-    gap = 0.0 if collection.kind == LABELS else gap
     stays[enough] = apart(metres[train[enough]], found[enough], directions[enough], gap, bins)
     uses[train[enough & ~stays]] = "a place nearer than --gap to one with as many photos or more"
     places = np.full(len(photos), -1)
@@ -207,16 +215,6 @@ def assign(
 
 def _reasons(uses: NDArray[np.object_]) -> str:
     return ", ".join(f"{count} photos: {use}" for use, count in Counter(uses.tolist()).items() if use not in KEPT)
-
-
-def _corners(area: Sequence[float], collection: Collection) -> Sequence[float]:
-    """Two corners in metres, of two as the source gives positions."""
-    if collection.kind == LABELS:
-        raise ValueError("an area is of positions, and there are labels only; hold out a share (--val_share)")
-    if collection.kind != DEGREES:
-        return area
-    zone = zone_of(np.array([photo.degrees for photo in collection.photos]))
-    return list(to_utm(np.reshape(area, (2, 2)), *zone).ravel())
 
 
 def _extent(collection: Collection) -> str:
@@ -245,10 +243,12 @@ def _database_and_queries(
     by_time = queries != "random" and len(times) == len(chosen)
     is_query = np.zeros(len(chosen), dtype=bool)
     if by_time:
-        seconds = np.array([time.timestamp() for time in times])
-        is_query = seconds > np.median(seconds) if (seconds > np.median(seconds)).any() else seconds == seconds.max()
-        if is_query.all():
+        seconds = np.array([(time - datetime.min).total_seconds() for time in times])
+        beginnings = np.unique(seconds)[1:]
+        if not len(beginnings):
             raise ValueError(f"all photos held out for {split} were taken at {times[0]}; use --queries random")
+        later = len(chosen) - np.searchsorted(np.sort(seconds), beginnings)
+        is_query = seconds >= beginnings[np.abs(later - len(chosen) / 2).argmin()]
     else:
         is_query[rng.permutation(len(chosen))[: len(chosen) // 2]] = True
     how = "the later ones" if by_time else "drawn at random, so that a photo of the same walk can be its answer"
@@ -318,8 +318,7 @@ def _write_csv(path: Path, rows: Sequence[Sequence[object]]) -> None:
 def place_photo(photo: Photo, target: Path, *, copy: bool) -> None:
     """Puts a photo at `target`: a link, a copy, or turned as its EXIF data says."""
     if photo.turn != 1:
-        with Image.open(photo.path) as image:
-            ImageOps.exif_transpose(image).convert("RGB").save(target, "JPEG", quality=95)
+        to_pil_image(read_pixels(photo.path, upright=True)).save(target, "JPEG", quality=95)
     elif copy:
         shutil.copyfile(photo.path, target)
     else:
@@ -361,6 +360,11 @@ def summary(collection: Collection, fate: Fate) -> list[str]:
     read = len(fate.uses) + sum(map(len, collection.dropped.values()))
     lines = [*collection.notes, f"{read} photos, of which {counts.sum()} make {len(counts)} places to train on"]
     lines.append(f"photos of a place: {counts.min()} to {counts.max()}")
+    if small := int((counts < IMAGES_PER_PLACE).sum()):
+        lines.append(
+            f"{small} places have fewer than {IMAGES_PER_PLACE} photos: train.py leaves them out unless "
+            f"--images_per_place is lower"
+        )
     return [*lines, *(f"dropped: {count}, {reason}" for reason, count in lost.items()), *fate.lines]
 
 

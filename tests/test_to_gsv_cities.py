@@ -207,12 +207,18 @@ def test_a_share_is_of_cells_that_hang_together():
         ("2024-12", (2024, 12, 1)),
         ("20241201", (2024, 12, 1)),
         ("2024", (2024, 1, 1)),
+        ("13", None),
+        ("nan", None),
         ("20240531_123456", (2024, 5, 31, 12, 34, 56)),
         ("1717158896", (2024, 5, 31, 12, 34, 56)),
     ],
 )
 def test_times(text, expected):
-    assert parse_time(text) == datetime(*expected)
+    if expected is None:
+        with pytest.raises(ValueError):
+            parse_time(text)
+    else:
+        assert parse_time(text) == datetime(*expected)
 
 
 def phone_exif(latitude, longitude, *, time=None, heading=None, orientation=None):
@@ -286,6 +292,20 @@ def test_a_table_with_degrees_headings_and_times(table, converted):
         one(source)
 
 
+def test_of_a_dataset_the_train_split_alone_is_converted(toy_tree, city, tmp_path, converted, capsys):
+    tree, own, _ = toy_tree
+    (tree / "images/test").symlink_to(city / "toy_city/images/test")
+    output, lines, fates = converted(tree, "--gap=10")
+    assert set(fates) == set(own) and lines[0] == f"{tree}: its train split is converted, and test left to evaluate on"
+    shutil.rmtree(output)
+    source = city / "toy_city"
+    (tmp_path / "only/images").mkdir(parents=True)
+    (tmp_path / "only/images/test").symlink_to(source / "images/test")
+    _, lines, _ = converted(tmp_path / "only", "--gap=5", "--min_images=2")
+    assert lines[0] == f"{tmp_path}/only has no train split: do not evaluate on its test what is trained on it"
+    assert any("places have fewer than 4 photos: train.py leaves them out unless" in line for line in lines)
+
+
 def test_labels_do_without_positions(table, converted):
     source = table("path,label", *(f"{name}{i}.jpg,{name}" for name in "abcd" for i in range(4)), "e.jpg,", "f.jpg,f")
     output, lines, fates = converted(source, "--val_share=0.2")
@@ -301,16 +321,16 @@ def test_labels_do_without_positions(table, converted):
 def test_what_is_held_out_by_an_area_and_by_time(table, converted):
     """East of 500 m; the place at 470 m is within the gap of it; the later photos ask."""
     positions = [(x, 100) for x in (0, 100, 200, 470, 500, 560, 600)]
-    rows = [f"{row},20{10 + i % 4}-01-01" for i, row in enumerate(rows_at(*positions))]
+    rows = [f"{row},20{10 + i % 4}-01-01" for i, row in enumerate(rows_at(*positions))] + ["q.jpg,690,100,2013-01-01"]
     output, lines, fates = converted(table("path,east,north,time", *rows), "--val_area", "700", "200", "500", "0")
     assert {fates[f"p{i}_0.jpg"][0] for i in range(3)} == {"train"}
     assert fates["p3_0.jpg"][0] == "nearer than --gap to what is held out for val"
     for i in range(4, 7):
         assert [fates[f"p{i}_{j}.jpg"][0] for j in range(4)] == ["val/database"] * 2 + ["val/queries"] * 2
-    assert "val: 6 database photos and 6 queries, the later ones" in lines
+    assert "val: 6 database photos and 7 queries, the later ones; 1 queries have no database photo within 25 m" in lines
     assert "test is a link to val: the best epoch is chosen and judged by the same photos" in lines
     val, test = (DatabaseQueries.from_folder(output, "Mine", split) for split in ("val", "test"))
-    assert len(test.queries_paths) == 6 and all(len(found) == 2 for found in val.positives(25.0))
+    assert len(test.queries_paths) == 7 and sorted(map(len, val.positives(25.0))) == [0] + [2] * 6
     assert "the columns lat and lon hold metres / 111,320, since not all photos say their degrees" in lines
 
 
@@ -386,7 +406,7 @@ BAD_TABLES = {  # header, rows, flags, what is said
         "--val_area 5 5 6 6 holds no photo; the photos",
     ),
     "all held out": ("path,east,north", rows_at(*TWO), "--val_area 0 -1 100 1", "no photo is left to train on"),
-    "area of labels": ("path,label", ["a.jpg,x", "b.jpg,y"], "--val_area 5 5 6 6", "there are labels only"),
+    "area of labels": ("path,label", ["a.jpg,x", "b.jpg,y"], "--val_area 5 5 6 6", "labels only; use --val_share"),
     "no times": (
         "path,east,north",
         rows_at(*TWO),
