@@ -228,9 +228,11 @@ def run(options: TrainOptions) -> dict[int, float]:
                 progress.order = order_by_similarity(
                     model,
                     batches,
-                    partial(read_images, transform=evaluation_transform(options.train_resize, antialias=True)),
-                    # As many as in every other extraction; images of a place lie in one.
-                    unit=similar_places.IMAGES * (options.extraction_batch_size or extraction_batch_size(device)),
+                    partial(
+                        read_images,
+                        transform=evaluation_transform(options.train_resize, antialias=True),
+                        batch_size=similar_places.TOGETHER,
+                    ),
                     device=device,
                     precision=options.val_precision,
                 )
@@ -296,7 +298,6 @@ def order_by_similarity(
     batches: PlaceBatches,
     read_images: Callable[..., Iterator[Tensor]],
     *,
-    unit: int,
     device: torch.device,
     precision: str,
 ) -> NDArray[np.int64]:
@@ -307,8 +308,7 @@ def order_by_similarity(
     Args:
         model: what is trained; it describes each photo by itself, in evaluation mode.
         batches: of the epoch.
-        read_images: paths, and the name of the bar, to batches on the device.
-        unit: images that stay together in a process, a multiple of those in a batch: each batch is that of one process.
+        read_images: paths, and the name of the bar, to batches of `similar_places.TOGETHER` on the device.
         device: where the model is, and what is searched on.
         precision: of the backbone, a name from `utils.device.autocast`.
     """
@@ -322,7 +322,7 @@ def order_by_similarity(
         nonlocal counted
         counted = len(described)
         paths = [path for place in described for path in places.drawn_paths(place, similar_places.IMAGES, rng)]
-        share = distributed.shares(len(paths), unit)[distributed.rank()]
+        share = distributed.shares(len(paths), similar_places.TOGETHER)[distributed.rank()]  # in the batches of one
         rows = [np.empty((0, model.descriptor_dim), dtype=np.float32)]
         for images in read_images(paths[share], progress="similar places"):
             with autocast(device, precision):

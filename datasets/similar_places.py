@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 CLIQUE = 8  # places, at most
 IMAGES = 2  # of a place, whose mean describes it
+TOGETHER = 16  # images in the backbone at a time, always: what only rounds otherwise could change an order too
 SHARE = 1 / 8  # of the images of an epoch that are described: a forward pass each, where training takes about three
 BATCHES = 4  # that are described at least, since among few places none is near
 MOST = 16_384  # places: their exact neighbours take seconds, and their descriptors 0.4 GB of 3072 numbers
