@@ -24,6 +24,7 @@ from .transforms import read_reduced
 from .utm import to_utm, zone_of
 
 SPLITS = ("train", "val", "test")
+ZONES_APART = 1e7  # metres east
 LARGEST = 2e7  # metres: beyond this no map reaches
 METRES, DEGREES, LABELS = "metres", "degrees", "labels"
 TIMES = ("%Y:%m:%d %H:%M:%S", "%Y%m%d_%H%M%S", "%Y-%m")
@@ -40,6 +41,7 @@ class Photo:
         position: east and north in metres, or latitude and longitude in degrees, as the kind of its source says; not a
             number where it is not known.
         degrees: latitude and longitude, where these are known; else not a number.
+        zone: of UTM, and whether it is north of the equator, where a name says so.
         heading: in degrees from north, clockwise, 0 to 360; None where it is not known.
         time: when it was taken, None where it is not known.
         label: of its place, None where positions decide.
@@ -49,6 +51,7 @@ class Photo:
     path: str
     position: tuple[float, float] = (np.nan, np.nan)
     degrees: tuple[float, float] = (np.nan, np.nan)
+    zone: tuple[int, bool] | None = None
     heading: float | None = None
     time: datetime | None = None
     label: str | None = None
@@ -106,6 +109,8 @@ def from_name(path: str) -> Photo:
     fields = os.path.basename(path).split("@")
     _, east, north, *_ = fields
     photo = Photo(path=path, position=(float(east), float(north)))
+    with suppress(ValueError, IndexError):
+        photo = replace(photo, zone=(int(fields[3]), fields[4].upper() >= "N"))
     with suppress(ValueError, IndexError):
         photo = replace(photo, degrees=(float(fields[5]), float(fields[6])))
     with suppress(ValueError, IndexError):
@@ -302,7 +307,16 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
     if not kept:
         reasons = ", ".join(f"{len(paths)} {reason}" for reason, paths in dropped.items())
         raise ValueError(f"no photo of {len(photos)} can be used ({reasons}); give positions or labels in a csv")
-    return Collection(kept, _metres(kept, kind), kind, dict(dropped), notes)
+    metres = _metres(kept, kind)
+    zones = sorted({photo.zone for photo in kept}, key=str)
+    if len(zones) > 1:
+        names = " ".join("unknown" if zone is None else f"{zone[0]}{'north' if zone[1] else 'south'}" for zone in zones)
+        notes.append(
+            f"names tell of {len(zones)} UTM zones ({names}), whose metres are not on one map: put "
+            f"{ZONES_APART / 1e3:g} km apart, so that places on both sides of a border are not compared"
+        )
+        metres[:, 0] += [zones.index(photo.zone) * ZONES_APART for photo in kept]
+    return Collection(kept, metres, kind, dict(dropped), notes)
 
 
 def _metres(photos: Sequence[Photo], kind: str) -> NDArray[np.float64]:

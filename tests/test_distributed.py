@@ -31,8 +31,7 @@ def gathered(steps, name):
     [
         (2, 6, ""),
         (3, 7, "--freeze_te=none"),  # 7, 7 and 2 of 16 places: uneven, and one process has no place of the last batch
-        (2, 6, "--place_order=similar --extraction_batch_size=3"),
-        (2, 7, "--crossimage_encoder --encoder_training=every_step"),
+        (2, 7, "--crossimage_encoder --encoder_training=every_step --place_order=similar"),
         (2, 6, "--crossimage_encoder --freeze_te=none --grad_cache_chunk=5 --activation_checkpointing"),
     ],
 )

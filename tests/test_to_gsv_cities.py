@@ -306,6 +306,18 @@ def test_of_a_dataset_the_train_split_alone_is_converted(toy_tree, city, tmp_pat
     assert any("places have fewer than 4 photos: train.py leaves them out unless" in line for line in lines)
 
 
+def test_zones_are_not_on_one_map(tmp_path, small_photo, converted):
+    """The same metres in London and in Sydney, and in two letters of one zone, which are one map."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    for zone in ("30@U", "30@T", "56@H"):
+        for i in range(4):
+            shutil.copy(small_photo, folder / f"@700000.0@5700000.{i}@{zone}@@@{zone[-1]}{i}@.jpg")
+    output, lines, fates = converted(folder)
+    assert lines[0].startswith("names tell of 2 UTM zones (30north 56south), whose metres are not on one map")
+    assert lines[1] == "12 photos, of which 12 make 2 places to train on" and lines[2].endswith("4 to 8")
+
+
 def test_labels_do_without_positions(table, converted):
     source = table("path,label", *(f"{name}{i}.jpg,{name}" for name in "abcd" for i in range(4)), "e.jpg,", "f.jpg,f")
     output, lines, fates = converted(source, "--val_share=0.2")
