@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
+from utils.signals import mapped
+
 from .database_queries import like_degrees
 from .exif import gps_position, orientation
 from .photo_files import PHOTO_SUFFIXES, identity, scan
@@ -282,7 +284,7 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
 
     def look(photo: Photo) -> Photo | str:
         """The photo with what its file says, or why it cannot be used."""
-        if not os.path.exists(photo.path):
+        if not os.path.isfile(photo.path):  # a pipe would be waited for
             return "there is no such file"
         exif = photo.path in by_exif
         try:
@@ -297,8 +299,8 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
         return photo
 
     kept = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        seen = tqdm(pool.map(look, photos.values()), total=len(photos), unit="photo", disable=not progress)
+    with mapped(ThreadPoolExecutor(os.cpu_count()), look, list(photos.values())) as looked:
+        seen = tqdm(looked, total=len(photos), unit="photo", disable=not progress)
         for photo, found_out in zip(photos.values(), seen, strict=True):
             if isinstance(found_out, Photo):
                 kept.append(found_out)

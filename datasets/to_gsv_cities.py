@@ -365,7 +365,9 @@ def summary(collection: Collection, fate: Fate) -> list[str]:
             f"{small} places have fewer than {IMAGES_PER_PLACE} photos: train.py leaves them out unless "
             f"--images_per_place is lower"
         )
-    return [*lines, *(f"dropped: {count}, {reason}" for reason, count in lost.items()), *fate.lines]
+    lines += [*(f"dropped: {count}, {reason}" for reason, count in lost.items()), *fate.lines]
+    # A name may hold a line break, or bytes that are not text.
+    return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]
 
 
 def require_new(output: Path, sources: Sequence[Path]) -> None:

@@ -54,7 +54,7 @@ def converted(tmp_path, capsys):
     def run(source, *flags):
         output = tmp_path / "out"
         assert to_gsv_cities.main([str(source), f"--output={output}", *flags]) == 0
-        with open(output / "photos.csv", newline="") as file:
+        with open(output / "photos.csv", newline="", errors="surrogateescape") as file:
             fates = {os.path.basename(row["path"]): (row["use"], row["place"]) for row in csv.DictReader(file)}
         lines = capsys.readouterr().out.splitlines()
         assert lines[:-1] == (output / "summary.txt").read_text().splitlines()
@@ -451,6 +451,25 @@ def refused(capsys, tmp_path, flags, message):
     assert len(said) == 1
     assert re.search(message, said[0]), said[0]
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_what_is_no_file_and_names_that_are_no_text(table, tmp_path, small_photo, converted):
+    """A pipe is not waited for, and folders are named in a line whatever they are called."""
+    source = table(
+        "path,east,north", *rows_at((1, 0), (100, 0)), "pipe.jpg,1,0", "folder,1,0", missing=("pipe.jpg", "folder")
+    )
+    os.mkfifo(tmp_path / "in/pipe.jpg")
+    (tmp_path / "in/folder").mkdir()
+    output, lines, _ = converted(source)
+    assert "dropped: 2, there is no such file" in lines
+    shutil.rmtree(output)
+    odd = os.fsencode(tmp_path) + b"/a\xff\nb"
+    os.mkdir(odd)
+    for i in range(8):
+        shutil.copy(small_photo, odd + b"/@%d@0@%d.jpg" % (100 * (i // 4), i))
+    (tmp_path / "in/film.mov").touch()
+    shutil.copy(tmp_path / "in/film.mov", odd + b"/film.mov")
+    assert converted(os.fsdecode(odd))[1][0].startswith(f"{tmp_path}/a\\udcff\\nb: left out 1 file (1 .mov)")
 
 
 def test_folders_that_are_refused(tmp_path, small_photo, table, capsys):
