@@ -227,6 +227,8 @@ def _kind_of(path: Path, header: list[str]) -> str:
 def _from_cells(cells: dict[str, str], kind: str, where: str) -> Photo:
     def number(name: str) -> float:
         try:
+            if "_" in cells[name]:  # float() takes 1_0 too
+                raise ValueError(cells[name])
             return float(cells[name]) if cells[name] else np.nan
         except ValueError as error:
             raise ValueError(f"{where}: {name} {cells[name]!r} is no number; mend it, or leave it empty") from error
@@ -267,7 +269,7 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
         if source.is_dir():
             kind, found = read_folder(source, notes)
             by_exif |= {photo.path for photo in found} if kind == DEGREES else set()
-        elif source.suffix.lower() == ".csv":
+        elif source.suffix.lower() == ".csv" and source.is_file():
             kind, found = read_csv(source, notes)
         else:
             raise ValueError(

@@ -398,6 +398,8 @@ BAD_TABLES = {  # header, rows, flags, what is said
     "fields": ("path,east,north", ["a.jpg,1,2", "b.jpg,1"], "", "line 3: 2 fields for 3 columns"),
     "no path": ("path,east,north", [",1,2"], "", "line 2: no path"),
     "word": ("path,east,north", ["a.jpg,one,2"], "", "line 2: east 'one' is no number"),
+    "underscore": ("path,lat,lon", ["a.jpg,4_8.5,2"], "", "line 2: lat '4_8.5' is no number"),
+    "decimal comma": ("path,lat,lon", ['a.jpg,"48,5","2,3"'], "", "line 2: lat '48,5' is no number"),
     "infinite": ("path,east,north", ["a.jpg,inf,2"], "", "line 2: east,north inf,2.0 is nowhere"),
     "absurd": ("path,east,north", [*rows_at(*TWO), "a.jpg,1e9,2"], "", "a.jpg: east 1e.09, north 2 is beyond any map"),
     "degrees as metres": ("path,east,north", rows_at((48.85, 2.29), (48.86, 2.29)), "", "look like degrees, .*lat,lon"),
@@ -476,7 +478,8 @@ def test_folders_that_are_refused(tmp_path, small_photo, table, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()
     refused(capsys, tmp_path, [str(photos)], "no photo in .*photos; put the photos there")
-    refused(capsys, tmp_path, [str(tmp_path / "none")], "none is neither a folder nor a .csv that is there")
+    for name in ("none", "none.csv"):
+        refused(capsys, tmp_path, [str(tmp_path / name)], f"{name} is neither a folder nor a .csv that is there")
     shutil.copy(small_photo, photos / "a.jpg")
     refused(capsys, tmp_path, [str(photos)], r"no photo of 1 can be used \(1 no GPS position in EXIF data\)")
     shutil.copy(small_photo, photos / "@500100@4000000@.jpg")
