@@ -9,6 +9,7 @@ from datetime import datetime
 
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image
 from test_own_photos import gps_exif
 
@@ -112,6 +113,26 @@ def test_the_toy_city_as_a_tree_comes_back_as_its_own_places(toy_tree, city, con
     assert (
         all(os.path.islink(path) for path in mine.all_image_paths()) and (output / "places.png").stat().st_size > 5000
     )
+
+
+def test_the_toy_city_as_a_table_is_trained_on_to_the_same_bits(city, tmp_path, converted):
+    """With its places as labels and its photos in their order: the same labels, order of batches and images drawn."""
+    own = GSVCities(city / "gsv_cities", cities=["Boston"], transform=transforms.TrainingTransform((14, 14), 3))
+    with open(city / "gsv_cities/Dataframes/Boston.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    paths = [path for place in range(len(own)) for path in own.image_paths(place)]
+    assert [row["panoid"] for row in rows] == [path.rpartition("_")[2][:-4] for path in paths]
+    lines = [
+        f"{path},{row['lat']},{row['lon']},{int(row['place_id']):05d}" for path, row in zip(paths, rows, strict=True)
+    ]
+    (tmp_path / "boston.csv").write_text("\n".join(("path,lat,lon,label", *lines)) + "\n")
+    output, _, _ = converted(tmp_path / "boston.csv", "--gap=10", "--name=Boston")
+    mine = GSVCities(output / "gsv_cities", transform=own.transform)
+    assert mine.labels.tolist() == own.labels.tolist()
+    for place in range(len(own)):
+        assert [os.path.realpath(path) for path in mine.image_paths(place)] == own.image_paths(place)
+    assert (PlaceBatches(mine, batch_size=3).order(2) == PlaceBatches(own, batch_size=3).order(2)).all()
+    assert torch.equal(mine[1, 2][0], own[1, 2][0])
 
 
 def test_a_conversion_is_trained_on_beside_other_folders(toy_tree, city, converted, tmp_path, caplog):
