@@ -39,7 +39,7 @@ from model.weights import (
     validated_size_of,
 )
 from test import Search, extract, format_recalls, image_batches, images_at_a_time, searched_by_all
-from utils import acceptance, distributed, match_page, pairs, report, run_log, search
+from utils import acceptance, checkpoint, distributed, match_page, pairs, report, run_log, search
 from utils.assignments import AssignedPhoto, draw_assignments
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import allow_tf32, autocast, cast_products, extraction_batch_size, pick_device, reading_workers
@@ -144,6 +144,13 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         pca_paths = pca_images(options, model.descriptor_dim)
         with nullcontext() if asked is None else asked.fitting(str(options.resume)):
             load_checkpoint(model, path, content)
+        if model.projection is not None:
+            if options.pca_dim and asked is None:
+                raise ValueError(
+                    f"--pca_dim {options.pca_dim}: {path} ends with a PCA already, to {model.descriptor_dim} numbers; "
+                    "leave it out, or evaluate the checkpoint without"
+                )
+            logger.info("from the checkpoint: a PCA to %d numbers, of unit norm again", model.descriptor_dim)
         del content
         weights = digest(model.state_dict()) if asked is not None or options.save_map is not None else ""
         if asked is not None:
@@ -497,6 +504,11 @@ def pca_images(options: EvalOptions, descriptor_dim: int) -> list[str]:
     chosen = np.random.default_rng(options.seed).permutation(list_images(folder))[:PCA_IMAGES]
     if options.skip_unreadable:
         chosen = chosen[readable(chosen.tolist(), folder, upright=options.upright)]
+    if options.pca_whiten and options.pca_dim == len(chosen):
+        raise ValueError(
+            f"--pca_whiten: {len(chosen)} images vary in {len(chosen) - 1} directions; use --pca_dim "
+            f"{len(chosen) - 1} at most"
+        )
     if options.pca_dim > min(len(chosen), descriptor_dim):
         raise ValueError(
             f"--pca_dim {options.pca_dim}: descriptors have {descriptor_dim} numbers and {options.pca_dataset_folder} "
@@ -724,6 +736,7 @@ def searches(
             shift=options.shift,
             seed=(options.seed, order),
             pca_dim=options.pca_dim,
+            pca_whiten=options.pca_whiten,
             device=device,
             by_all=searched_by_all(len(dataset.database_paths), options.index),
         )
@@ -1049,6 +1062,11 @@ def write_outputs(
         with outputs.writing(str(folder / pairs.DESCRIPTORS)):
             sides = {"database": dataset.database_paths, task.store: dataset.queries_paths}
             pairs.write_h5(folder, {name: (paths, matches.search.chunks(name)) for name, paths in sides.items()})
+    if options.pca_dim and options.map is None:
+        with outputs.writing(str(folder / "pca.pth")):
+            facts = {"dim": options.pca_dim, "whiten": options.pca_whiten, "context": matches.context}
+            facts |= {"images": str(options.pca_dataset_folder), "count": matches.search.pca.n_samples_}
+            checkpoint.save(folder / "pca.pth", {**matches.search.projection(), "pca": facts})
     if options.save_descriptors:
         with outputs.writing(str(folder / "descriptors")):
             paths = {"database": dataset.database_paths, task.store: dataset.queries_paths}
@@ -1063,7 +1081,9 @@ def write_outputs(
             shown = {n: curve[min(n, len(curve)) - 1] for n in options.recall_values}
             title += f", {matches.context}" * (model.encoder is not None) + f", {format_recalls(shown)}"
         # Of unit vectors the distance tells the cosine; not of those that a PCA, an index or a mean over crops changes.
-        unit = not options.pca_dim and options.index is None and task.test_method not in ("five_crops", "maj_voting")
+        plain_pca = options.pca_dim and not options.pca_whiten
+        mean = task.test_method == "five_crops" and not options.pca_dim
+        unit = not (plain_pca or mean or task.test_method == "maj_voting") and options.index is None
         accepted = None
         if task.accepted_distance is not None:
             accepted = acceptance.accepted(matches.distances[first], task.accepted_distance)

@@ -231,6 +231,9 @@ class EvalOptions(Options):
         None, "queries in the first batch of the unaligned context; by default half of --infer_batch_size", type=int
     )
     pca_dim: int = option(0, "reduce descriptors to so many numbers by PCA; 0 does not")
+    pca_whiten: bool = option(
+        False, "scale what the PCA leaves to the same variance, and descriptors to unit norm again"
+    )
     pca_dataset_folder: Path | None = option(None, "images to fit the PCA on, below --eval_datasets_folder", type=Path)
 
     precision: str = option(
@@ -331,6 +334,7 @@ class EvalOptions(Options):
     def _require_a_part(self) -> None:
         """Refuses options that would be dropped in silence because of others."""
         rules = (
+            ("pca_whiten", self.pca_dim > 0, "--pca_dim"),
             ("majority_weight", self.test_method == "maj_voting", "--test_method maj_voting"),
             ("context_seeds", {*DRAWN_CONTEXTS} & {*self.encoder_context}, "--encoder_context shuffled or paired"),
             ("rerank", self.index == "binary", "--index binary"),
@@ -517,8 +521,11 @@ class TrainOptions(Options):
 
     eval_dataset_name: str = option("pitts30k", "evaluation dataset: <folder>/<name>/images/<split>/{database,queries}")
     val_positive_dist_threshold: float = option(25.0, "a database image this near is correct, in metres")
-    train_dataset_folder: Path | None = option(
-        None, "GSV-Cities; by default <eval_datasets_folder>/gsv_cities", type=Path
+    train_dataset_folder: tuple[Path, ...] | None = option(
+        None,
+        "GSV-Cities, or several folders of its form; by default <eval_datasets_folder>/gsv_cities",
+        nargs="+",
+        type=Path,
     )
     resume: str | None = option(
         None,
@@ -531,12 +538,19 @@ class TrainOptions(Options):
         "official weights of the backbone, or a checkpoint to take its backbone from; DINOv2's are fetched by default",
         type=Path,
     )
-    cities: tuple[str, ...] = option((), "GSV-Cities to train on; by default all that are there", nargs="+", type=str)
+    cities: tuple[str, ...] = option(
+        (), "cities to train on, of all folders; by default all that are there", nargs="+", type=str
+    )
     images_per_place: int = option(4, "images of a place in a batch; places with fewer are left out")
     antialias: bool = option(False, "antialias the evaluation resize (the published protocol does not)")
     train_resize: tuple[int, int] = option((224, 224), "height and width of training images", nargs=2, type=int)
     randaugment_ops: int = option(3, "RandAugment operations an image; 0 for none")
-    place_order: str = option("fixed", "keep the first epoch's order, or not", choices=("fixed", "reshuffled"))
+    place_order: str = option(
+        "fixed",
+        "keep the first epoch's order; draw a new one each epoch; or, from the second on, put places that the model "
+        "confuses into a batch",
+        choices=("fixed", "reshuffled", "similar"),
+    )
 
     freeze_te: int | None = option(
         8, "train the backbone's blocks from this one on; none trains all of it", type=freeze_te, metavar="{N,none}"
@@ -544,7 +558,14 @@ class TrainOptions(Options):
     train_batch_size: int = option(120, "places a batch, of all GPUs together")
     epochs_num: int = option(20, "epochs at most; 0 writes and evaluates the initialised model")
     patience: int = option(3, "stop after this many epochs without a better validation R@1 + R@5")
-    lr: float = option(5e-5, "learning rate; it halves every third epoch")
+    lr: float = option(5e-5, "learning rate, at its highest")
+    lr_schedule: str = option(
+        "halving",
+        "halve learning rates every third epoch, or take them to --lr_end_factor by the end of --epochs_num",
+        choices=("halving", "linear", "cosine"),
+    )
+    warmup_steps: int = option(0, "steps in which learning rates rise before the schedule begins; 0 for none")
+    lr_end_factor: float = option(0.0, "what linear and cosine schedules end at, as a share of the learning rate")
     lr_encoder: float = option(1e-4, "learning rate of the cross-image encoder")
     encoder_training: str = option(
         "released",
@@ -552,6 +573,9 @@ class TrainOptions(Options):
         choices=("released", "every_step"),
     )
     optim: str = option("adam", "optimiser", choices=("adam", "adamw", "sgd"))
+    weight_decay: float | None = option(
+        None, "of all weights; by default the optimiser's own: adam 0, adamw 9.5e-9, sgd 0.001", type=float
+    )
     precision: str = option("fp32", "arithmetic of the training step", choices=("fp32", "tf32", "bf16", "fp16"))
     val_precision: str = option(
         "fp32",
@@ -573,8 +597,16 @@ class TrainOptions(Options):
         # These only round differently.
         free |= {"activation_checkpointing", "grad_cache_chunk", "compile", "deterministic"}
         free |= {"given"}
+        if self.lr_schedule != "halving":  # it ends with the last epoch
+            free -= {"epochs_num"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}
-        return {f"--{name}": value for name, value in values.items() if not isinstance(value, Path)}
+        # Where files lie may change, what they hold may not.
+        return {f"--{name}": value for name, value in values.items() if not _is_path(value)}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What holds for each option that a command line does not name."""
+        return {f"--{entry.name}": entry.default for entry in fields(self)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -584,14 +616,21 @@ class TrainOptions(Options):
         for name in ("lr_encoder", "encoder_training"):
             if name in self.given and not self.crossimage_encoder:
                 logger.warning("--%s has no part without --crossimage_encoder", name)
+        if "lr_end_factor" in self.given and self.lr_schedule == "halving":
+            logger.warning("--lr_end_factor has no part in --lr_schedule halving")
         if self.foundation_model_path is not None and self.resume not in (None, "auto"):
             logger.warning("--foundation_model_path has no part: --resume %s gives all weights", self.resume)
         _require_patches("--train_resize", self.train_resize, BACKBONES[self.backbone].patch_size)
         _require_positive(self, "images_per_place", "train_batch_size", "patience", "lr", "lr_encoder")
         _require_positive(self, "val_positive_dist_threshold")
-        for name in ("epochs_num", "randaugment_ops", "checkpoint_every", "clip_grad_norm", "grad_cache_chunk"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} is negative; use 0 for none")
+        for name in (
+            "epochs_num", "randaugment_ops", "checkpoint_every", "clip_grad_norm", "grad_cache_chunk", "warmup_steps",
+            "weight_decay",
+        ):  # fmt: skip
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"--{name} {getattr(self, name)} is negative or no number; use 0 for none")
+        if not 0 <= self.lr_end_factor <= 1:
+            raise ValueError(f"--lr_end_factor {self.lr_end_factor} is no share of the learning rate; use 0 to 1")
         if self.images_per_place < 2:
             raise ValueError(f"--images_per_place {self.images_per_place} leaves no pair of a place; use 2 or more")
         if len(set(self.cities)) < len(self.cities):
@@ -707,6 +746,18 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+def _is_path(value: Any) -> bool:
+    """Whether it is a path, or several."""
+    return isinstance(value, Path) or (isinstance(value, tuple) and bool(value) and all(map(_is_path, value)))
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or each of several, with its ~ replaced."""
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    return value.expanduser() if isinstance(value, Path) else value
+
+
 def _unknown(words: Sequence[str], flags: Sequence[str], other: type[Options]) -> str:
     """What to say of words on the command line that are neither options nor their values."""
     misspelt = [word.split("=")[0] for word in words if word.startswith("-")] or [words[0]]
@@ -750,7 +801,7 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
     values: dict[str, Any] = vars(given)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     # Shells leave a ~ behind = as it is.
-    values = {name: value.expanduser() if isinstance(value, Path) else value for name, value in values.items()}
+    values = {name: _at_home(value) for name, value in values.items()}
     if isinstance(values.get("resume"), str):
         values["resume"] = os.path.expanduser(values["resume"])
     try:

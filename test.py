@@ -31,6 +31,7 @@ from utils.search import Chunk
 
 CHUNK_BYTES = 2**26  # of descriptors in memory at a time, about
 ENCODED_TOGETHER = 256  # images, about
+FLAT = 1e-8  # a direction's variance is none below so much of the largest, in single precision
 SEARCHED_BY_ALL = 100_000  # database images, from which all processes take part in the search
 
 
@@ -45,7 +46,7 @@ class PlaceDescriber(Protocol):
         """Normalised images B x 3 x H x W to B x K x D, each image by itself."""
 
     def describe(self, vectors: Tensor, group: int | None = None) -> Tensor:
-        """B x K x D to descriptors B x K*D, looking across `group` neighbours."""
+        """B x K x D to descriptors B x K*D, or fewer numbers, looking across `group` neighbours."""
 
     def eval(self) -> nn.Module:
         """Switches dropout off."""
@@ -189,7 +190,7 @@ def descriptors(
         shared: only this process's share of the images, in the chunks in which one process alone would take them.
 
     Yields:
-        Indices (n) and descriptors (n*crops x K*D, the crops of an image below each other), on the CPU.
+        Indices (n) and descriptors (n*crops rows, the crops of an image below each other), on the CPU.
     """
     _, crops, K, D = store.shape
     batch = context.batch_size
@@ -202,7 +203,7 @@ def descriptors(
             continue
         indices = order[start:end]
         vectors = store.read(indices).reshape(-1, K, D)
-        described = np.empty((len(vectors), K * D), dtype=np.float32)
+        described = np.empty((0, 0), dtype=np.float32)
         whole = len(indices) // batch * batch
         # All whole batches, then what is left of the last one.
         bounds = [*range(0, whole, together), whole, len(indices)]
@@ -210,7 +211,10 @@ def descriptors(
             if first < last:
                 rows = slice(first * crops, last * crops)
                 group = min(batch, last - first) * crops
-                described[rows] = model.describe(torch.from_numpy(vectors[rows]).to(device), group).cpu().numpy()
+                found = model.describe(torch.from_numpy(vectors[rows]).to(device), group).cpu().numpy()
+                if not len(described):
+                    described = np.empty((len(vectors), found.shape[1]), dtype=np.float32)
+                described[rows] = found
         yield indices, described
 
 
@@ -234,6 +238,7 @@ class Search:
         shift: queries in the first batch of the "unaligned" context, whole batches aside.
         seed: of the shuffled orders, and of the PCA.
         pca_dim: numbers that a PCA leaves of a descriptor; 0 for none.
+        pca_whiten: scale these to the same variance, and the descriptor to unit L2 norm.
         device: where the model is, and what is searched on.
         by_all: all processes make this object and call `run` at the same points, each for its share of the database;
             else one alone has the cores of the machine.
@@ -250,6 +255,7 @@ class Search:
         shift: int = 0,
         seed: tuple[int, ...] = (0,),
         pca_dim: int = 0,
+        pca_whiten: bool = False,
         device: torch.device,
         by_all: bool = False,
     ):
@@ -283,7 +289,14 @@ class Search:
             from sklearn.decomposition import PCA  # nearly a second to import, and seldom asked for
 
             def fit() -> Any:
-                return PCA(pca_dim, random_state=seed[0]).fit(self.rows("pca"))
+                pca = PCA(pca_dim, whiten=pca_whiten, random_state=seed[0]).fit(self.rows("pca"))
+                if pca_whiten and not pca.explained_variance_[-1] > FLAT * pca.explained_variance_[0]:
+                    lively = int((pca.explained_variance_ > FLAT * pca.explained_variance_[0]).sum())
+                    raise ValueError(
+                        f"--pca_whiten would scale noise: of the {pca_dim} numbers only {lively} vary over the images; "
+                        f"use --pca_dim {lively} at most, or more images that differ"
+                    )
+                return pca
 
             self.pca = distributed.on_main(fit) if by_all else fit()
 
@@ -300,7 +313,17 @@ class Search:
         for indices, rows in self._describe[name](shared=shared):
             if name in self._sets and self.test_method == "five_crops":
                 rows = rows.reshape(len(indices), CROPS[self.test_method], -1).mean(axis=1)
-            yield indices, rows if self.pca is None else self.pca.transform(rows).astype(np.float32)
+            if self.pca is not None:
+                rows = self.pca.transform(rows).astype(np.float32)
+                if self.pca.whiten:
+                    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+            yield indices, rows
+
+    def projection(self) -> dict[str, Tensor]:
+        """The PCA as a linear map: what to subtract, `mean`, D, and what to multiply by, `components`, d x D."""
+        scale = np.sqrt(self.pca.explained_variance_)[:, None] if self.pca.whiten else 1.0
+        found = {"mean": self.pca.mean_, "components": self.pca.components_ / scale}
+        return {name: torch.from_numpy(np.asarray(value, dtype=np.float32)) for name, value in found.items()}
 
     def rows(self, name: str) -> NDArray[np.float32]:
         """All final descriptors, in the order of the images, crops below each other."""

@@ -10,15 +10,18 @@ if __name__ == "__main__":
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
+from datasets import similar_places
 from datasets.alignment import alignment, log_alignment
 from datasets.database_queries import DatabaseQueries
 from datasets.gsv_cities import GSVCities, PlaceBatches
@@ -34,7 +37,7 @@ from model.weights import (
     read_file,
 )
 from test import evaluate, format_recalls, image_batches
-from utils import checkpoint, distributed, report, run_log
+from utils import checkpoint, distributed, report, run_log, search
 from utils.device import (
     allow_tf32,
     autocast,
@@ -76,8 +79,9 @@ def run(options: TrainOptions) -> dict[int, float]:
         require_determinism(options.deterministic)
 
         # The data: places to train on, and the splits that judge.
-        gsv_cities = options.train_dataset_folder or options.eval_datasets_folder / "gsv_cities"
-        photos = [options.eval_datasets_folder / options.eval_dataset_name / "images", gsv_cities / "Images"]
+        gsv_cities = options.train_dataset_folder or (options.eval_datasets_folder / "gsv_cities",)
+        photos = [options.eval_datasets_folder / options.eval_dataset_name / "images"]
+        photos += [folder / "Images" for folder in gsv_cities]
         run_log.require_outside(photos, save_dir=Path("logs") / options.save_dir)
         places = GSVCities(
             gsv_cities,
@@ -99,6 +103,8 @@ def run(options: TrainOptions) -> dict[int, float]:
         if options.train_batch_size < 2:
             raise ValueError("--train_batch_size 1 leaves no other place to tell a place from; use 2 or more")
         batches = PlaceBatches(places, batch_size=options.train_batch_size, place_order=options.place_order)
+        if options.place_order == "similar" and len(batches) == 1:
+            logger.warning("--place_order similar has no part: all %d places share a batch", len(places))
         num_workers = reading_workers(device) if options.num_workers is None else options.num_workers
         loader = ImageLoader(
             places,
@@ -136,6 +142,9 @@ def run(options: TrainOptions) -> dict[int, float]:
             runs = run_log.runs_of(options.save_dir)
             path = distributed.on_main(lambda: checkpoint.newest(runs, read=read_file))
         content = {} if path is None else load_checkpoint(model, path)
+        if model.projection is not None:
+            logger.warning("%s ends with a PCA, which has no part in training: left out", path)
+            model.projection = None
         goes_on = "optimization" in content  # a run of ours; any other file gives its weights to a new run
         foundation = options.foundation_model_path
         published = options.backbone in FOUNDATION_FILES or options.backbone in GATED_FILES
@@ -152,11 +161,16 @@ def run(options: TrainOptions) -> dict[int, float]:
         optimization = Optimization(
             model,
             optim=options.optim,
+            weight_decay=options.weight_decay,
             lr=options.lr,
             lr_encoder=options.lr_encoder,
             encoder_training=options.encoder_training,
             encoder_retired=content.get("encoder_retired", False),
             steps_per_epoch=len(batches),
+            epochs=options.epochs_num,
+            lr_schedule=options.lr_schedule,
+            warmup_steps=options.warmup_steps,
+            lr_end_factor=options.lr_end_factor,
             scale_gradients=options.precision == "fp16",
             clip_grad_norm=options.clip_grad_norm,
         )
@@ -181,6 +195,7 @@ def run(options: TrainOptions) -> dict[int, float]:
                 "the number of places": len(places),
                 "the digest of GSV-Cities' tables": places.digest,
             },
+            unless_said=options.defaults,
             read_every=1 if device.type == "cpu" else 20,
         )
         if distributed.rank():
@@ -223,6 +238,19 @@ def run(options: TrainOptions) -> dict[int, float]:
         )
         while progress.epoch < options.epochs_num and progress.not_improved < options.patience:
             batches.epoch, batches.start = progress.epoch, len(progress.losses)
+            if options.place_order == "similar" and progress.epoch and progress.order is None:
+                progress.order = order_by_similarity(
+                    model,
+                    batches,
+                    partial(
+                        read_images,
+                        transform=evaluation_transform(options.train_resize, antialias=True),
+                        batch_size=similar_places.TOGETHER,
+                    ),
+                    device=device,
+                    precision=options.val_precision,
+                )
+            batches.mined = progress.order
             speed = train_one_epoch(
                 model,
                 loader,
@@ -276,6 +304,68 @@ def initialization_images(options: TrainOptions, places: GSVCities) -> list[str]
         return train.covered_images(10.0)
     logger.info("no train split beside the evaluation dataset: the layer is initialised from GSV-Cities images")
     return places.all_image_paths()
+
+
+@torch.inference_mode()
+def order_by_similarity(
+    model: SuperVLADNet,
+    batches: PlaceBatches,
+    read_images: Callable[..., Iterator[Tensor]],
+    *,
+    device: torch.device,
+    precision: str,
+) -> NDArray[np.int64]:
+    """The order of an epoch in which places that the model confuses share a batch, see `similar_places`.
+
+    It depends on seed, epoch and weights alone; each process describes its share, and no generator of training is used.
+
+    Args:
+        model: what is trained; it describes each photo by itself, in evaluation mode.
+        batches: of the epoch.
+        read_images: paths, and the name of the bar, to batches of `similar_places.TOGETHER` on the device.
+        device: where the model is, and what is searched on.
+        precision: of the backbone, a name from `utils.device.autocast`.
+    """
+    started = time.perf_counter()
+    places, epoch = batches.dataset, batches.epoch
+    model.eval()
+    rng = np.random.default_rng((places.seed, epoch, len(places)))
+    counted = 0
+
+    def nearest(described: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+        nonlocal counted
+        counted = len(described)
+        paths = [path for place in described for path in places.drawn_paths(place, similar_places.IMAGES, rng)]
+        share = distributed.shares(len(paths), similar_places.TOGETHER)[distributed.rank()]  # in the batches of one
+        rows = [np.empty((0, model.descriptor_dim), dtype=np.float32)]
+        for images in read_images(paths[share], progress="similar places"):
+            with autocast(device, precision):
+                vectors = model.cluster_vectors(images)
+            rows.append(model.describe(vectors.float(), group=1).cpu().numpy())
+        of_images = distributed.gather_rows(np.concatenate(rows))
+
+        def search_all() -> NDArray[np.int64]:
+            means = of_images.reshape(len(described), -1, of_images.shape[1]).mean(axis=1)
+            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+            return search.nearest(means, [(np.arange(len(means)), means)], k, device)[1]
+
+        return distributed.on_main(search_all)
+
+    order = similar_places.similar_order(
+        batches.order(epoch),
+        batch_size=batches.batch_size,
+        images_per_place=places.images_per_place,
+        rng=rng,
+        nearest=nearest,
+    )
+    logger.info(
+        "epoch %d: %d of %d places were described in %.1f s, and those alike share a batch",
+        epoch + 1,
+        counted,
+        len(places),
+        time.perf_counter() - started,
+    )
+    return order
 
 
 def train_one_epoch(

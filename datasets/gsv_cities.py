@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -53,11 +54,54 @@ def find_cities(folder: Path) -> list[str]:
             f"no GSV-Cities in {folder}: {folder}/Dataframes/<City>.csv is missing; download GSV-Cities, or name its "
             "place with --train_dataset_folder"
         )
-    missing = [city for city in CITIES if city not in present]
-    # A folder with none of them holds something else, and so does the toy city's: nothing is missing there.
-    if 0 < len(missing) < len(CITIES) and not (folder / MADE).exists():
-        logger.warning("%d of the 23 GSV-Cities are not in %s: %s", len(missing), folder, " ".join(missing))
     return [city for city in CITIES if city in present] + sorted(present.difference(CITIES))
+
+
+def select_cities(folders: Sequence[Path], cities: Sequence[str] | None = None) -> list[tuple[Path, str]]:
+    """The cities asked for, each with its folder; a name that several folders have is a city in each of them.
+
+    Args:
+        folders: of GSV-Cities' form.
+        cities: names, in the order that gives the labels; None takes all, folder by folder, as `find_cities`.
+
+    Raises:
+        FileNotFoundError: a folder without a table, or a name that no folder has.
+        ValueError: the same folder twice.
+    """
+    for i, folder in enumerate(folders):
+        if twin := next((other for other in folders[:i] if other.resolve() == folder.resolve()), None):
+            raise ValueError(f"--train_dataset_folder {twin} and {folder} are the same folder; name each once")
+    found = [(folder, city) for folder in folders for city in find_cities(folder)]
+    if cities:
+        if absent := [city for city in cities if all(name != city for _, name in found)]:
+            raise FileNotFoundError(
+                f"no table {', '.join(f'{city}.csv' for city in absent)} in "
+                f"{', '.join(f'{folder}/Dataframes' for folder in folders)}; leave {' '.join(absent)} out of --cities "
+                "or add the file"
+            )
+        found = [(folder, name) for city in cities for folder, name in found if name == city]
+        if unused := [str(folder) for folder in folders if all(folder != other for other, _ in found)]:
+            logger.warning("--cities %s leaves nothing of %s", " ".join(cities), " and ".join(unused))
+    else:
+        _warn_of_missing(found)
+    for city, count in Counter(name for _, name in found).items():
+        if count > 1:
+            logger.warning(
+                "%s is in %s: taken as %d cities, so a place that is in two of them would pass for two places",
+                city,
+                " and ".join(str(folder) for folder, name in found if name == city),
+                count,
+            )
+    return found
+
+
+def _warn_of_missing(found: Sequence[tuple[Path, str]]) -> None:
+    """Names the known cities that are nowhere, where some of them are somewhere."""
+    # A folder with none of them holds something else, and so does the toy city's: nothing is missing there.
+    present = {city: folder for folder, city in found if city in CITIES and not (folder / MADE).exists()}
+    if missing := [city for city in CITIES if city not in present] if present else []:
+        folders = " and ".join(dict.fromkeys(map(str, present.values())))
+        logger.warning("%d of the 23 GSV-Cities are not in %s: %s", len(missing), folders, " ".join(missing))
 
 
 def _is_whole(text: str) -> bool:
@@ -175,11 +219,14 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
     the arrays instead of copying them.
 
     Args:
-        folder: holds `Dataframes` and `Images`.
-        cities: which, in the order that gives the labels; None takes all that are there.
+        folders: each holds `Dataframes` and `Images`; one, or several, whose cities follow each other.
+        cities: which, in the order that gives the labels; None takes all that are there. See `select_cities`.
         images_per_place: K; places with fewer images are left out.
         transform: a Pillow image to bytes 3 x H x W, drawing from torch's global generator if at all.
         seed: of the images drawn and of their augmentation.
+
+    Attributes:
+        cities: their names, in the order of the labels.
 
     Raises:
         FileNotFoundError, ValueError: a city's table is missing or broken, or no place has K images.
@@ -187,19 +234,21 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
 
     def __init__(
         self,
-        folder: Path,
+        folders: Path | Sequence[Path],
         *,
         cities: Sequence[str] | None = None,
         images_per_place: int = 4,
         transform: Callable[[Image.Image], Tensor],
         seed: int = 0,
     ):
-        self.images_folder = folder / "Images"
-        self.cities = list(cities) if cities else find_cities(folder)
+        self.folders = [folders] if isinstance(folders, Path) else list(folders)
+        selected = select_cities(self.folders, cities)
+        self._city_folders = [folder for folder, _ in selected]
+        self.cities = [city for _, city in selected]
         self.images_per_place = images_per_place
         self.transform = transform
         self.seed = seed
-        rows = [read_city(folder, city) for city in self.cities]
+        rows = [read_city(folder, city) for folder, city in selected]
         labels = np.concatenate([ids + LABELS_PER_CITY * index for index, (ids, _) in enumerate(rows)])
         names = np.concatenate([names for _, names in rows])
         order = np.argsort(labels, kind="stable")
@@ -209,12 +258,14 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
         self.labels, self.first, self.counts = unique[enough], first[enough], counts[enough]
         if not len(self.labels):
             raise ValueError(
-                f"no place in {folder} ({', '.join(self.cities)}) has {images_per_place} images; "
+                f"no place in {', '.join(map(str, self.folders))} ({', '.join(self.cities)}) has {images_per_place} "
+                "images; "
                 "lower --images_per_place or add cities"
             )
 
     def __str__(self) -> str:
-        return f"GSV-Cities ({len(self.labels)} places, {self.image_count} images, {len(self.cities)} cities)"
+        several = f", {len(self.folders)} folders" if len(self.folders) > 1 else ""
+        return f"GSV-Cities ({len(self.labels)} places, {self.image_count} images, {len(self.cities)} cities{several})"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -235,7 +286,13 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
     def image_paths(self, place: int) -> list[str]:
         """Paths of all images of a place."""
         names = self.names[self.first[place] : self.first[place] + self.counts[place]]
-        return [f"{self.images_folder}/{name.decode()}" for name in names.tolist()]
+        folder = self._city_folders[self.labels[place] // LABELS_PER_CITY] / "Images"
+        return [f"{folder}/{name.decode()}" for name in names.tolist()]
+
+    def drawn_paths(self, place: int, count: int, rng: np.random.Generator) -> list[str]:
+        """Paths of so many images of a place, drawn without replacement, or of all where it has fewer."""
+        paths = self.image_paths(place)
+        return [paths[index] for index in rng.choice(len(paths), size=min(count, len(paths)), replace=False)]
 
     def all_image_paths(self) -> list[str]:
         """Paths of the images of every place."""
@@ -267,7 +324,10 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
         dataset: whose places.
         batch_size: places a batch.
         place_order: "fixed" keeps the first epoch's order, as the released code does; "reshuffled" draws a new one each
-            epoch, as GSV-Cities' own code does.
+            epoch, as GSV-Cities' own code does, and so does "similar", for what `mined` is made of.
+
+    Attributes:
+        mined: the order of the present epoch where it was made of what the model confuses, see `similar_places`.
 
     Of several processes each gets its share of every batch: a run of neighbours, so that the shares make up the batch
     in its order. A process whose share of a short last batch is empty gets a place that does not count, see `shares`.
@@ -278,6 +338,7 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
         self.batch_size = batch_size
         self.place_order = place_order
         self.epoch = 0
+        self.mined: NDArray[np.int64] | None = None
         self.start = 0  # the first batch of the epoch that is still to come
 
     def __len__(self) -> int:
@@ -291,7 +352,7 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The places in the order of an epoch."""
-        rng = np.random.default_rng((self.dataset.seed, epoch if self.place_order == "reshuffled" else 0))
+        rng = np.random.default_rng((self.dataset.seed, 0 if self.place_order == "fixed" else epoch))
         cities = self.dataset.labels // LABELS_PER_CITY
         order = []
         for city in np.unique(cities):
@@ -302,7 +363,7 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
         return np.concatenate(order)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = self.order(self.epoch)
+        order = self.order(self.epoch) if self.mined is None else self.mined
         for start in range(self.start * self.batch_size, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             share = batch[distributed.shares(len(batch))[distributed.rank()]]

@@ -7,6 +7,8 @@ The ONNX file takes `images`, B x 3 x H x W in [0, 1] with ImageNet's mean and s
 and of the one size that it was written for, and gives `descriptors`, B x K*D. It is compared with PyTorch before it is
 put into place.
 The safetensors file is another form of the checkpoint, which eval.py and train.py read.
+With `--pca`, the model ends with the PCA that `eval.py --pca_dim` fitted, and its descriptors, of fewer numbers, are of
+unit norm again; metadata say it as `pca`, and eval.py applies it without being asked.
 Both carry as metadata, in JSON, what the model is (`model`) and how photos become images: `resize` (height and width),
 `antialias`, `upright` (turned as EXIF says), `mean` and `std`; by default as the checkpoint says, if it was exported,
 else as eval.py prepares those of plain folders, which follows a safetensors file in turn. `validated_at` is the size at
@@ -53,6 +55,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ),
         parser.add_argument(
             "--upright", action=either, help="whether EXIF turns photos; by default the file's own, else so"
+        ),
+        parser.add_argument(
+            "--pca", type=Path, help="the pca.pth of an evaluation with --pca_dim, to become the model's last part"
         ),
         parser.add_argument("--backbone", choices=tuple(BACKBONES), help="by default the file's own, else dino"),
         parser.add_argument(
@@ -137,7 +142,9 @@ from .weights import (
     RELEASED,
     find_checkpoint,
     load_checkpoint,
+    load_projection,
     model_of,
+    pca_of,
     preparation_of,
     read_file,
     size_of,
@@ -280,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.resize:
                 require_patches("--resize", options.resize, backbone)
             load_checkpoint(model, path, content)
+            pca = pca_of(content) if options.pca is None else load_projection(model, options.pca)
             validated_at = validated_size_of(content, settings["backbone"])
             if str(options.resume) in RELEASED and path != options.resume:
                 validated_at = RELEASED_SIZE
@@ -299,6 +307,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             facts = {**preparation, "resize": size, "mean": MEAN, "std": STD}
             if validated_at is not None:
                 facts["validated_at"] = validated_at
+            if pca is not None:
+                facts["pca"] = pca
+                whitened = ", whitened" * bool(pca.get("whiten"))
+                print(f"a PCA leaves {model.descriptor_dim} of {model.vectors_dim} numbers{whitened}, of unit norm")
             metadata = {"model": json.dumps(settings), "source": path.name}
             metadata |= {name: json.dumps(value) for name, value in facts.items()}
             _write(model, options.output, size=size, metadata=metadata)

@@ -16,6 +16,25 @@ def normalized(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=1).to(x.dtype) if x.dtype == torch.float16 else F.normalize(x, dim=1)
 
 
+class Projection(nn.Module):
+    """A PCA of descriptors as a linear map: B x inputs to B x outputs of unit L2 norm; it is loaded, never trained.
+
+    Args:
+        inputs: numbers in a descriptor before it, K*D.
+        outputs: numbers that it leaves.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("components", torch.zeros(outputs, inputs))  # whitened ones over their deviations
+        self.mean: Tensor
+        self.components: Tensor
+
+    def forward(self, descriptors: Tensor) -> Tensor:
+        return normalized((descriptors - self.mean) @ self.components.T)
+
+
 class SuperVLADNet(nn.Module):
     """Backbone, aggregation and, perhaps, the encoder across the images of a batch.
 
@@ -25,6 +44,7 @@ class SuperVLADNet(nn.Module):
         encoder: cluster vectors to cluster vectors, looking across the batch; None leaves it out.
 
     Attributes:
+        projection: a PCA that ends the network, of an exported file; None elsewhere, in training always.
         grad_cache_chunk: images whose activations the backward pass holds at a time; 0 holds the whole batch's. In
             chunks, the forward pass keeps cluster vectors only, and the backward pass computes each chunk once more:
             the gradient is the same, a forward pass is the price. Source: Gao et al., Scaling Deep Contrastive Learning
@@ -36,11 +56,17 @@ class SuperVLADNet(nn.Module):
         self.backbone = backbone
         self.aggregation = aggregation
         self.encoder = encoder
+        self.projection: Projection | None = None
         self.grad_cache_chunk = 0
 
     @property
     def descriptor_dim(self) -> int:
-        """Numbers in a descriptor, K*D."""
+        """Numbers in a descriptor, K*D, or what the projection leaves of them."""
+        return self.vectors_dim if self.projection is None else len(self.projection.components)
+
+    @property
+    def vectors_dim(self) -> int:
+        """Numbers in an image's cluster vectors, K*D."""
         return self.aggregation.clusters * self.aggregation.dim
 
     @property
@@ -72,7 +98,7 @@ class SuperVLADNet(nn.Module):
             group: neighbours that the encoder looks across, a divisor of B; None for the whole batch.
 
         Returns:
-            B x K*D.
+            B x K*D, or what the projection leaves of them.
         """
         if self.encoder is not None:
             B, K, D = vectors.shape
@@ -80,7 +106,8 @@ class SuperVLADNet(nn.Module):
             sequences = vectors.view(B // n, n, K, D).transpose(0, 1).reshape(n, B // n * K, D)
             encoded: Tensor = self.encoder(sequences)
             vectors = encoded.view(n, B // n, K, D).transpose(0, 1).reshape(B, K, D)
-        return normalized(vectors.flatten(1))
+        descriptors = normalized(vectors.flatten(1))
+        return descriptors if self.projection is None else self.projection(descriptors)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images B x 3 x H x W (sides multiples of the patch's) to descriptors B x K*D of unit L2 norm."""

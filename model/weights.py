@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .dinov2 import DINOv2
 from .dinov3 import DINOv3
-from .network import SuperVLADNet
+from .network import Projection, SuperVLADNet
 from .sizes import BACKBONES, BackboneSize
 
 logger = logging.getLogger(__name__)
@@ -193,6 +193,16 @@ def preparation_of(content: dict[str, Any]) -> dict[str, bool]:
     return {name: content[name] for name in ("antialias", "upright") if isinstance(content.get(name), bool)}
 
 
+def pca_of(content: dict[str, Any]) -> dict[str, Any] | None:
+    """What an exported file says of the PCA that its model ends with; None where it says nothing.
+
+    Args:
+        content: of its file.
+    """
+    written = content.get("pca")
+    return written if isinstance(written, dict) else None
+
+
 def cached(file: str) -> Path:
     """Where torch.hub keeps a weight file; its folder is made if missing."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -265,7 +275,7 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-_WRITTEN = ("model", "resize", "validated_at", "antialias", "upright")  # by model.export, in JSON
+_WRITTEN = ("model", "resize", "validated_at", "antialias", "upright", "pca")  # by model.export, in JSON
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -316,6 +326,8 @@ def load_foundation(backbone: DINOv2 | DINOv3, path: Path) -> None:
 def load_checkpoint(model: SuperVLADNet, path: Path, content: dict[str, Any] | None = None) -> dict[str, Any]:
     """Loads a checkpoint (released, ours, or a bare state dict), every key of which must fit.
 
+    The file alone decides whether the model ends with a PCA (`model.projection`).
+
     Args:
         model: gets the weights.
         path: of the file.
@@ -333,8 +345,41 @@ def load_checkpoint(model: SuperVLADNet, path: Path, content: dict[str, Any] | N
         state, content = content, {}
     state = _plain_names(state, path)
     _require_options(model, state, model_of(path, content), path)
+    components = state.get("projection.components")
+    model.projection = None if components is None else _projection_for(model, components, path)
     _load(model, state, path)
     return content
+
+
+def load_projection(model: SuperVLADNet, path: Path) -> dict[str, Any]:
+    """Ends a model with the PCA that eval.py wrote with `--pca_dim`.
+
+    Returns:
+        What the file says of it: `dim`, `whiten`, `images`, `count` and `context`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_file`, it holds no such PCA, or one of other descriptors.
+    """
+    content = read_file(path)
+    mean, components, facts = (content.get(name) for name in ("mean", "components", "pca"))
+    if not isinstance(mean, Tensor) or not isinstance(components, Tensor) or not isinstance(facts, dict):
+        raise ValueError(f"{path} holds no PCA; give the pca.pth that eval.py --pca_dim leaves in its folder")
+    if model.projection is not None:
+        raise ValueError("the checkpoint ends with a PCA already; leave out --pca, or export from the one without")
+    projection = _projection_for(model, components, path)
+    _load(projection, {"mean": mean, "components": components}, path)
+    model.projection = projection
+    return facts
+
+
+def _projection_for(model: SuperVLADNet, components: Tensor, path: Path) -> Projection:
+    outputs, inputs = components.shape if components.ndim == 2 else (0, 0)
+    if inputs != model.vectors_dim:
+        raise ValueError(
+            f"{path} has a PCA of descriptors of {inputs} numbers, but the model's have {model.vectors_dim}; use the "
+            "PCA that was fitted on this model"
+        )
+    return Projection(inputs, outputs)
 
 
 # Parts that wrappers put into the names: DataParallel (which the released training used) and DistributedDataParallel,

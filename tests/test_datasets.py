@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor
 
-from datasets import database_queries, gsv_cities
+from datasets import database_queries, gsv_cities, similar_places
 from datasets.database_queries import DatabaseQueries, list_images, utm_positions
 from datasets.gsv_cities import GSVCities, PlaceBatches, image_name, read_city
 from datasets.randaugment import RandAugment
@@ -70,6 +70,60 @@ def test_no_city_is_missing_where_there_are_no_gsv_cities(city, tmp_path, caplog
     write_table(tmp_path, "Atlantis", [(1, 6)])
     places_of(tmp_path)
     assert "23" not in caplog.text
+
+
+@pytest.fixture
+def three_folders(tmp_path):
+    """Two that share a city, and one's own."""
+    for name, cities in (("A", ("Boston", "London")), ("B", ("London", "Atlantis")), ("C", ("Zoo", "Ark"))):
+        (tmp_path / name).mkdir()
+        for city in cities:
+            write_table(tmp_path / name, city, [(3, 4), (7, 5)])
+    return [tmp_path / name for name in "ABC"]
+
+
+def test_several_folders_follow_each_other_and_their_labels_never_meet(three_folders, caplog):
+    places = places_of(three_folders)
+    assert places.cities == ["Boston", "London", "London", "Atlantis", "Ark", "Zoo"]
+    assert places.labels.tolist() == [i * 100_000 + place for i in range(6) for place in (3, 7)]
+    first = [places.image_paths(place)[0] for place in range(0, 12, 2)]
+    assert [path.split("/")[-4:-1] for path in first] == [
+        [folder, "Images", city] for folder, city in zip("AABBCC", places.cities, strict=True)
+    ]
+    assert len(set(places.all_image_paths())) == 54 and str(places).endswith(
+        "(12 places, 54 images, 6 cities, 3 folders)"
+    )
+    # What one folder lacks of the 23 another may have; a name that is there twice is told.
+    missing, twice = caplog.messages
+    assert missing.startswith(f"21 of the 23 GSV-Cities are not in {three_folders[0]} and {three_folders[1]}: Bangkok")
+    assert twice.startswith(f"London is in {three_folders[0]} and {three_folders[1]}: taken as 2 cities")
+    # No place twice in an epoch, and batches go city by city.
+    order = PlaceBatches(places, batch_size=4).order(0)
+    assert sorted(order) == list(range(12)) and (np.diff(places.labels[order] // 100_000) >= 0).all()
+
+
+def test_one_folder_is_what_it_was(three_folders):
+    alone, listed = places_of(three_folders[2]), places_of(three_folders[2:])
+    assert alone.digest == listed.digest == "3336a2e83b67efbb"
+    assert alone.labels.tolist() == [3, 7, 100_003, 100_007] and alone.all_image_paths() == listed.all_image_paths()
+    assert PlaceBatches(alone, batch_size=2).order(0).tolist() == [1, 0, 2, 3]
+
+
+def test_cities_are_selected_over_all_folders(three_folders, caplog):
+    places = places_of(three_folders, cities=["Zoo", "London"])
+    assert places.cities == ["Zoo", "London", "London"]
+    assert [path.split("/")[-4] for path in map(places.image_paths, (0, 2, 4)) for path in path[:1]] == ["C", "A", "B"]
+    assert [message.split(":")[0].split()[0] for message in caplog.messages] == ["London"]
+    places_of(three_folders, cities=["Zoo", "Boston"])
+    assert caplog.messages[-1] == f"--cities Zoo Boston leaves nothing of {three_folders[1]}"
+    with pytest.raises(
+        FileNotFoundError, match=r"no table Rome.csv, Oslo.csv in .*A/Dataframes, .*leave Rome Oslo out"
+    ):
+        places_of(three_folders, cities=["Rome", "Zoo", "Oslo"])
+    with pytest.raises(ValueError, match="--train_dataset_folder .*A and .*A/../A are the same folder"):
+        places_of([three_folders[0], three_folders[1], three_folders[0] / ".." / "A"])
+    with pytest.raises(FileNotFoundError, match="no GSV-Cities in .*nowhere"):
+        places_of([three_folders[0], three_folders[0] / "nowhere"])
 
 
 def test_gsv_cities_refusals(tmp_path):
@@ -183,6 +237,63 @@ def test_order_goes_city_by_city_and_is_kept_or_redrawn(tmp_path):
     assert sorted(reshuffled.order(1)) == sorted(order) and reshuffled.order(1).tolist() != order
     other_seed = places_of(tmp_path, seed=1)
     assert PlaceBatches(other_seed, batch_size=12).order(0).tolist() != order
+
+
+def test_cliques_are_of_the_nearest_that_are_left(monkeypatch):
+    """Six places on a line at 0, 1, 2 and 10, 11, 12, in cliques of three."""
+    monkeypatch.setattr(similar_places, "CLIQUE", 3)
+    positions = np.array([0, 10, 1, 11, 2, 12])
+    near = np.abs(positions[:, None] - positions).argsort(axis=1, kind="stable")
+    for seed in range(5):
+        found = similar_places.cliques(near, np.random.default_rng(seed))
+        assert sorted(map(sorted, found)) == [[0, 2, 4], [1, 3, 5]]
+    # Where only two neighbours are looked at and others were quicker, a clique stays short.
+    found = similar_places.cliques(near[:, :2], np.random.default_rng(0))
+    assert sorted(sum(found, [])) == list(range(6)) and max(map(len, found)) == 2
+
+
+def test_how_many_places_are_described():
+    """An eighth of an epoch's images, two a place, in whole batches; of few places all that four batches hold."""
+    counted = similar_places.count_described
+    assert counted(1152, batch_size=32, images_per_place=4) == 288
+    assert counted(62_000, batch_size=120, images_per_place=4) == 129 * 120  # 15,480 of 15,500
+    assert counted(500_000, batch_size=120, images_per_place=4) == 136 * 120, "16,384 at most"
+    assert [counted(n, batch_size=4, images_per_place=4) for n in (3, 4, 5, 16, 19)] == [0, 0, 4, 16, 16]
+
+
+def test_similar_places_share_batches_and_the_others_keep_their_order():
+    """200 places on a circle; the nearest by angle."""
+    calls = []
+
+    def nearest(described, k):
+        calls.append(described)
+        apart = np.abs(described[:, None] - described) % 200
+        return np.minimum(apart, 200 - apart).argsort(axis=1, kind="stable")[:, :k]
+
+    order = np.random.default_rng(9).permutation(200)
+    settings = {"batch_size": 8, "images_per_place": 4, "nearest": nearest}
+    found = similar_places.similar_order(order, **settings, rng=np.random.default_rng(1))
+    (described,) = calls
+    assert sorted(found) == list(range(200)) and len(set(described)) == 48
+    hard = np.isin(found, described).reshape(-1, 8)
+    assert (hard.all(axis=1) | ~hard.any(axis=1)).all() and hard.all(axis=1).sum() == 6
+    assert not hard[:6].all(), "hard batches are spread over the epoch"
+    spread = [np.abs(np.diff(np.sort(batch))).min() for batch in found.reshape(-1, 8)]
+    assert np.mean(np.array(spread)[hard.all(axis=1)]) < 6
+    again = similar_places.similar_order(order, **settings, rng=np.random.default_rng(1))
+    other = similar_places.similar_order(order, **settings, rng=np.random.default_rng(2))
+    assert again.tolist() == found.tolist() != other.tolist()
+    # A short last batch stays the last.
+    short = similar_places.similar_order(np.arange(199), **settings, rng=np.random.default_rng(1))
+    assert sorted(short) == list(range(199)) and not np.isin(short[192:], calls[-1]).any()
+
+
+def test_similar_begins_as_the_others_do(tmp_path):
+    write_table(tmp_path, "London", [(place, 4) for place in range(9)])
+    first = [PlaceBatches(places_of(tmp_path), batch_size=4, place_order=name) for name in ("fixed", "similar")]
+    assert list(first[0]) == list(first[1])
+    first[1].mined = np.arange(9)[::-1]
+    assert [[place for _, place in batch] for batch in first[1]] == [[8, 7, 6, 5], [4, 3, 2, 1], [0]]
 
 
 def test_a_place_of_many_images_tends_to_come_early(tmp_path):

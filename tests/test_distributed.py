@@ -31,7 +31,7 @@ def gathered(steps, name):
     [
         (2, 6, ""),
         (3, 7, "--freeze_te=none"),  # 7, 7 and 2 of 16 places: uneven, and one process has no place of the last batch
-        (2, 7, "--crossimage_encoder --encoder_training=every_step"),
+        (2, 7, "--crossimage_encoder --encoder_training=every_step --place_order=similar"),
         (2, 6, "--crossimage_encoder --freeze_te=none --grad_cache_chunk=5 --activation_checkpointing"),
         (2, 6, "--backbone=dinov3_tiny --backbone_blocks=3 --freeze_te=0 --resize 64 64 --train_resize 64 64"),
     ],

@@ -264,6 +264,14 @@ def test_pca(evaluated, city):
     assert results_of(folder)["descriptor_dim"] == 6
 
 
+def test_a_pca_of_no_spare_direction_is_not_whitened(city, weights, tmp_path, capsys):
+    flags = [*SMALL, f"--resume={weights}/plain.pth", f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city"]
+    flags += [f"--save_dir={tmp_path}/run", "--pca_dim=20", "--pca_dataset_folder=toy_city/images/train"]
+    with pytest.raises(SystemExit):
+        eval_script.main([*flags, "--pca_whiten"])
+    assert "--pca_whiten: 20 images vary in 19 directions; use --pca_dim 19 at most" in capsys.readouterr().err
+
+
 def test_a_pca_of_too_many_numbers_leaves_no_folder(city, weights, tmp_path, capsys):
     flags = [*SMALL, f"--resume={weights}/plain.pth", f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city"]
     with pytest.raises(SystemExit):

@@ -182,6 +182,27 @@ def test_pca_by_hand(model, dataset, stored):
     np.testing.assert_array_equal(predictions, np.argsort(expected, axis=1)[:, :3])
 
 
+def test_whitened_numbers_vary_alike_and_are_normalised_again(model, dataset, stored):
+    stores = {name: stored(dataset.database_paths, name=name) for name in ("database", "queries", "pca")}
+    run = Search(model, stores, infer_batch_size=4, pca_dim=5, pca_whiten=True, device=CPU)
+    rows, database = run.rows("queries"), by_hand(model, dataset.database_paths, 4)
+    whitened = PCA(5, whiten=True, random_state=0).fit_transform(database)
+    np.testing.assert_allclose(whitened.std(axis=0, ddof=1), 1, rtol=1e-3)
+    np.testing.assert_allclose(rows, whitened / np.linalg.norm(whitened, axis=1, keepdims=True), atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    # As one linear map, which an exported file carries.
+    found = run.projection()
+    mapped = (torch.from_numpy(database) - found["mean"]) @ found["components"].T
+    np.testing.assert_allclose(mapped, whitened, atol=1e-3)
+
+
+def test_whitening_what_does_not_vary_is_refused(model, dataset, stored):
+    paths = dataset.database_paths
+    stores = {name: stored(paths, name=name) for name in ("database", "queries")} | {"pca": stored(paths[:4] * 2)}
+    with pytest.raises(ValueError, match="of the 5 numbers only 3 vary over the images; use --pca_dim 3 at most"):
+        Search(model, stores, infer_batch_size=1, pca_dim=5, pca_whiten=True, device=CPU)
+
+
 def test_database_and_queries_share_no_batch(model, dataset, tmp_path):
     recalls = evaluate(
         model,

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from test_readme import example_with
 
 import eval as eval_script
+import hubconf
+import train as train_script
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform, prepare
 from model import build_model, export, weights
 from model.weights import load_checkpoint, read_file
@@ -104,6 +106,98 @@ def test_safetensors(saved, tmp_path, city, capsys):
         recalls.append(json.loads((folder / "results.json").read_text())["recalls"])
         assert "from the checkpoint: --backbone dino_tiny, --supervlad_clusters" in (folder / "info.log").read_text()
     assert recalls[0] == recalls[1]
+
+
+@pytest.fixture
+def evaluated(tmp_path, city):
+    """A finished evaluation's folder: by `--save_descriptors`, of a file and with options."""
+    flags = "--eval_dataset_name=toy_city --num_workers=0 --device=cpu --resize 56 56 --save_descriptors"
+
+    def run(file, *more):
+        save_dir = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        given = [*flags.split(), f"--eval_datasets_folder={city}", f"--resume={file}", f"--save_dir={save_dir}", *more]
+        eval_script.main(given)
+        return next(save_dir.iterdir())
+
+    return run
+
+
+def numbers_of(folder):
+    return np.load(folder / "descriptors" / "queries.npy")
+
+
+@pytest.mark.parametrize(("saved", "whiten"), [("encoder", True), ("one_cluster", False)], indirect=["saved"])
+def test_a_pca_becomes_part_of_the_file(saved, evaluated, tmp_path, capsys, whiten):
+    """With and without the encoder: what eval.py computes with the options, the file gives by itself."""
+    model, settings, path = saved
+    flags = ["--pca_dim=6", "--pca_dataset_folder=toy_city/images/train", *["--pca_whiten"] * whiten]
+    fitted = evaluated(path, *flags)
+    expected = numbers_of(fitted)
+    assert (abs(np.linalg.norm(expected, axis=1) - 1) < 1e-5).all() == whiten, "published figures: not again"
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    file, onnx = tmp_path / "small.safetensors", tmp_path / "small.onnx"
+    for output in (file, onnx)[: 1 + whiten]:  # the second takes seconds
+        export.main(f"--resume {path} --pca {fitted}/pca.pth --resize 56 56 --output {output}".split())
+    shown = capsys.readouterr().out
+    assert f"a PCA leaves 6 of {model.descriptor_dim} numbers{', whitened' * whiten}, of unit norm" in shown
+    folder = evaluated(file)
+    np.testing.assert_allclose(numbers_of(folder), expected, atol=2e-5)
+    log = (folder / "info.log").read_text()
+    assert "from the checkpoint: a PCA to 6 numbers, of unit norm again" in log
+    results = json.loads((folder / "results.json").read_text())
+    assert results["descriptor_dim"] == 6
+    if whiten:
+        assert results["recalls"] == json.loads((fitted / "results.json").read_text())["recalls"]
+    # Others read it too: torch.hub's copy of the package, ONNX Runtime, and who exports it again.
+    images = torch.randn(3, 3, 56, 56)
+    hub = hubconf._ours("model", "weights")
+    loaded = hubconf._ours("model").build_model(**settings)
+    assert hub.load_checkpoint(loaded, file)["pca"]["whiten"] is whiten
+    with torch.inference_mode():
+        mine = loaded.eval()(images).numpy()
+    assert mine.shape == (3, 6)
+    if whiten:
+        (theirs,) = onnxruntime.InferenceSession(onnx).run(None, {"images": images.numpy()})
+        np.testing.assert_allclose(theirs, mine, atol=1e-5)
+    export.main(f"--resume {file} --output {tmp_path}/again.safetensors".split())
+    assert read_file(tmp_path / "again.safetensors")["pca"]["dim"] == 6
+    assert torch.equal(
+        read_file(tmp_path / "again.safetensors")["model_state_dict"]["projection.mean"],
+        read_file(file)["model_state_dict"]["projection.mean"],
+    )
+
+
+@pytest.mark.parametrize("saved", ["one_cluster"], indirect=True)
+def test_a_pca_that_does_not_fit(saved, evaluated, tmp_path, capsys, city):
+    model, settings, path = saved
+    flags = ["--pca_dim=6", "--pca_dataset_folder=toy_city/images/train"]
+    fitted = evaluated(path, *flags) / "pca.pth"
+    content = read_file(fitted)
+    file = tmp_path / "small.safetensors"
+    export.main(f"--resume {path} --pca {fitted} --output {file}".split())
+    torch.save({**content, "components": content["components"][:, 1:]}, tmp_path / "other.pth")
+    for source, pca, told in (
+        (path, path, "best_model.pth holds no PCA; give the pca.pth that eval.py --pca_dim leaves"),
+        (path, tmp_path / "other.pth", f"has a PCA of descriptors of {model.vectors_dim - 1} numbers, but the model's"),
+        (path, tmp_path / "none.pth", "no weight file at"),
+        (file, fitted, "the checkpoint ends with a PCA already; leave out --pca"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            export.main(f"--resume {source} --pca {pca} --output {tmp_path}/b.safetensors".split())
+        assert exit_.value.code == 2 and told in capsys.readouterr().err
+        assert not (tmp_path / "b.safetensors").exists()
+    with pytest.raises(SystemExit):
+        evaluated(file, *flags)
+    assert "ends with a PCA already, to 6 numbers; leave it out" in capsys.readouterr().err
+    # Training starts from the weights without it.
+    train_script.main(
+        f"--eval_datasets_folder={city} --eval_dataset_name=toy_city --backbone=dino_tiny --supervlad_clusters=1 "
+        f"--ghost_clusters=2 --resume={file} --epochs_num=0 --resize 56 56 --train_resize 56 56 --device=cpu "
+        f"--num_workers=0 --train_batch_size=4 --save_dir={tmp_path}/trained".split()
+    )
+    assert "small.safetensors ends with a PCA, which has no part in training: left out" in capsys.readouterr().err
+    (best,) = (tmp_path / "trained").glob("*/best_model.pth")
+    assert read_file(best)["model_state_dict"].keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize(("written", "expected"), [([56, 42], [56, 42]), (None, [322, 322]), ("large", [322, 322])])

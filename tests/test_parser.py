@@ -132,6 +132,7 @@ def test_freeze_te(text, value):
         ("--eval_datasets_folder=D --resume=x --ghost_clusters -1", "--ghost_clusters"),
         ("--eval_datasets_folder=D --resume=x --seed -1", "--extraction_batch_size cannot be negative"),
         ("--resume=x --queries_folder=q", "--database_folder and --queries_folder go together"),
+        ("--eval_datasets_folder=D --resume=x --pca_whiten", "--pca_whiten is of --pca_dim"),
         ("--eval_datasets_folder=D --resume=x --pca_dim 8", "--pca_dim and --pca_dataset_folder go together"),
         ("--eval_datasets_folder=D --resume=x --eval_dataset_name a b --positives_file f", "are of one dataset"),
         ("--eval_datasets_folder=D --resume=x --eval_dataset_name a a", "names a dataset twice"),
@@ -219,6 +220,11 @@ def test_refusals(flags, message, capsys):
         "--clip_grad_norm -1",
         "--lr 0",
         "--epochs_num -1",
+        "--warmup_steps -1",
+        "--weight_decay -0.1",
+        "--weight_decay nan",
+        "--lr_end_factor 1.5",
+        "--lr_schedule step",
         "--eval_dataset_name /data/pitts30k",
         "--eval_dataset_name ../pitts30k",
     ],
@@ -317,6 +323,8 @@ def test_options_without_a_part_are_told(caplog):
     assert "--foundation_model_path has no part" in caplog.text
     parse(TrainOptions, ["--eval_datasets_folder=D", "--lr_encoder=1e-3", "--encoder_training=every_step"])
     assert "--lr_encoder has no part" in caplog.text and "--encoder_training has no part" in caplog.text
+    parse(TrainOptions, ["--eval_datasets_folder=D", "--lr_end_factor=0.2"])
+    assert "--lr_end_factor has no part in --lr_schedule halving" in caplog.text
 
 
 def test_the_home_folder_behind_an_equals_sign(monkeypatch):
@@ -326,3 +334,13 @@ def test_the_home_folder_behind_an_equals_sign(monkeypatch):
     assert (options.eval_datasets_folder, options.resume) == (Path("/home/me/data"), Path("/home/me/a.pth"))
     assert options.save_dir == Path("/home/me/out")
     assert parse(TrainOptions, ["--eval_datasets_folder=D", "--resume=~/a.pth"]).resume == "/home/me/a.pth"
+    folders = parse(
+        TrainOptions, ["--eval_datasets_folder=D", "--train_dataset_folder", "~/a", "b"]
+    ).train_dataset_folder
+    assert folders == (Path("/home/me/a"), Path("b"))
+
+
+def test_where_files_lie_does_not_decide_a_run():
+    given = ["--eval_datasets_folder=D", "--train_dataset_folder", "a", "b"]
+    assert "--train_dataset_folder" not in parse(TrainOptions, given).decisive
+    assert parse(TrainOptions, given[:1]).decisive["--train_dataset_folder"] is None, "as ever"

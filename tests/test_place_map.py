@@ -98,10 +98,11 @@ def refusal(capsys, call, status=2):
         ("plain", ()),
         ("encoder", ("--encoder_context", "independent", "file_order")),
         ("plain", ("--pca_dim=7", "--pca_dataset_folder=toy_city/images/test/database")),
+        ("plain", ("--pca_dim=7", "--pca_dataset_folder=toy_city/images/test/database", "--pca_whiten")),
         ("plain", ("--test_method=five_crops", "--antialias")),
         ("plain", ("--descriptor_dtype=float16",)),
     ],
-    ids=["plain", "encoder", "pca", "prepared", "float16"],
+    ids=["plain", "encoder", "pca", "whitened", "prepared", "float16"],
 )
 def test_a_map_answers_as_the_evaluation_that_made_it(city, run, tmp_path, monkeypatch, model, flags):
     dataset = [f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", *"--backbone=dino_tiny".split()]

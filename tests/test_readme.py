@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image
 
 import eval as eval_script
-from datasets import check, toy_city
+from datasets import check, to_gsv_cities, toy_city
 from datasets.protocols import PROTOCOLS
 from model import build_model, export, weights
 from parser import EvalOptions, TrainOptions, parse
@@ -76,7 +76,7 @@ def test_the_table_of_protocols_is_that_of_the_code():
 
 
 def test_modules_that_are_named_can_be_run():
-    assert all(callable(module.main) for module in (check, toy_city, export))
+    assert all(callable(module.main) for module in (check, toy_city, to_gsv_cities, export))
 
 
 def example_with(text):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from formula import formula_model
 
 import eval as eval_script
+import train as train_script
+from datasets import to_gsv_cities
 
 FOLDER = Path(os.environ.get("SUPERVLAD_REAL_PHOTOS", ""))
 RECALLS = {  # at 1, 5, 10, 20; of the released code, run on the same photos and weights
@@ -20,10 +23,31 @@ UNALIGNED = (20.7, 39.6, 46.8)  # at 1, 5, 10, where the queries' first batch is
 ONE_QUERY = 100 / 111
 
 
-@pytest.mark.skipif(
+needs_photos = pytest.mark.skipif(
     not (FOLDER / "corridor").is_dir() or not FOLDER.name,
     reason="SUPERVLAD_REAL_PHOTOS does not name a folder that holds the corridor photos",
 )
+
+
+@needs_photos
+def test_the_corridor_is_converted_and_trained_on(tmp_path, capsys):
+    """A photo every 10 m on each of two walks: squares of 20 m hold four, and every second one stays."""
+    flags = f"{FOLDER}/corridor --output={tmp_path}/own --name=Corridor --cell=20 --gap=20 --val_share=0.2"
+    assert to_gsv_cities.main(flags.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    places = int(re.match("222 photos, of which [0-9]+ make ([0-9]+) places to train on", lines[1])[1])
+    assert 20 <= places <= 24 and lines[2] == "photos of a place: 4 to 4"
+    train_script.main(
+        f"--eval_datasets_folder={tmp_path}/own --eval_dataset_name=Corridor --backbone=dino_tiny --device=cpu "
+        f"--resize 112 112 --train_resize 112 112 --train_batch_size=8 --epochs_num=1 --num_workers=0 "
+        f"--save_dir={tmp_path}/run".split()
+    )
+    shown = capsys.readouterr().err
+    assert f"training on GSV-Cities ({places} places, {4 * places} images, 1 cities)" in shown and "epoch=01" in shown
+    assert "Recalls on Corridor test" in shown
+
+
+@needs_photos
 @pytest.mark.parametrize("flags", RECALLS)
 def test_recalls_of_the_released_code(flags, tmp_path):
     options = {"clusters": 4 if "s=4" in flags else 1, "ghost_clusters": 1 if "s=4" in flags else 2}

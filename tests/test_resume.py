@@ -15,6 +15,7 @@ import train as train_script
 from utils import multi_similarity, reading
 from utils.optimization import Optimization
 from utils.progress import Progress
+from utils.seed import generator_states
 
 # 16 places make 4 steps an epoch, with a checkpoint after every second.
 FLAGS = (
@@ -77,6 +78,37 @@ def test_killed_at_ten_points(flags, uninterrupted, tmp_path):
     assert_same(outcome(tmp_path), uninterrupted)
 
 
+def test_killed_while_similar_places_share_batches(flags, tmp_path, monkeypatch):
+    """The second epoch's order is of the weights that it began with, which a checkpoint within it no longer has."""
+    flags = [*flags, "--place_order=similar"]
+    real, kept, orders = train_script.order_by_similarity, [], []
+
+    def watched(*args, **kwargs):
+        before = generator_states()
+        orders.append(real(*args, **kwargs))
+        assert all(map(torch.equal, [before["torch"]], [generator_states()["torch"]]))
+        assert {**before, "torch": 0} == {**generator_states(), "torch": 0}
+        return orders[-1]
+
+    monkeypatch.setattr(train_script, "order_by_similarity", watched)
+    train_script.main([*flags, f"--save_dir={tmp_path}/whole"])
+    assert [sorted(order) for order in orders] == [list(range(16))] * 2 and orders[0].tolist() != orders[1].tolist()
+
+    save = Progress.save_last
+    monkeypatch.setattr(Progress, "save_last", lambda self: kept.append(self.order) or save(self))
+    command = [sys.executable, str(Path(__file__).with_name("killed.py"))]
+    flags = [*flags, f"--save_dir={tmp_path}/killed", "--resume=auto"]
+    for count in (7, 5):  # in the third step of the second epoch, and of the third
+        run = subprocess.run([*command, "step", str(count), *flags], capture_output=True, text=True)
+        assert run.returncode == -signal.SIGKILL, run.stderr
+    (last,) = (tmp_path / "killed").glob("*/last_model.pth")
+    content = torch.load(last, weights_only=True)
+    assert (content["epoch_num"], len(content["losses"])) == (2, 2), "within the third epoch"
+    train_script.main(flags)
+    assert kept[0].tolist() == orders[1].tolist() and kept[-1] is None
+    assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [1, 8])
 def test_a_preempted_run_finishes_its_step_and_says_so(flags, uninterrupted, tmp_path, monkeypatch, signum, step):
@@ -132,6 +164,37 @@ def test_contradicting_options_are_named(flags, tmp_path, capsys):
     assert "--seed was 0 and is 5 now; --lr was 0.001 and is 0.002 now;" in message
     assert "epochs_num" not in message and "patience" not in message and "num_workers" not in message
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.pth")} == kept
+
+
+def test_a_schedule_with_an_end_fixes_it(flags, tmp_path, capsys):
+    """--epochs_num may change where nothing depends on it: not the end of a linear schedule."""
+    flags = [*flags, "--lr_schedule=linear", "--warmup_steps=2"]
+    train_script.main([*flags, f"--save_dir={tmp_path}/whole"])
+    with pytest.raises(SystemExit):
+        train_script.main([*flags, f"--save_dir={tmp_path}/whole", "--epochs_num=4", "--resume=auto"])
+    assert "--epochs_num was 3 and is 4 now; give the same ones" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as stopped:
+        stopped.setattr(train_script, "evaluate", lambda *_, **__: sys.exit(3))
+        with pytest.raises(SystemExit):
+            train_script.main([*flags, f"--save_dir={tmp_path}/cut"])
+    train_script.main([*flags, f"--save_dir={tmp_path}/cut", "--resume=auto"])
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+    (table,) = (tmp_path / "whole").glob("*/metrics.csv")
+    rates = [float(line.split(",")[3]) for line in table.read_text().splitlines()[1:]]
+    assert rates == pytest.approx([0.001 * share for share in (0.9, 0.5, 0.1)]), "of steps 4, 8 and 12"
+
+
+def test_a_checkpoint_from_before_there_were_schedules_is_of_the_released_one(flags, tmp_path, capsys):
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1"])
+    (last,) = tmp_path.glob("*/last_model.pth")
+    content = torch.load(last, weights_only=True)
+    for name in ("lr_schedule", "warmup_steps", "lr_end_factor", "weight_decay"):
+        del content["decisive"][f"--{name}"]
+    torch.save(content, last)
+    with pytest.raises(SystemExit):
+        train_script.main([*flags, f"--save_dir={tmp_path}", "--resume=auto", "--lr_schedule=cosine"])
+    assert "--lr_schedule was halving and is cosine now" in capsys.readouterr().err
+    train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=2", "--resume=auto"])
 
 
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(flags, tmp_path, capsys):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.optim import lr_scheduler
 from tqdm import tqdm
 
 from model import build_model
@@ -160,6 +161,84 @@ def test_learning_rates_halve_every_third_epoch():
         rates.append(tuple(group["lr"] for group in optimization.optimizer.param_groups))
         steps(model, optimization, 1)
     np.testing.assert_allclose(rates, [(8e-5, 4e-4)] * 6 + [(4e-5, 2e-4)] * 6 + [(2e-5, 1e-4)])
+
+
+TORCH_SCHEDULES = {  # of 12 steps less the warm-up, four an epoch
+    ("halving", 0.0): lambda optimizer, _: lr_scheduler.StepLR(optimizer, 12, 0.5),
+    ("linear", 0.0): lambda optimizer, steps: lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps),
+    ("linear", 0.2): lambda optimizer, steps: lr_scheduler.LinearLR(optimizer, 1.0, 0.2, steps),
+    ("cosine", 0.0): lambda optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, steps),
+    ("cosine", 0.2): lambda optimizer, steps: lr_scheduler.CosineAnnealingLR(
+        optimizer, steps, eta_min=0.2 * optimizer.param_groups[0]["lr"]
+    ),
+}
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+@pytest.mark.parametrize(("name", "end"), TORCH_SCHEDULES)
+def test_schedules_are_those_of_pytorch(name, end, warmup, recwarn):
+    """Each group apart, since PyTorch's cosine has one end for all groups."""
+    model = Small()
+    settings = {"lr": 8e-5, "lr_encoder": 4e-4, "encoder_training": "every_step", "steps_per_epoch": 4, "epochs": 3}
+    settings |= {"lr_schedule": name, "warmup_steps": warmup, "lr_end_factor": end}
+    optimization = Optimization(model, **settings)
+    theirs = []
+    for lr in (8e-5, 4e-4):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+        main = TORCH_SCHEDULES[name, end](optimizer, 12 - warmup)
+        if warmup:
+            rising = lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
+            main = lr_scheduler.SequentialLR(optimizer, [rising, main], [warmup])
+        theirs.append((optimizer, main))
+    for step in range(12):
+        expected = [optimizer.param_groups[0]["lr"] for optimizer, _ in theirs]
+        found = [group["lr"] for group in optimization.optimizer.param_groups]
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        if step < warmup:
+            np.testing.assert_allclose(found[0], 8e-5 * (step + 1) / (warmup + 1))
+        steps(model, optimization, 1)
+        for optimizer, scheduler in theirs:
+            optimizer.step()
+            scheduler.step()
+        if step == 6:  # goes on in another process
+            state = optimization.state_dict()
+            optimization = Optimization(model, **settings)
+            optimization.load_state_dict(state)
+    if name != "halving":
+        np.testing.assert_allclose(optimization.lr, 8e-5 * end, atol=1e-18)
+        steps(model, optimization, 3)  # steps that were skipped before may leave the schedule behind, never ahead
+        np.testing.assert_allclose(optimization.lr, 8e-5 * end, atol=1e-18)
+    assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_skipped_step_is_none_of_any_schedule(name):
+    model = Small()
+    optimization = Optimization(
+        model, lr=8e-5, lr_encoder=1e-4, steps_per_epoch=4, epochs=1, lr_schedule=name, scale_gradients=True
+    )
+    for factor in (float("inf"), 1.0, float("nan"), 1.0):
+        optimization.backward(model(torch.ones(2, 3)).sum() * factor)
+        optimization.step()
+    assert optimization.skipped == 2 and optimization.lr == pytest.approx(4e-5), "half of four steps"
+
+
+def test_a_warm_up_that_leaves_no_step(caplog):
+    settings = {"lr": 8e-5, "lr_encoder": 1e-4, "steps_per_epoch": 4, "epochs": 2, "lr_schedule": "cosine"}
+    with pytest.raises(ValueError, match="--warmup_steps 8 leaves no step for --lr_schedule cosine: the run has 8"):
+        Optimization(Small(), **settings, warmup_steps=8)
+    Optimization(Small(), **{**settings, "epochs": 0}, warmup_steps=8)  # nothing is trained
+    caplog.clear()
+    Optimization(Small(), **settings, warmup_steps=7)
+    assert "--warmup_steps 7 is for the encoder too, whose one step" in caplog.text
+
+
+@pytest.mark.parametrize("optim", ["adam", "adamw", "sgd"])
+def test_weight_decay_is_of_all_weights(optim):
+    settings = {"optim": optim, "lr": 1e-3, "lr_encoder": 1e-3, "steps_per_epoch": 1, "encoder_training": "every_step"}
+    groups = Optimization(Small(), **settings, weight_decay=0.05).optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.05]
+    assert Optimization(Small(), **settings, weight_decay=0.0).optimizer.param_groups[0]["weight_decay"] == 0
 
 
 def test_optimiser_settings():

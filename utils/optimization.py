@@ -1,10 +1,13 @@
 """How the weights move: optimiser, schedule, gradient scaling and the cross-image encoder's own rule."""
 
 import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, SequentialLR, StepLR
 
 logger = logging.getLogger(__name__)
 
@@ -15,8 +18,53 @@ OPTIMIZERS = {
 }
 
 
+def schedule(
+    optimizer: torch.optim.Optimizer,
+    name: str = "halving",
+    *,
+    steps_per_epoch: int,
+    total_steps: int,
+    warmup_steps: int = 0,
+    end_factor: float = 0.0,
+) -> LRScheduler:
+    """The learning rates of all parameter groups, stepped after each optimiser step.
+
+    Args:
+        optimizer: whose rates, as they are now, are the highest.
+        name: "halving" halves them every third epoch, as released; "linear" and "cosine" take them to `end_factor`
+            times their value by the end of the last step, and leave them there.
+        steps_per_epoch: optimiser steps in an epoch.
+        total_steps: of the whole run, the warm-up counted; of no part in "halving".
+        warmup_steps: before the schedule begins, in which rates rise in equal steps from 1 / (warmup_steps + 1) on.
+        end_factor: of "linear" and "cosine".
+
+    Raises:
+        ValueError: the warm-up leaves "linear" or "cosine" no step.
+    """
+    steps = total_steps - warmup_steps
+    if name != "halving" and total_steps and steps < 1:
+        raise ValueError(
+            f"--warmup_steps {warmup_steps} leaves no step for --lr_schedule {name}: the run has {total_steps}; use "
+            "fewer, or more --epochs_num"
+        )
+
+    def half_wave(step: int) -> float:  # CosineAnnealingLR would take every group to one and the same rate
+        return end_factor + (1 - end_factor) * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2
+
+    # Each is made when it is asked for: a scheduler sets the rates as it begins.
+    schedules: dict[str, Callable[[], LRScheduler]] = {
+        "halving": lambda: StepLR(optimizer, step_size=3 * steps_per_epoch, gamma=0.5),
+        "linear": lambda: LinearLR(optimizer, 1.0, end_factor, total_iters=max(steps, 1)),
+        "cosine": lambda: LambdaLR(optimizer, half_wave),
+    }
+    if not warmup_steps:
+        return schedules[name]()
+    warmup = LinearLR(optimizer, 1 / (warmup_steps + 1), 1.0, total_iters=warmup_steps)
+    return SequentialLR(optimizer, [warmup, schedules[name]()], milestones=[warmup_steps])
+
+
 class Optimization:
-    """The optimiser of a model with its schedule: the learning rate halves every third epoch.
+    """The optimiser of a model with its schedule, see `schedule`; by default learning rates halve every third epoch.
 
     The cross-image encoder (`model.encoder`, perhaps None) follows `encoder_training`:
 
@@ -28,11 +76,16 @@ class Optimization:
     Args:
         model: its trainable parameters are optimised.
         optim: a name from `OPTIMIZERS`.
+        weight_decay: of all parameters; None leaves the optimiser's own.
         lr: of everything but the encoder.
         lr_encoder: the encoder's own.
         encoder_training: "released" (Adam only) or "every_step".
         encoder_retired: whether a run that this one goes on from took the one step of "released" already.
         steps_per_epoch: optimiser steps in an epoch, the last short batch counted.
+        epochs: of the whole run, which "linear" and "cosine" reach their end in.
+        lr_schedule: a name of `schedule`, for all parameters.
+        warmup_steps: of `schedule`.
+        lr_end_factor: of `schedule`.
         scale_gradients: multiplies the loss so that fp16 gradients do not underflow.
         clip_grad_norm: the largest L2 norm of all gradients together; 0 does not clip.
 
@@ -48,11 +101,16 @@ class Optimization:
         model: nn.Module,
         *,
         optim: str = "adam",
+        weight_decay: float | None = None,
         lr: float,
         lr_encoder: float,
         encoder_training: str = "released",
         encoder_retired: bool = False,
         steps_per_epoch: int,
+        epochs: int = 0,
+        lr_schedule: str = "halving",
+        warmup_steps: int = 0,
+        lr_end_factor: float = 0.0,
         scale_gradients: bool = False,
         clip_grad_norm: float = 0.0,
     ):
@@ -73,11 +131,25 @@ class Optimization:
         if self.encoder is not None:
             rate = lr + lr_encoder if encoder_training == "released" else lr_encoder
             groups.append({"params": list(self.encoder.parameters()), "lr": rate})
+        if warmup_steps and self.encoder is not None and encoder_training == "released":
+            logger.warning(
+                "--warmup_steps %d is for the encoder too, whose one step (--encoder_training released) is its first",
+                warmup_steps,
+            )
         optimizer, settings = OPTIMIZERS[optim]
+        if weight_decay is not None:
+            settings = {**settings, "weight_decay": weight_decay}
         device = next(model.parameters()).device.type
         # One kernel for all parameters; on a CPU the loop that the tests compare with the released code's results.
         self.optimizer = optimizer(groups, fused=device == "cuda" or None, **settings)
-        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=3 * steps_per_epoch, gamma=0.5)
+        self.scheduler = schedule(
+            self.optimizer,
+            lr_schedule,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=epochs * steps_per_epoch,
+            warmup_steps=warmup_steps,
+            end_factor=lr_end_factor,
+        )
         self.scaler = torch.amp.GradScaler(device, enabled=scale_gradients)
         if encoder_retired and encoder_training == "released":
             self._retire_encoder()

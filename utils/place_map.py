@@ -70,11 +70,13 @@ class Projection(NamedTuple):
 
     Attributes:
         mean: D'.
-        components: D x D'.
+        components: D x D', of a whitened one divided by the deviations.
+        whiten: whether it is whitened; descriptors are then brought to unit norm again, by who asks for them.
     """
 
     mean: NDArray[np.float32]
     components: NDArray[np.float32]
+    whiten: bool = False
 
     def transform(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """n x D' to n x D."""
@@ -134,7 +136,7 @@ def write_map(
         paths: N.
         positions: N x 2; None where nothing is known of them.
         dtype: of the descriptors, float32 or float16.
-        pca: what they were reduced by, with `mean_` and `components_`; None for none.
+        pca: scikit-learn's, which they were reduced by; None for none.
         settings: `model`, what `build_model` takes; `checkpoint`, its name; `weights`, the digest of its state dict;
             `resize`, `antialias`, `upright`, `precision`; `geographic`; `accept`, a distance or None.
 
@@ -146,12 +148,14 @@ def write_map(
     if positions is not None:
         arrays["positions"] = np.ascontiguousarray(positions, dtype="<f8")
     if pca is not None:
+        scale = np.sqrt(pca.explained_variance_)[:, None] if pca.whiten else 1.0
         arrays |= {
             "pca_mean": np.ascontiguousarray(pca.mean_, dtype="<f4"),
-            "pca_components": np.ascontiguousarray(pca.components_, dtype="<f4"),
+            "pca_components": np.ascontiguousarray(pca.components_ / scale, dtype="<f4"),
         }
     written = {
         **settings,
+        "whiten": pca is not None and bool(pca.whiten),
         "place_map": VERSION,
         "arrays": ["descriptors", *arrays],  # so that the loss of one is noticed
         "root": root,
@@ -228,7 +232,8 @@ class PlaceMap:
             found = _small(archive, "positions", "f") if "positions" in names else None
             self.pca: Projection | None = None
             if "pca_mean" in names:
-                self.pca = Projection(_small(archive, "pca_mean", "f"), _small(archive, "pca_components", "f"))
+                mean, components = (_small(archive, f"pca_{name}", "f") for name in ("mean", "components"))
+                self.pca = Projection(mean, components, settings["whiten"])
                 if self.pca.components.shape != (dim, *self.pca.mean.shape):
                     raise ValueError("its PCA does not fit its descriptors")
             if len(self._relative) != count or (found is not None and found.shape != (count, 2)):
@@ -391,6 +396,8 @@ class PlaceMap:
             raise ValueError(f"a descriptor of {expected} finite numbers was expected, not one of {query.shape[1]}")
         if self.pca is not None:
             query = self.pca.transform(query)
+            if self.pca.whiten:
+                query /= np.maximum(np.linalg.norm(query, axis=1, keepdims=True), 1e-12)
         with _one_thread():
             return self._codes.nearest(query, self._descriptors)
 
@@ -502,7 +509,7 @@ def _settings(text: str) -> dict[str, Any]:
         raise ValueError(f"it is not of version {VERSION}")
     kinds: dict[str, Any] = {
         "model": dict, "checkpoint": str, "weights": str, "resize": list, "antialias": bool, "upright": bool,
-        "precision": str, "geographic": bool, "root": str, "root_from_map": str, "arrays": list,
+        "precision": str, "geographic": bool, "whiten": bool, "root": str, "root_from_map": str, "arrays": list,
         "accept": (int, float, type(None)),
     }  # fmt: skip
     for name, kind in kinds.items():

@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import checkpoint, distributed, metrics
@@ -24,6 +26,7 @@ class Progress:
         lr: learning rate of the newest step.
         best_score: the highest validation score so far.
         not_improved: epochs since then.
+        order: of the places in the epoch under way, where the model decided it as the epoch began.
 
     Args:
         folder: the run's.
@@ -31,6 +34,8 @@ class Progress:
         optimization: how.
         facts: plain values that every checkpoint carries.
         decisive: what decides the result, by the name to show; a run goes on under the same values only.
+        unless_said: of `decisive`, what holds for a checkpoint that does not name it, as it was written before there
+            was such an option.
         read_every: steps between two readings of their losses, since to read one is to wait for the GPU; they are read
             before anything is written, too.
     """
@@ -43,6 +48,7 @@ class Progress:
         *,
         facts: dict[str, Any],
         decisive: dict[str, Any],
+        unless_said: dict[str, Any] | None = None,
         read_every: int = 1,
     ):
         self.folder = folder
@@ -50,6 +56,7 @@ class Progress:
         self.optimization = optimization
         self.facts = facts
         self.decisive = decisive
+        self.unless_said = unless_said or {}
         self.read_every = read_every
         self.epoch = 0
         self.losses: list[float] = []
@@ -58,6 +65,7 @@ class Progress:
         self.recalls: dict[int, float] = {}
         self.best_score = -1.0
         self.not_improved = 0
+        self.order: NDArray[np.int64] | None = None
 
     @property
     def steps(self) -> int:
@@ -100,7 +108,7 @@ class Progress:
             metrics.append_row(self.folder, {**row, **{f"R@{n}": recall for n, recall in recalls.items()}})
         better = score > self.best_score
         self.best_score, self.not_improved = (score, 0) if better else (self.best_score, self.not_improved + 1)
-        self.losses = []
+        self.losses, self.order = [], None
         if better:
             self.save_best()
         self.save_last()
@@ -147,6 +155,8 @@ class Progress:
             "generators": distributed.gather_objects(generator_states()),
             "decisive": self.decisive,
         }
+        if self.order is not None:
+            state["order"] = torch.from_numpy(self.order)
         self._save(checkpoint.LAST, {**self._content(), **state})
 
     def _save(self, name: str, content: dict[str, Any]) -> None:
@@ -178,11 +188,12 @@ class Progress:
         Raises:
             ValueError: it was written under other decisive options, or the run's best model is gone.
         """
-        checkpoint.require_same(self.decisive, content["decisive"])
+        checkpoint.require_same(self.decisive, {**self.unless_said, **content["decisive"]})
         self.epoch, self.losses = content["epoch_num"], content["losses"]
         self.lr = content["lr"]
         self.recalls, self.best_score = content["recalls"], content["best_score"]
         self.not_improved = content["not_improved_num"]
+        self.order = content["order"].numpy() if "order" in content else None
         self._keep_best()
         self.optimization.load_state_dict(content["optimization"])
         if distributed.is_main():

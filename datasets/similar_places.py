@@ -1,0 +1,77 @@
+"""Hard batches: places that the model confuses share one.
+
+Most pairs of a random batch are easy, and teach nothing. Here a part of the places is described by the model as it is,
+and each batch of these is put together of cliques, a place and those nearest to it. References: clique mining
+(Izquierdo and Civera, Close, but not there, 2024) and global hard mining (Ali-bey et al., Global proxy-based hard
+mining, 2022); unlike there, nothing is asked of positions, and the rest of the places follows at random.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+CLIQUE = 8  # places, at most
+IMAGES = 2  # of a place, whose mean describes it
+TOGETHER = 16  # images in the backbone at a time, always: what only rounds otherwise could change an order too
+SHARE = 1 / 8  # of the images of an epoch that are described: a forward pass each, where training takes about three
+BATCHES = 4  # that are described at least, since among few places none is near
+MOST = 16_384  # places: their exact neighbours take seconds, and their descriptors 0.4 GB of 3072 numbers
+NEIGHBOURS = 8 * CLIQUE  # that are looked at for a clique: some belong to another by then
+
+
+def count_described(places: int, *, batch_size: int, images_per_place: int) -> int:
+    """How many places are described: whole batches, none where all places share one."""
+    if places <= batch_size:
+        return 0
+    wanted = min(int(places * images_per_place * SHARE / IMAGES), MOST)
+    return min(max(wanted, BATCHES * batch_size), places) // batch_size * batch_size
+
+
+def cliques(neighbours: NDArray[np.int64], rng: Generator) -> list[list[int]]:
+    """Every place once: one after another, in random order, takes its nearest that are left.
+
+    Args:
+        neighbours: S x k, of each of S places, nearest first.
+        rng: draws the order.
+    """
+    left = np.ones(len(neighbours), dtype=bool)
+    found = []
+    for place in rng.permutation(len(neighbours)).tolist():
+        if left[place]:
+            left[place] = False
+            near = neighbours[place]
+            clique = [place, *near[left[near]][: CLIQUE - 1].tolist()]
+            left[clique] = False
+            found.append(clique)
+    return found
+
+
+def similar_order(
+    order: NDArray[np.int64],
+    *,
+    batch_size: int,
+    images_per_place: int,
+    rng: Generator,
+    nearest: Callable[[NDArray[np.int64], int], NDArray[np.int64]],
+) -> NDArray[np.int64]:
+    """An order of an epoch: hard batches at random places among those of the other places.
+
+    Args:
+        order: of all places, that the others keep.
+        batch_size: places a batch.
+        images_per_place: of a batch.
+        rng: of all that is drawn.
+        nearest: of S places, the k nearest of them to each, as numbers 0 to S - 1, S x k.
+    """
+    count = count_described(len(order), batch_size=batch_size, images_per_place=images_per_place)
+    if not count:
+        return order  # all share a batch
+    described = rng.choice(len(order), size=count, replace=False)
+    found = cliques(nearest(described, min(NEIGHBOURS, count)), rng)
+    hard = described[np.concatenate(found)].reshape(-1, batch_size)
+    others = order[~np.isin(order, described)]
+    whole = len(others) // batch_size * batch_size
+    batches = np.concatenate((hard, others[:whole].reshape(-1, batch_size)))
+    return np.concatenate((batches[rng.permutation(len(batches))].ravel(), others[whole:]))

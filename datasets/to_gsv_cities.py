@@ -1,0 +1,451 @@
+"""Turns anyone's photos into GSV-Cities' form, and a held-out area into an evaluation dataset.
+
+    python -m datasets.to_gsv_cities photos --output my_city --name MyCity --val_share 0.15 --test_share 0.15
+
+A source is a folder of photos that know where they were taken by their names (`@<UTM east>@<UTM north>@...`, as in
+evaluation datasets) or by their EXIF data (phones), or a csv with the columns path, and east,north (metres) or lat,lon
+(degrees) or label, and perhaps heading, time and label. Degrees become UTM metres. The output holds
+
+    gsv_cities/Dataframes/<Name>.csv, gsv_cities/Images/<Name>/...    what train.py trains on
+    <Name>/images/{val,test}/{database,queries}/...                   what it is judged by, if an area is held out
+    photos.csv, summary.txt, places.png                               what became of each photo, in all, and on a map
+
+Photos are links to the originals, but those that EXIF data turn are written anew, turned, since training does not turn
+them. A place is what lies within `--cell` metres: photos that stand together and reach no farther, and of those that
+follow each other along a street, what falls into one square of a grid. Places nearer to each other than `--gap` are
+never kept together, since a batch must not hold a place under two labels: the one with more photos stays. Merging them
+instead makes places of whole streets: of a walk with a photo every 10 m, 111 cells, it made 1 place, where leaving out
+keeps 23; of the toy city's 576 cells, 25 m apart along 72 streets, it made 72, where leaving out keeps 216.
+"""
+
+from pathlib import Path
+
+from utils.command_line import Parser
+from utils.signals import left_on_signals
+
+
+def command_line() -> Parser:
+    """What the command takes."""
+    parser = Parser(
+        prog="python -m datasets.to_gsv_cities",
+        usage="%(prog)s SOURCE [SOURCE ...] --output FOLDER [--option value ...]; --help lists all options",
+        description="Turn photos into GSV-Cities' form.",
+    )
+    add = parser.add_argument
+    add("sources", type=Path, nargs="+", metavar="SOURCE", help="folder of photos, or a csv")
+    add("--output", type=Path, required=True, help="folder to make")
+    add("--name", default="Mine", help="of the city and of the evaluation dataset (default: Mine)")
+    add("--copy", action="store_true", help="copy photos rather than link to them")
+    add("--cell", type=float, default=10.0, help="metres that a place reaches at most (default: 10)")
+    add("--min_images", type=int, default=4, help="photos of a place at least (default: 4)")
+    add("--heading_bins", type=int, default=1, help="split places by so many directions; 1 does not (default: 1)")
+    add("--gap", type=float, default=50.0, help="metres between places, and around what is held out (default: 50)")
+    two_corners = "hold out what lies between two corners, each as the source gives positions, for"
+    add("--val_area", type=float, nargs=4, metavar=("A", "B", "C", "D"), help=f"{two_corners} validation")
+    add("--test_area", type=float, nargs=4, metavar=("A", "B", "C", "D"), help=f"{two_corners} the test")
+    add("--val_share", type=float, default=0.0, help="or hold out connected cells with this share of the photos")
+    add("--test_share", type=float, default=0.0, help="the same for the test")
+    add(
+        "--queries",
+        choices=("time", "random"),
+        help="queries are the later half of what is held out, or a random half (default: time where all have one)",
+    )
+    add("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse()  # before the seconds of importing the rest: a mistake is answered at once
+
+import csv
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torchvision.transforms.v2.functional import to_pil_image
+
+from utils.outputs import whole
+
+from .gsv_cities import COLUMNS, LABELS_PER_CITY, image_name
+from .own_photos import LABELS, Collection, Photo, collect
+from .own_places import apart, cells_of, connected_share, heading_bins, in_area, nearer
+from .transforms import read_pixels
+
+METRES_PER_DEGREE = 111_320.0
+POSITIVE = 25.0  # metres from a query to a correct database photo, as train.py has it by default
+IMAGES_PER_PLACE = 4  # that train.py asks for by default
+TRAIN, SPLITS = "train", ("val", "test")
+KEPT = (TRAIN, *(f"{split}/{part}" for split in SPLITS for part in ("database", "queries")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What a split takes from training: what lies in an area, or else a share of the photos.
+
+    Attributes:
+        area: two corners, as the source gives positions; None for none.
+        share: of all photos; 0 for none.
+    """
+
+    area: Sequence[float] | None
+    share: float
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of the photos.
+
+    Attributes:
+        uses: of each photo one of `KEPT`, or else why it was dropped.
+        places: of each photo, -1 where it has none.
+        lines: to print.
+    """
+
+    uses: list[str]
+    places: NDArray[np.int64]
+    lines: list[str]
+
+
+def hold_out(
+    collection: Collection,
+    cells: NDArray[np.int64],
+    held_out: Mapping[str, HeldOut],
+    *,
+    gap: float,
+    queries: str | None,
+    seed: int,
+) -> tuple[NDArray[np.object_], list[str]]:
+    """Of each photo its use, where nothing is dropped yet but what lies too near to what is held out; and lines.
+
+    Args:
+        collection: the photos.
+        cells: of each photo.
+        held_out: by split.
+        gap: metres between what is held out and what is not.
+        queries: "time", "random", or None for time where all have one.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: nothing can be held out so.
+    """
+    photos, metres = collection.photos, collection.metres
+    rng, lines = np.random.default_rng(seed), list[str]()
+    uses = np.full(len(photos), TRAIN, dtype=object)
+    for split, wanted in held_out.items():
+        free = uses == TRAIN
+        if wanted.area:
+            if collection.kind == LABELS:
+                raise ValueError(f"--{split}_area is of positions, and there are labels only; use --{split}_share")
+            held = free & in_area(np.array([photo.position for photo in photos]), wanted.area)
+            if not held.any():
+                area = " ".join(f"{value:.10g}" for value in wanted.area)
+                raise ValueError(f"--{split}_area {area} holds no photo{_extent(collection)}")
+        elif wanted.share:
+            held = np.zeros(len(photos), dtype=bool)
+            share = wanted.share * len(photos) / max(int(free.sum()), 1)
+            held[free] = connected_share(metres[free], cells[free], share, gap, rng)
+        else:
+            continue
+        uses[held] = _database_and_queries(photos, held, split, queries, rng, lines)
+        asked = metres[uses == f"{split}/queries"]
+        alone = len(asked) - int(nearer(asked, metres[uses == f"{split}/database"], np.nextafter(POSITIVE, 99)).sum())
+        lines[-1] += f"; {alone} queries have no database photo within {POSITIVE:g} m" * bool(alone)
+        uses[nearer(metres, metres[held], gap) & (uses == TRAIN)] = f"nearer than --gap to what is held out for {split}"
+    return uses, lines
+
+
+def assign(
+    collection: Collection,
+    held_out: Mapping[str, HeldOut],
+    *,
+    cell: float,
+    min_images: int,
+    bins: int,
+    gap: float,
+    queries: str | None,
+    seed: int,
+) -> Fate:
+    """What becomes of each photo; arguments as the command's options and as `hold_out`.
+
+    Raises:
+        ValueError: there are not two places to train on, too many, or nothing to hold out.
+    """
+    photos, metres = collection.photos, collection.metres
+    gap = 0.0 if collection.kind == LABELS else gap  # a label is apart from all others
+    labels = [photo.label or "" for photo in photos]
+    if any(labels) and not all(labels):
+        raise ValueError(f"{labels.count('')} of {len(labels)} photos have no label and others do; give all, or none")
+    cells = np.unique(labels, return_inverse=True)[1] if any(labels) else cells_of(metres, cell)
+    uses, lines = hold_out(collection, cells, held_out, gap=gap, queries=queries, seed=seed)
+
+    train = np.flatnonzero(uses == TRAIN)
+    directions = heading_bins([photos[index] for index in train], bins)
+    uses[train[directions < 0]] = "no heading, which --heading_bins asks for"
+    train, directions = train[directions >= 0], directions[directions >= 0]
+    if not len(train):
+        raise ValueError(f"no photo is left to train on ({_reasons(uses)}); use other options")
+    found = np.unique(np.column_stack((cells[train], directions)), axis=0, return_inverse=True)[1].ravel()
+    enough = np.bincount(found)[found] >= min_images
+    uses[train[~enough]] = f"a place of fewer than {min_images} photos (--min_images)"
+    stays = np.zeros(len(train), dtype=bool)
+    stays[enough] = apart(metres[train[enough]], found[enough], directions[enough], gap, bins)
+    uses[train[enough & ~stays]] = "a place nearer than --gap to one with as many photos or more"
+    places = np.full(len(photos), -1)
+    places[train[stays]] = np.unique(found[stays], return_inverse=True)[1]
+    count = int(places.max()) + 1
+    if count < 2:
+        raise ValueError(
+            f"{len(photos)} photos in {len(np.unique(cells))} cells make {count} place{'s' * (count != 1)} to train "
+            f"on, and two is the least ({_reasons(uses) or 'nothing was dropped'}); lower --min_images, --gap or "
+            "--cell, or add photos"
+        )
+    if count > LABELS_PER_CITY:
+        raise ValueError(f"{count} places, and a table holds {LABELS_PER_CITY}; convert a region at a time")
+    return Fate(uses.tolist(), places, lines)
+
+
+def _reasons(uses: NDArray[np.object_]) -> str:
+    return ", ".join(f"{count} photos: {use}" for use, count in Counter(uses.tolist()).items() if use not in KEPT)
+
+
+def _extent(collection: Collection) -> str:
+    given = np.array([photo.position for photo in collection.photos])
+    (a, b), (c, d) = given.min(axis=0), given.max(axis=0)
+    return f"; the photos lie between {a:.10g} {b:.10g} and {c:.10g} {d:.10g}"
+
+
+def _database_and_queries(
+    photos: Sequence[Photo], held: NDArray[np.bool_], split: str, queries: str | None, rng: Generator, lines: list[str]
+) -> NDArray[np.object_]:
+    """The use of each photo that is held out: the later half, or a random one, asks for the other.
+
+    Raises:
+        ValueError: too few photos, or times that tell no halves apart.
+    """
+    chosen = [photo for photo, is_held in zip(photos, held, strict=True) if is_held]
+    times = [photo.time for photo in chosen if photo.time is not None]
+    if queries == "time" and len(times) < len(chosen):
+        raise ValueError(
+            f"--queries time: {len(chosen) - len(times)} of {len(chosen)} photos held out for {split} have no time; "
+            "use --queries random"
+        )
+    if len(chosen) < 2:
+        raise ValueError(f"{len(chosen)} photo is held out for {split}, where two are the least; hold out more")
+    by_time = queries != "random" and len(times) == len(chosen)
+    is_query = np.zeros(len(chosen), dtype=bool)
+    if by_time:
+        seconds = np.array([(time - datetime.min).total_seconds() for time in times])
+        beginnings = np.unique(seconds)[1:]
+        if not len(beginnings):
+            raise ValueError(f"all photos held out for {split} were taken at {times[0]}; use --queries random")
+        later = len(chosen) - np.searchsorted(np.sort(seconds), beginnings)
+        is_query = seconds >= beginnings[np.abs(later - len(chosen) / 2).argmin()]
+    else:
+        is_query[rng.permutation(len(chosen))[: len(chosen) // 2]] = True
+    how = "the later ones" if by_time else "drawn at random, so that a photo of the same walk can be its answer"
+    lines.append(f"{split}: {int((~is_query).sum())} database photos and {int(is_query.sum())} queries, {how}")
+    return np.where(is_query, f"{split}/queries", f"{split}/database").astype(object)
+
+
+def write(folder: Path, collection: Collection, fate: Fate, *, name: str, copy: bool) -> list[str]:
+    """Writes table, trees, photos.csv and the map into a new folder; gives lines to print."""
+    photos, metres, lines = collection.photos, collection.metres, list[str]()
+    degrees = np.array([photo.degrees for photo in photos])
+    if not (np.abs(degrees) <= (90, 180)).all():  # a number is missing, too
+        degrees = metres[:, ::-1] / METRES_PER_DEGREE
+        if collection.kind != LABELS:
+            lines.append("the columns lat and lon hold metres / 111,320, since not all photos say their degrees")
+    table: list[tuple[Any, ...]] = []
+    for index in np.argsort(fate.places, kind="stable").tolist():
+        photo, use = photos[index], fate.uses[index]
+        latitude, longitude = (f"{value:.7f}" for value in degrees[index])
+        heading = round(photo.heading or 0.0) % 360
+        if use == TRAIN:
+            year, month = (photo.time.year, photo.time.month) if photo.time else (0, 0)
+            row: tuple[Any, ...] = (
+                *map(str, (fate.places[index], year, month, heading)),
+                name,
+                latitude,
+                longitude,
+                f"{index:07d}",
+            )
+            table.append(row)
+            target = folder / "gsv_cities" / "Images" / name / image_name(*row)
+        elif use in KEPT:
+            east, north = metres[index]
+            stamp = photo.time.strftime("%Y%m%d_%H%M%S") if photo.time else ""
+            fields = (f"{east:.2f}", f"{north:.2f}", "", "", latitude, longitude, f"{index:07d}", "", heading)
+            file = "@" + "@".join(map(str, (*fields, "", "", "", stamp, ""))) + "@.jpg"
+            target = folder / name / "images" / use / file
+        else:
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place_photo(photo, target, copy=copy)
+    if turned := sum(photo.turn != 1 and use in KEPT for photo, use in zip(photos, fate.uses, strict=True)):
+        lines.append(f"{turned} photos that EXIF data turn were written anew, turned")
+    (folder / "gsv_cities" / "Dataframes").mkdir()
+    _write_csv(folder / "gsv_cities" / "Dataframes" / f"{name}.csv", [COLUMNS, *table])
+    evaluation = folder / name / "images"
+    for there, missing in (SPLITS, SPLITS[::-1]):
+        if (evaluation / there).is_dir() and not (evaluation / missing).is_dir():
+            (evaluation / missing).symlink_to(there)
+            lines.append(f"{missing} is a link to {there}: the best epoch is chosen and judged by the same photos")
+    rows = zip((photo.path for photo in photos), fate.uses, fate.places.tolist(), strict=True)
+    known = [(path, use, "" if place < 0 else place) for path, use, place in rows]
+    known += [(path, reason, "") for reason, paths in collection.dropped.items() for path in paths]
+    _write_csv(folder / "photos.csv", [("path", "use", "place"), *known])
+    if collection.kind == LABELS:
+        lines.append("no map: there are labels only, and what is held out has made positions, a place a kilometre")
+    else:
+        draw_map(folder / "places.png", metres, fate)
+    return lines
+
+
+def _write_csv(path: Path, rows: Sequence[Sequence[object]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def place_photo(photo: Photo, target: Path, *, copy: bool) -> None:
+    """Puts a photo at `target`: a link, a copy, or turned as its EXIF data says."""
+    if photo.turn != 1:
+        to_pil_image(read_pixels(photo.path, upright=True)).save(target, "JPEG", quality=95)
+    elif copy:
+        shutil.copyfile(photo.path, target)
+    else:
+        target.symlink_to(os.path.realpath(photo.path))
+
+
+def draw_map(path: Path, metres: NDArray[np.float64], fate: Fate) -> None:
+    """Draws where the photos are, those to train on in the colour of their place, and what became of the others."""
+    from matplotlib.figure import Figure  # not before a picture is drawn: it takes a quarter of a second
+
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    axes = figure.subplots()
+    metres = metres - metres.min(axis=0)
+    kinds = np.array([use if use in KEPT else "dropped" for use in fate.uses])
+    for kind, style in {
+        "dropped": {"color": "0.8", "marker": "."},
+        TRAIN: {"c": fate.places[kinds == TRAIN] % 20, "cmap": "tab20", "marker": "."},
+        "val/database": {"color": "black", "marker": "+"},
+        "val/queries": {"color": "black", "marker": "x"},
+        "test/database": {"color": "red", "marker": "+"},
+        "test/queries": {"color": "red", "marker": "x"},
+    }.items():
+        if (kinds == kind).any():
+            east, north = metres[kinds == kind].T
+            axes.scatter(east, north, s=25, label=f"{kind} ({len(east)})", linewidths=0.8, **style)  # type: ignore
+    middle, half = metres.max(axis=0) / 2, metres.max() * 0.55 + 1  # a square, of a straight line too
+    limits = {f"{axis}lim": (middle[i] - half, middle[i] + half) for i, axis in enumerate("xy")}
+    axes.set(xlabel="metres east", ylabel="metres north", aspect="equal", **limits)
+    axes.legend(loc="best")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def summary(collection: Collection, fate: Fate) -> list[str]:
+    """What was kept and dropped, a line each."""
+    counts = np.bincount(fate.places[fate.places >= 0])
+    lost = Counter({reason: len(paths) for reason, paths in collection.dropped.items()})
+    lost.update(use for use in fate.uses if use not in KEPT)
+    read = len(fate.uses) + sum(map(len, collection.dropped.values()))
+    lines = [*collection.notes, f"{read} photos, of which {counts.sum()} make {len(counts)} places to train on"]
+    lines.append(f"photos of a place: {counts.min()} to {counts.max()}")
+    if small := int((counts < IMAGES_PER_PLACE).sum()):
+        lines.append(
+            f"{small} places have fewer than {IMAGES_PER_PLACE} photos: train.py leaves them out unless "
+            f"--images_per_place is lower"
+        )
+    lines += [*(f"dropped: {count}, {reason}" for reason, count in lost.items()), *fate.lines]
+    # A name may hold a line break, or bytes that are not text.
+    return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]
+
+
+def require_new(output: Path, sources: Sequence[Path]) -> None:
+    """Raises ValueError for an output that is there, or that would be a source."""
+    if output.exists() or output.is_symlink():
+        raise ValueError(f"--output {output} is there already; remove it, or name another folder")
+    for source in sources:
+        if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+            raise ValueError(f"--output {output} lies in {source}, whose photos are converted; name a folder outside")
+
+
+def _require_sense(
+    name: str, queries: str | None, held_out: Mapping[str, HeldOut], **least: tuple[float, float]
+) -> None:
+    """Raises ValueError for options that cannot be followed; `least` has values and the least that they may be."""
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9-]*", name):
+        raise ValueError(f"--name {name!r} becomes part of file names; use letters, digits and -")
+    for flag, (value, smallest) in least.items():
+        if not smallest <= value < float("inf"):
+            raise ValueError(f"--{flag} {value:g} is too small or no number; use {smallest:g} or more")
+    for split, wanted in held_out.items():
+        if not 0 <= wanted.share < 1:
+            raise ValueError(f"--{split}_share {wanted.share:g} is no share of the photos; use 0 to 1, e.g. 0.15")
+        if wanted.area and wanted.share:
+            raise ValueError(f"--{split}_area and --{split}_share each say what to hold out; give one of them")
+    if queries and not any(wanted.area or wanted.share for wanted in held_out.values()):
+        raise ValueError(f"--queries {queries} is of a held-out area; give --val_area or --val_share")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; the output is there whole or not at all.
+
+    Returns:
+        The exit status, 0; 2 for bad input is raised as SystemExit.
+    """
+    parser = command_line()
+    args = parser.parse(argv)
+    output, name = args.output, args.name
+    held_out = {
+        "val": HeldOut(area=args.val_area, share=args.val_share),
+        "test": HeldOut(area=args.test_area, share=args.test_share),
+    }
+    try:
+        _require_sense(
+            name,
+            args.queries,
+            held_out,
+            cell=(args.cell, 0.01),
+            min_images=(args.min_images, 2),
+            heading_bins=(args.heading_bins, 1),
+            gap=(args.gap, 0),
+            seed=(args.seed, 0),
+        )
+        require_new(output, args.sources)
+        with left_on_signals():
+            collection = collect(args.sources, progress=True)
+            fate = assign(
+                collection,
+                held_out,
+                cell=args.cell,
+                min_images=args.min_images,
+                bins=args.heading_bins,
+                gap=args.gap,
+                queries=args.queries,
+                seed=args.seed,
+            )
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with whole(output) as folder:
+                shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+                folder.mkdir()
+                lines = summary(collection, fate) + write(folder, collection, fate, name=name, copy=args.copy)
+                (folder / "summary.txt").write_text("\n".join(lines) + "\n", errors="surrogateescape")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print("\n".join(lines))
+    print(f"wrote {output}; train with --train_dataset_folder {output / 'gsv_cities'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

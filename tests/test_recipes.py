@@ -1,0 +1,84 @@
+"""The table of recipes: of runs that are finished, by what they left."""
+
+import json
+
+import pytest
+
+from benchmarks import recipes
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return recipes.Settings(data=tmp_path, output=tmp_path / "runs", flags=["--a"], evaluation=[], seeds=[0, 1, 2])
+
+
+def write_run(settings, encoder, flags, seed, *, test, validation, independent=None, minutes=None):
+    folder = recipes.folder_of(settings, encoder, flags, seed)
+    contexts = {"file_order": test} | ({} if independent is None else {"independent": independent})
+    for part, content in (
+        ("train", {"validation": {"best_recalls": {"1": validation, "5": 50.0}}}),
+        ("eval", {"contexts": {name: {"recalls": {"1": recall}} for name, recall in contexts.items()}}),
+    ):
+        (folder / part / "2026").mkdir(parents=True)
+        (folder / part / "2026" / "results.json").write_text(json.dumps(content))
+    if minutes:
+        (folder / "minutes.json").write_text(str(minutes))
+
+
+def test_the_best_combination_is_chosen_by_validation(settings):
+    """similar validates better than reshuffled, linear worse than the released recipe, whatever the test split says."""
+    validations = {"reshuffled": 41, "similar": 44, "linear": 38}
+    for seed in settings.seeds:
+        write_run(settings, "plain", [], seed, test=30 + seed, validation=40 + seed, minutes=5)
+        for name, value in validations.items():
+            assert recipes.best_combination(settings, "plain") is None, "runs are missing"
+            write_run(settings, "plain", recipes.SWITCHES[name], seed, test=100 - value, validation=value + seed)
+    assert recipes.best_combination(settings, "plain") == ["similar"]
+    page = recipes.page_of(settings).split("## Without")[1].splitlines()
+    assert page[2:5] == [
+        "| recipe | test R@1 | validation R@1 + R@5 | minutes |",
+        "|---|---|---|---|",
+        "| the released recipe | 31.0 (30.0 to 32.0) | 91.0 (90.0 to 92.0) | 5.0 |",
+    ]
+    assert page[-1] == "| best combination: similar | 56.0 (56.0 to 56.0) | 95.0 (94.0 to 96.0) | - |"
+    assert sum("every_step" in line for line in page) == 0, "it is of the encoder"
+
+
+def test_unfinished_rows_say_so(settings):
+    write_run(settings, "encoder", [], 1, test=30, validation=40, independent=20.5)
+    page = recipes.page_of(settings)
+    assert "| the released recipe (1 of 3 runs) | 30.0 (30.0 to 30.0) | 20.5 (20.5 to 20.5) | 90.0" in page
+    assert "seeds\n0 1 2, with" in page and "train.py --a --crossimage_encoder\n" in page
+
+
+def test_runs_are_made_once_and_gone_on_with(city, tmp_path, monkeypatch):
+    flags = [f"--data={city}", f"--output={tmp_path}/runs", f"--page={tmp_path}/RECIPES.md", "--epochs=1", "--seeds=0"]
+    flags += ["--side=56", "--places=8", "--num_workers=0", "--recipes", "released", "every_step"]
+    real, runs = recipes.train_script.main, []
+
+    def cut_short(argv):
+        runs.append(argv)
+        if len(runs) == 2:
+            raise SystemExit(143)
+        return real(argv)
+
+    monkeypatch.setattr(recipes.train_script, "main", cut_short)
+    with pytest.raises(SystemExit):
+        recipes.main([*flags, "--encoders", "encoder"])
+    assert len(runs) == 2
+    recipes.main(flags)
+    assert len(runs) == 4 and runs[2] == runs[1], "the one cut short, and the next"
+    recipes.main(flags)
+    assert len(runs) == 4
+    page = (tmp_path / "RECIPES.md").read_text().split("## ")
+    with_encoder, without = page[1].splitlines(), page[2].splitlines()
+    assert len(without) == 5 and without[4].startswith("| the released recipe |")
+    assert len(with_encoder[4].split("|")) == 7 and with_encoder[4].split("|")[5].strip() != "-"
+    # What the table says is what eval.py says.
+    results = tmp_path / "runs/1epochs/encoder/every_step/seed0"
+    (evaluated,) = results.glob("eval/*/results.json")
+    contexts = json.loads(evaluated.read_text())["contexts"]
+    row = next(line for line in with_encoder if "every_step" in line).split("|")
+    assert [float(cell.split("(")[0]) for cell in row[2:4]] == [
+        pytest.approx(contexts[name]["recalls"]["1"], abs=0.051) for name in ("file_order", "independent")
+    ]
