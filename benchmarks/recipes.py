@@ -199,7 +199,8 @@ All runs share
 
 (the last one in the first table only). The best epoch is chosen on the validation split, and the best combination too:
 of the encoder's training, the order of places and the schedule, each the switch that validates best, where it validates
-better than the released recipe. The test split decides nothing. Minutes are processor time, of training, validation and the test.
+better than the released recipe. The test split decides nothing. Minutes are processor time, of training, validation
+and the test.
 
 **What it says**: on a made city, with a small backbone trained from scratch, which differences are larger than those
 between seeds. Where two ranges overlap, nothing has been shown; three seeds give no test of significance, and 220
@@ -208,8 +209,8 @@ queries alone let a recall of 45 vary by some 3 points (one standard deviation o
 **What it does not say**: anything about real cities, about DINOv2's weights with most blocks frozen, as the recipe has
 them, about GSV-Cities' 62,000 places, or about long training. Hard batches are meant for models that no longer learn
 from easy ones, and these runs are short. In `file order` the encoder sees a place from several sides, and both sides of
-the toy city follow one route ([contexts](docs/evaluation.md#contexts-of-the-cross-image-encoder)); `independent` is what
-one query gets."""
+the toy city follow one route ([contexts](docs/evaluation.md#contexts-of-the-cross-image-encoder)); `independent` is
+what one query gets."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -59,20 +59,6 @@ def test_commands_are_understood(command):
                 assert f'"{flag.split("=")[0]}"' in path.read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
-    """To files that are there, and to headings as GitHub names them."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        file, _, anchor = target.partition("#")
-        if file.startswith("http"):
-            continue
-        path = page if not file else page.parent / file
-        assert path.exists(), target
-        headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE) if anchor else []
-        names = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
-        assert not anchor or anchor in names, target
-
-
 def test_the_table_of_protocols_is_that_of_the_code():
     """Numbers and sources; the distance is tested by itself."""
     lines = (ROOT / "docs/evaluation.md").read_text().splitlines()
