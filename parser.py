@@ -170,7 +170,7 @@ class EvalOptions(Options):
     )
     queries_names: tuple[str, ...] = option(
         ("queries",),
-        "folders of queries, each searched as a set of its own in the one database; svox:queries_night is svox's only",
+        "sets of queries, folders beside the one database; svox:queries_rain is of svox only",
         nargs="+",
         type=str,
     )
@@ -561,7 +561,7 @@ class TrainOptions(Options):
     lr: float = option(5e-5, "learning rate, at its highest")
     lr_schedule: str = option(
         "halving",
-        "halve learning rates every third epoch, or take them to --lr_end_factor by the end of --epochs_num",
+        "halve rates every third epoch, or take them to --lr_end_factor by the end of --epochs_num",
         choices=("halving", "linear", "cosine"),
     )
     warmup_steps: int = option(0, "steps in which learning rates rise before the schedule begins; 0 for none")
