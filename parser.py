@@ -749,8 +749,10 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
     logger.disabled = parser.silent
     values: dict[str, Any] = vars(given)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    # Shells leave a ~ behind = as it is.
-    values = {name: value.expanduser() if isinstance(value, Path) else value for name, value in values.items()}
+    # Shells leave a ~ behind = as it is; so does os.path where there is no such user.
+    for name, value in values.items():
+        if isinstance(value, Path):
+            values[name] = Path(os.path.expanduser(value))
     if isinstance(values.get("resume"), str):
         values["resume"] = os.path.expanduser(values["resume"])
     try:

@@ -326,3 +326,5 @@ def test_the_home_folder_behind_an_equals_sign(monkeypatch):
     assert (options.eval_datasets_folder, options.resume) == (Path("/home/me/data"), Path("/home/me/a.pth"))
     assert options.save_dir == Path("/home/me/out")
     assert parse(TrainOptions, ["--eval_datasets_folder=D", "--resume=~/a.pth"]).resume == "/home/me/a.pth"
+    nobody = parse(EvalOptions, ["--eval_datasets_folder=~nobody-here/data", "--resume=~nobody-here/a.pth"])
+    assert str(nobody.eval_datasets_folder) == "~nobody-here/data", "as a shell leaves it"
