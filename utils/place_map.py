@@ -78,7 +78,10 @@ class Projection(NamedTuple):
 
     def transform(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """n x D' to n x D."""
-        return ((rows - self.mean) @ self.components.T).astype(np.float32, copy=False)
+        # As scikit-learn does it, so that the numbers are those of the evaluation to the last bit.
+        projected = rows @ self.components.T
+        projected -= self.mean[None] @ self.components.T
+        return projected.astype(np.float32, copy=False)
 
 
 def common_root(paths: Sequence[str]) -> str:
@@ -154,6 +157,7 @@ def write_map(
         **settings,
         "place_map": VERSION,
         "arrays": ["descriptors", *arrays],  # so that the loss of one is noticed
+        "pca_in_columns": pca is not None and bool(pca.components_.flags.f_contiguous),  # decides the last bit
         "root": root,
         "root_from_map": os.path.relpath(os.path.realpath(root), os.path.realpath(path.absolute().parent)),
     }
@@ -228,7 +232,10 @@ class PlaceMap:
             found = _small(archive, "positions", "f") if "positions" in names else None
             self.pca: Projection | None = None
             if "pca_mean" in names:
-                self.pca = Projection(_small(archive, "pca_mean", "f"), _small(archive, "pca_components", "f"))
+                components = _small(archive, "pca_components", "f")
+                if settings.get("pca_in_columns"):
+                    components = np.asfortranarray(components)
+                self.pca = Projection(_small(archive, "pca_mean", "f"), components)
                 if self.pca.components.shape != (dim, *self.pca.mean.shape):
                     raise ValueError("its PCA does not fit its descriptors")
             if len(self._relative) != count or (found is not None and found.shape != (count, 2)):
@@ -246,8 +253,10 @@ class PlaceMap:
         self._weights: str = settings["weights"]
         self._checkpoint: str = settings["checkpoint"]
         self.named_root: str = settings["root"]
-        beside = os.path.normpath(self.path.absolute().parent / settings["root_from_map"])
-        self.root = next((root for root in (beside, self.named_root) if self._has_photos(root)), None)
+        # From where the file itself is, and from a link to it; links above are followed, since .. leads out of them.
+        folders = (os.path.dirname(os.path.realpath(self.path)), os.path.realpath(self.path.absolute().parent))
+        moved = [os.path.normpath(os.path.join(folder, settings["root_from_map"])) for folder in folders]
+        self.root = next((root for root in (*moved, self.named_root) if self._has_photos(root)), None)
         self.paths = [os.path.join(self.root, name) for name in self._relative] if self.root else self._relative
         self._descriptors: NDArray[Any] | None = None
         self._codes: _Codes | None = None
@@ -556,4 +565,6 @@ def _exactly(member: IO[bytes], length: int) -> bytes:
 
 
 def _shown(value: Any) -> str:
+    if value is None:  # of blocks
+        return "all"
     return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
