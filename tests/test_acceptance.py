@@ -411,7 +411,13 @@ def test_the_distance_of_a_precision_is_that_of_the_val_split(evaluated, copied,
     asked = f"auto@{percent}"
     folder = evaluated(*flags, f"--accept={asked}", model=model)
     shown = capsys.readouterr().err
-    threshold = results_of(folder)["accepted"]["distance"]
+    accepted = results_of(folder)["accepted"]
+    threshold, of_val = accepted["distance"], accepted["found_on"]
+    assert of_val["name"] == "toy_city val" and of_val["threshold"] == threshold
+    point = curve["threshold"].index(threshold)
+    assert {key: of_val[key] for key in curve} == {key: values[point] for key, values in curve.items()}
+    first = f"{of_val['accepted']} of {of_val['first_matches']} first matches are accepted, precision "
+    assert f"{first}{of_val['precision']:.1f}, recall {of_val['recall']:.1f}" in shown
     assert threshold == max(enough), "all points are there, of so few queries"
     said = f"--accept {asked} is {threshold:.6g}, the largest squared distance of that precision on toy_city val (10 "
     assert said in shown and f"--accept {asked} ({threshold:.6g}): " in shown
@@ -455,6 +461,9 @@ def test_a_val_split_that_cannot_be_used(evaluated, copied, tmp_path, capsys, mo
     error = refused(evaluated, capsys, "--accept=auto@99", data=data)
     assert "queries of the val split of toy_city are those of the test split" in error and error.endswith(remedy)
     (images / "val").unlink()
+    (images / "val/queries_night").mkdir(parents=True)
+    error = refused(evaluated, capsys, "--accept=auto@99", data=data)
+    assert error == f"ERROR: --accept auto@99: there is no folder {images}/val/queries{remedy}"
     (images / "val/queries").mkdir(parents=True)
     assert "no folder" in refused(evaluated, capsys, "--accept=auto@99", data=data)
     shutil.copytree(images / "test/database", images / "val/database")
@@ -480,7 +489,7 @@ def test_copies_of_the_test_split_are_told(evaluated, copied, capsys):
     assert "WARNING: toy_city val: 15 queries have the names of queries of the test split, e.g. @" in shown
 
 
-def test_a_precision_that_no_distance_gives(evaluated, copied, capsys):
+def test_a_precision_that_no_distance_gives(evaluated, copied, tmp_path, capsys):
     data, images = copied("apart")
     for path in (images / "val/queries").iterdir():  # nothing is near
         _, east, *rest = path.name.split("@")
@@ -490,6 +499,8 @@ def test_a_precision_that_no_distance_gives(evaluated, copied, capsys):
         "ERROR: --accept auto@99.5: on toy_city val no distance gives 99.5% precision, but 0.0% at most; ask for less, "
         "or give a distance"
     )
+    (kept,) = tmp_path.glob("run*/*/kept")
+    assert {path.name for path in kept.rglob("*.npy")} == {"database.npy", "queries.npy"}, "for another precision"
 
 
 def test_without_labels_a_distance_is_enough(city, evaluated, tmp_path, capsys):
