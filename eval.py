@@ -494,6 +494,10 @@ def foresee_contexts(options: EvalOptions, task: Task) -> None:
         same = "queries share a batch with none by --test_method single_query"
     elif options.shift % batch == 0:
         same = f"--context_shift {options.shift} is whole batches of {batch}"
+    elif options.shift % batch >= len(dataset.queries_paths):
+        same = (
+            f"{dataset.name} has no more than {options.shift % batch} queries, --context_shift, which share one batch"
+        )
     if "unaligned" in options.encoder_context and same:
         logger.warning("%s: unaligned is file_order then", same)
     if "file_order" not in options.encoder_context:
@@ -935,7 +939,9 @@ def what_is_accepted(task: Task, matches: Matches, options: EvalOptions) -> tupl
     if matches.correct is not None:
         curve = acceptance.distance_curve(first_matches(task, options, matches))
         point = curve.point(curve.at(task.accepted_distance))
-        results |= {"precision": point["precision"], "recall": point["recall"]}
+        results |= {"judged": point["accepted"], "precision": point["precision"], "recall": point["recall"]}
+        if point["accepted"] < count:
+            line += f", {point['accepted']} of them judged, since positions are missing"
         for name in ("precision", "recall"):
             line += f", {name} {'unknown' if point[name] is None else format(point[name], '.1f')}"
     return results, line

@@ -632,7 +632,9 @@ def _queries_name(name: str) -> str:
     """A folder of queries, perhaps with `<dataset>:` in front, likewise."""
     dataset, colon, queries = name.rpartition(":")
     queries = _folder_name("--queries_names", queries, "the folder that holds the database")
-    return (_dataset_name(dataset) if colon else "") + colon + queries
+    if colon:
+        dataset = _folder_name(f"the dataset of --queries_names {name!r},", dataset, "--eval_datasets_folder")
+    return dataset + colon + queries
 
 
 def _folder_name(flag: str, name: str, above: str) -> str:

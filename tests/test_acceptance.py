@@ -328,12 +328,18 @@ def test_a_photo_without_a_position_is_neither_right_nor_a_false_alarm(evaluated
         path.rename(path.with_name(f"nowhere{number}.jpg"))
     (query, *_) = sorted((images / "test/queries").iterdir())
     query.rename(query.with_name("somewhere.jpg"))
-    folder = evaluated("--labels_where_known", data=data)
+    folder = evaluated("--labels_where_known", "--accept=9", data=data)
     found = results_of(folder)["contexts"]["file_order"]["first_match"]
     known = [row for row in rows_of(folder) if row["rank"] == "1" and row["correct"]]
     assert found["queries"] == len(known) < 15 and found["queries_left_out"] == 15 - len(known)
     right = sum(row["correct"] == "1" for row in known)
     assert found["distance"]["curve"]["precision"][-1] == pytest.approx(100 * right / len(known))
+    accepted = results_of(folder)["accepted"]
+    assert (accepted["accepted"], accepted["judged"]) == (15, len(known))
+    told = (
+        f"--accept 9: 15 of 15 first matches are accepted, {len(known)} of them judged, since positions are missing, "
+    )
+    assert told + f"precision {100 * right / len(known):.1f}" in (folder / "info.log").read_text()
 
 
 def test_a_distance_is_accepted_as_the_file_writes_it(evaluated, capsys):

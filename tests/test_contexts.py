@@ -378,6 +378,7 @@ def test_unaligned_is_told_where_it_is_file_order(evaluated, one_to_one, capsys,
     for flag, why in (
         ("--test_method=single_query", "queries share a batch with none by --test_method single_query"),
         ("--context_shift=8", "--context_shift 8 is whole batches of 4"),
+        ("--infer_batch_size=36", "pairs test has no more than 18 queries, --context_shift, which share one batch"),
     ):
         with pytest.raises(ZeroDivisionError):
             evaluated(*flags, flag)
@@ -407,6 +408,7 @@ def test_an_index_is_compared_in_every_context(evaluated, odd, capsys):
         ("--eval_dataset_name=svox --queries_names a a", "--queries_names a a names a set of svox twice"),
         ("--eval_dataset_name=svox --queries_names a ./a/", "names a set of svox twice"),
         ("--eval_dataset_name=svox --queries_names ../a", "--queries_names '../a' is not the name of a folder below"),
+        ("--eval_dataset_name=svox --queries_names :a", "the dataset of --queries_names ':a', '' is not the name of a"),
         ("--eval_dataset_name=svox --queries_names b:a", "b is not among --eval_dataset_name svox"),
         (
             "--eval_dataset_name=svox --queries_names a b --positives_file=x.npy",
