@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -73,6 +74,7 @@ class Task:
         folder: that, once the run has one.
         accepted_distance: matches are accepted up to this squared distance of descriptors, once it is known; None
             where nobody asks for it.
+        found_on_val: what that distance gives on the val split, where it was found there.
     """
 
     dataset: DatabaseQueries
@@ -84,12 +86,13 @@ class Task:
     subfolder: str
     folder: Path = Path()
     accepted_distance: float | None = None
+    found_on_val: dict[str, Any] | None = None
 
     @property
     def store(self) -> str:
-        """What the descriptors of the queries are kept under."""
-        name = self.queries.replace("/", "_")
-        return name if name.startswith("queries") else f"queries_{name}"
+        """What the descriptors of the queries are kept under: of no two sets the same, nor a name of other stores."""
+        name = quote(os.fsencode(self.queries), safe="")  # which has no / and no =
+        return name if name.startswith("queries") else f"queries={name}"
 
     @cached_property
     def positives(self) -> Sequence[NDArray[np.int64]] | None:
@@ -108,7 +111,8 @@ class Task:
     def alignment(self) -> dict[str, bool | int]:
         """What the batches of the cross-image encoder tell in file order; of a labelled task."""
         assert self.positives is not None
-        return alignment(self.dataset, self.positives, self.infer_batch_size)
+        batch = 1 if self.test_method == "single_query" else self.infer_batch_size  # such a query has no company
+        return alignment(self.dataset, self.positives, batch)
 
 
 def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
@@ -134,6 +138,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         groups = [tasks_of(options, name, sets) for name, sets in datasets(options, asked)]
         val_tasks = [val_task(options, group) for group in groups]
         tasks = [task for group in groups for task in group]
+        require_folders_of_their_own(tasks)
         path = distributed.on_main(lambda: find_checkpoint(options.resume))
         content = read_file(path)
         if asked is None:
@@ -182,11 +187,13 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
             task.folder = folder / task.subfolder
         outputs = Outputs()
         for group, on_val in zip(groups, val_tasks, strict=True):
-            distance = accepted_distance(model, on_val, folder, pca_paths, options, device, preemption.stop)
-            if distance is None and asked is not None:
-                distance = asked.accept
+            found = None
+            distance = options.accept_distance if asked is None or options.accept is not None else asked.accept
+            if on_val is not None:
+                found = found_on_val(model, on_val, folder, pca_paths, options, device, preemption.stop)
+                distance = found["threshold"]
             for task in group:
-                task.accepted_distance = distance
+                task.accepted_distance, task.found_on_val = distance, found
         with ExitStack() as held:
             stores: list[Stores] = [
                 {**extracted(model, group, pca_paths, options, device, held, preemption.stop)} for group in groups
@@ -195,7 +202,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                 stores[0]["database"] = asked
             if not distributed.is_main():
                 for group, of_group in zip(groups, stores, strict=True):
-                    help_search(model, group, of_group, options, device)
+                    help_search(model, group, of_group, options, device, contexts_of(model, options))
                 return {}  # nobody waits for a search that the main process does alone
             # All results come before the first output that can fail.
             evaluations: list[Evaluation] = []
@@ -350,6 +357,18 @@ def tasks_of(options: EvalOptions, name: str, sets: Sequence[DatabaseQueries]) -
     ]
 
 
+def require_folders_of_their_own(tasks: Sequence[Task]) -> None:
+    """Raises ValueError if the results of two tasks would go to one folder."""
+    names: dict[str, Task] = {}
+    for task in tasks:
+        other = names.setdefault(task.subfolder, task)
+        if other is not task:
+            raise ValueError(
+                f"the results of {other.dataset.name} and {task.dataset.name} would go to one folder, "
+                f"{task.subfolder}; evaluate one after the other"
+            )
+
+
 def as_the_map_was_made(asked: PlaceMap, options: EvalOptions, written: dict[str, Any]) -> EvalOptions:
     """The options with the map's model and preparation, which neither the checkpoint nor the command line may deny.
 
@@ -360,7 +379,7 @@ def as_the_map_was_made(asked: PlaceMap, options: EvalOptions, written: dict[str
     """
     asked.require(written, str(options.resume))
     given = {"clusters" if name == "supervlad_clusters" else name for name in options.given}
-    said = {**options.model, "resize": options.resize, "antialias": options.antialias}
+    said = {"backbone_blocks": None, **options.model, "resize": options.resize, "antialias": options.antialias}
     asked.require({name: value for name, value in said.items() if name in given}, "the command line")
     if options.precision != asked.precision:
         logger.warning("the map was made in --precision %s, and is asked in %s", asked.precision, options.precision)
@@ -423,6 +442,13 @@ def foresee_outputs(model: SuperVLADNet, options: EvalOptions, group: Sequence[T
     """
     if options.save_map is not None:
         require_place_for(options.save_map, contexts_of(model, options)[0] if model.encoder is not None else None)
+        approximate = options.index not in (None, "binary")
+        if options.accept_precision is not None and (approximate or group[0].test_method != "hard_resize"):
+            logger.warning(
+                "--save_map keeps the distance of --accept %s, which %s gives; a map is asked exactly, by hard_resize",
+                options.accept,
+                f"--index {options.index}" if approximate else f"--test_method {group[0].test_method}",
+            )
     for task in group:
         dataset = task.dataset
         if options.save_pairs or options.save_h5:
@@ -470,9 +496,17 @@ def foresee_contexts(options: EvalOptions, task: Task) -> None:
             f"{len(dataset.database_paths)} database images, which do not pair up one to one in the order of names; "
             "take shuffled"
         )
-    shift = options.shift
-    if "unaligned" in options.encoder_context and shift % batch == 0:
-        logger.warning("--context_shift %d is whole batches of %d: unaligned is file_order then", shift, batch)
+    same = ""
+    if task.test_method == "single_query":
+        same = "queries share a batch with none by --test_method single_query"
+    elif options.shift % batch == 0:
+        same = f"--context_shift {options.shift} is whole batches of {batch}"
+    elif options.shift % batch >= len(dataset.queries_paths):
+        same = (
+            f"{dataset.name} has no more than {options.shift % batch} queries, --context_shift, which share one batch"
+        )
+    if "unaligned" in options.encoder_context and same:
+        logger.warning("%s: unaligned is file_order then", same)
     if "file_order" not in options.encoder_context:
         return
     log_alignment(dataset, task.alignment, "--encoder_context file_order unaligned")
@@ -760,6 +794,8 @@ def val_task(options: EvalOptions, group: Sequence[Task]) -> Task | None:
     remedy = f"put one into {folder}, or give --accept a distance"
     if not folder.is_dir():
         raise ValueError(f"--accept {options.accept} is found on the val split, and {name} has none; {remedy}")
+    if not (folder / "queries").is_dir():  # whatever sets the test split has
+        raise ValueError(f"--accept {options.accept}: there is no folder {folder / 'queries'}; {remedy}")
     try:
         val = DatabaseQueries.from_folder(
             options.eval_datasets_folder,
@@ -790,23 +826,23 @@ def val_task(options: EvalOptions, group: Sequence[Task]) -> Task | None:
     return replace(group[0], dataset=val, queries="queries", of=val.name)
 
 
-def accepted_distance(
+def found_on_val(
     model: SuperVLADNet,
-    on_val: Task | None,
+    on_val: Task,
     folder: Path,
     pca_paths: list[str],
     options: EvalOptions,
     device: torch.device,
     stop: Callable[[], None],
-) -> float | None:
-    """Up to which squared distance of descriptors matches are accepted, as `--accept` says; None where it says nothing.
+) -> dict[str, Any]:
+    """What `--accept auto@P` finds on the val split: the largest distance, `threshold`, of such a precision there.
 
     All processes call it at the same point.
 
     Args:
         model: in evaluation mode.
-        on_val: for auto@P the val split, which is extracted and searched as the test split will be, in the first
-            encoder context asked for; the largest distance of such a precision there is taken.
+        on_val: the val split, which is extracted and searched as the test split will be, in the first encoder context
+            asked for.
         folder: the run's.
         pca_paths: images that a PCA is fitted on.
         options: as completed.
@@ -814,27 +850,34 @@ def accepted_distance(
         stop: called now and then, to leave by an exception.
 
     Raises:
-        ValueError: no distance has such a precision.
+        ValueError: no distance has such a precision; what was extracted is kept.
     """
-    if on_val is None:
-        return options.accept_distance
     on_val.folder = folder / on_val.subfolder / "val"
     context = contexts_of(model, options)[0]
-    orders = []
+
+    def found(stores: Stores) -> dict[str, Any]:
+        orders = []
+        for searched in searches(model, [on_val], stores, options, device, context):
+            (of_order,) = searched_sets(searched, [on_val], options)
+            orders.append(first_matches(on_val, options, matches_of(on_val, searched, context, *of_order)))
+        return distance_on_val(acceptance.pooled(orders), on_val.dataset, context, options)
+
     with ExitStack() as held:
-        held.callback(remove_if_empty, on_val.folder)
+        if distributed.is_main():
+            held.callback(remove_if_empty, on_val.folder.parent)
+            held.callback(remove_if_empty, on_val.folder)
         stores: Stores = {**extracted(model, [on_val], pca_paths, options, device, held, stop)}
-        if distributed.is_main() or searched_by_all(len(on_val.dataset.database_paths), options.index):
-            with kept_if_it_fails(model, [[on_val]], [stores], pca_paths, options, folder / "kept"):
-                for searched in searches(model, [on_val], stores, options, device, context):
-                    (found,) = searched_sets(searched, [on_val], options)
-                    if distributed.is_main():
-                        orders.append(first_matches(on_val, options, matches_of(on_val, searched, context, *found)))
-    return distributed.on_main(lambda: distance_on_val(acceptance.pooled(orders), on_val.dataset, context, options))
+        if not distributed.is_main():
+            help_search(model, [on_val], stores, options, device, [context])
+            return distributed.on_main(dict)
+        with kept_if_it_fails(model, [[on_val]], [stores], pca_paths, options, folder / "kept"):
+            return distributed.on_main(lambda: found(stores))
 
 
-def distance_on_val(found: acceptance.FirstMatches, val: DatabaseQueries, context: str, options: EvalOptions) -> float:
-    """The largest distance of the precision that `--accept auto@P` asks for; the log says what it gives there.
+def distance_on_val(
+    found: acceptance.FirstMatches, val: DatabaseQueries, context: str, options: EvalOptions
+) -> dict[str, Any]:
+    """The largest distance of the precision that `--accept auto@P` asks for, with what it gives there, as in the log.
 
     Raises:
         ValueError: there is none.
@@ -862,7 +905,7 @@ def distance_on_val(found: acceptance.FirstMatches, val: DatabaseQueries, contex
         point["precision"],
         point["recall"],
     )
-    return float(point["threshold"])
+    return {**val.sizes, "context": context, "first_matches": len(found.distances), **point}
 
 
 def first_matches(task: Task, options: EvalOptions, found: Matches) -> acceptance.FirstMatches:
@@ -892,15 +935,26 @@ def what_is_accepted(task: Task, matches: Matches, options: EvalOptions) -> tupl
     assert task.accepted_distance is not None
     first, distances = matches.predictions[:, 0] >= 0, matches.distances[:, 0]
     count = int((first & acceptance.accepted(distances, task.accepted_distance)).sum())
-    results = {"accept": options.accept, "distance": task.accepted_distance, "accepted": count, "queries": len(first)}
-    line = f"--accept {options.accept}" + f" ({acceptance.written(task.accepted_distance)})" * (
-        options.accept_precision is not None
-    )
-    line += f": {count} of {len(first)} first matches are accepted"
+    asked = f"--accept {options.accept}"
+    if options.accept is None:
+        asked = f"the map's accepted distance, {acceptance.written(task.accepted_distance)}"
+    elif options.accept_precision is not None:
+        asked += f" ({acceptance.written(task.accepted_distance)})"
+    results: dict[str, Any] = {
+        "accept": options.accept,
+        "distance": task.accepted_distance,
+        "accepted": count,
+        "queries": len(first),
+    }
+    if task.found_on_val is not None:
+        results["found_on"] = task.found_on_val
+    line = f"{asked}: {count} of {len(first)} first matches are accepted"
     if matches.correct is not None:
         curve = acceptance.distance_curve(first_matches(task, options, matches))
         point = curve.point(curve.at(task.accepted_distance))
-        results |= {"precision": point["precision"], "recall": point["recall"]}
+        results |= {"judged": point["accepted"], "precision": point["precision"], "recall": point["recall"]}
+        if point["accepted"] < count:
+            line += f", {point['accepted']} of them judged, since positions are missing"
         for name in ("precision", "recall"):
             line += f", {name} {'unknown' if point[name] is None else format(point[name], '.1f')}"
     return results, line
@@ -918,10 +972,11 @@ def help_search(
     stores: Stores,
     options: EvalOptions,
     device: torch.device,
+    contexts: Sequence[str],
 ) -> None:
-    """Searches this process's share of the database, in the order in which `evaluate` searches in the main process."""
+    """Searches this process's share of the database, in the order in which the main process searches."""
     if searched_by_all(len(group[0].dataset.database_paths), options.index):
-        for context in contexts_of(model, options):
+        for context in contexts:
             for searched in searches(model, group, stores, options, device, context):
                 searched.run(depth(options, group[0]))
 
@@ -940,14 +995,18 @@ def evaluate(
     contexts = contexts_of(model, options)
     for context in contexts:
         found: list[list[Matches]] = [[] for _ in group]
+        agreements: list[list[dict[str, float]]] = []  # by order and set
         for searched in searches(model, group, stores, options, device, context):
             for task, of_task, of_set in zip(group, found, searched_sets(searched, group, options), strict=True):
                 of_task.append(matches_of(task, searched, context, *of_set))
-            if options.index is not None:
-                for evaluation, agreement in zip(evaluations, searched.agreements, strict=True):
-                    evaluation.results.setdefault("index_agreement", agreement)
-        for evaluation, of_task in zip(evaluations, found, strict=True):
+            agreements.append(searched.agreements)
+        for number, (evaluation, of_task) in enumerate(zip(evaluations, found, strict=True)):
             lines = evaluation.note(context, of_task, options)
+            if options.index is not None:
+                of_orders = [of_sets[number] for of_sets in agreements]
+                evaluation.results.setdefault("index_agreement", of_orders[0])
+                if context in evaluation.curves:
+                    evaluation.results["contexts"][context]["index_agreements"] = of_orders
             folder = evaluation.task.folder
             if context == contexts[0]:
                 logger.info("log and results.json in %s", folder)

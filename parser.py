@@ -671,7 +671,9 @@ def _queries_name(name: str) -> str:
     """A folder of queries, perhaps with `<dataset>:` in front, likewise."""
     dataset, colon, queries = name.rpartition(":")
     queries = _folder_name("--queries_names", queries, "the folder that holds the database")
-    return (_dataset_name(dataset) if colon else "") + colon + queries
+    if colon:
+        dataset = _folder_name(f"the dataset of --queries_names {name!r},", dataset, "--eval_datasets_folder")
+    return dataset + colon + queries
 
 
 def _folder_name(flag: str, name: str, above: str) -> str:
@@ -755,7 +757,7 @@ def _at_home(value: Any) -> Any:
     """A path, or each of several, with its ~ replaced."""
     if isinstance(value, tuple):
         return tuple(map(_at_home, value))
-    return value.expanduser() if isinstance(value, Path) else value
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def _unknown(words: Sequence[str], flags: Sequence[str], other: type[Options]) -> str:
@@ -800,7 +802,7 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
     logger.disabled = parser.silent
     values: dict[str, Any] = vars(given)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    # Shells leave a ~ behind = as it is.
+    # Shells leave a ~ behind = as it is; so does os.path where there is no such user.
     values = {name: _at_home(value) for name, value in values.items()}
     if isinstance(values.get("resume"), str):
         values["resume"] = os.path.expanduser(values["resume"])

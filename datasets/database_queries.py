@@ -430,6 +430,9 @@ class DatabaseQueries:
 
         Args:
             names: of the sets, as many as there are.
+
+        Raises:
+            ValueError: a set has no query with a position, so that nothing could be counted.
         """
         if names == ("queries",):
             return [self]
@@ -437,6 +440,11 @@ class DatabaseQueries:
         for name, size in zip(names, self.set_sizes or (len(self.queries_paths),), strict=True):
             part = slice(start, start := start + size)
             positions = None if self.queries_positions is None else self.queries_positions[part]
+            if positions is not None and not known(positions).any():
+                raise ValueError(
+                    f"--labels_where_known: none of the {len(positions)} queries in {name} has a position; leave that "
+                    "set out of --queries_names, or search without labels by --no_labels"
+                )
             queries = self.queries_paths[part]
             name = f"{self.name} {name}"
             parts.append(replace(self, name=name, queries_paths=queries, queries_positions=positions, set_sizes=()))

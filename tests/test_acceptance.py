@@ -328,12 +328,18 @@ def test_a_photo_without_a_position_is_neither_right_nor_a_false_alarm(evaluated
         path.rename(path.with_name(f"nowhere{number}.jpg"))
     (query, *_) = sorted((images / "test/queries").iterdir())
     query.rename(query.with_name("somewhere.jpg"))
-    folder = evaluated("--labels_where_known", data=data)
+    folder = evaluated("--labels_where_known", "--accept=9", data=data)
     found = results_of(folder)["contexts"]["file_order"]["first_match"]
     known = [row for row in rows_of(folder) if row["rank"] == "1" and row["correct"]]
     assert found["queries"] == len(known) < 15 and found["queries_left_out"] == 15 - len(known)
     right = sum(row["correct"] == "1" for row in known)
     assert found["distance"]["curve"]["precision"][-1] == pytest.approx(100 * right / len(known))
+    accepted = results_of(folder)["accepted"]
+    assert (accepted["accepted"], accepted["judged"]) == (15, len(known))
+    told = (
+        f"--accept 9: 15 of 15 first matches are accepted, {len(known)} of them judged, since positions are missing, "
+    )
+    assert told + f"precision {100 * right / len(known):.1f}" in (folder / "info.log").read_text()
 
 
 def test_a_distance_is_accepted_as_the_file_writes_it(evaluated, capsys):
@@ -411,7 +417,13 @@ def test_the_distance_of_a_precision_is_that_of_the_val_split(evaluated, copied,
     asked = f"auto@{percent}"
     folder = evaluated(*flags, f"--accept={asked}", model=model)
     shown = capsys.readouterr().err
-    threshold = results_of(folder)["accepted"]["distance"]
+    accepted = results_of(folder)["accepted"]
+    threshold, of_val = accepted["distance"], accepted["found_on"]
+    assert of_val["name"] == "toy_city val" and of_val["threshold"] == threshold
+    point = curve["threshold"].index(threshold)
+    assert {key: of_val[key] for key in curve} == {key: values[point] for key, values in curve.items()}
+    first = f"{of_val['accepted']} of {of_val['first_matches']} first matches are accepted, precision "
+    assert f"{first}{of_val['precision']:.1f}, recall {of_val['recall']:.1f}" in shown
     assert threshold == max(enough), "all points are there, of so few queries"
     said = f"--accept {asked} is {threshold:.6g}, the largest squared distance of that precision on toy_city val (10 "
     assert said in shown and f"--accept {asked} ({threshold:.6g}): " in shown
@@ -455,6 +467,9 @@ def test_a_val_split_that_cannot_be_used(evaluated, copied, tmp_path, capsys, mo
     error = refused(evaluated, capsys, "--accept=auto@99", data=data)
     assert "queries of the val split of toy_city are those of the test split" in error and error.endswith(remedy)
     (images / "val").unlink()
+    (images / "val/queries_night").mkdir(parents=True)
+    error = refused(evaluated, capsys, "--accept=auto@99", data=data)
+    assert error == f"ERROR: --accept auto@99: there is no folder {images}/val/queries{remedy}"
     (images / "val/queries").mkdir(parents=True)
     assert "no folder" in refused(evaluated, capsys, "--accept=auto@99", data=data)
     shutil.copytree(images / "test/database", images / "val/database")
@@ -480,7 +495,7 @@ def test_copies_of_the_test_split_are_told(evaluated, copied, capsys):
     assert "WARNING: toy_city val: 15 queries have the names of queries of the test split, e.g. @" in shown
 
 
-def test_a_precision_that_no_distance_gives(evaluated, copied, capsys):
+def test_a_precision_that_no_distance_gives(evaluated, copied, tmp_path, capsys):
     data, images = copied("apart")
     for path in (images / "val/queries").iterdir():  # nothing is near
         _, east, *rest = path.name.split("@")
@@ -490,6 +505,8 @@ def test_a_precision_that_no_distance_gives(evaluated, copied, capsys):
         "ERROR: --accept auto@99.5: on toy_city val no distance gives 99.5% precision, but 0.0% at most; ask for less, "
         "or give a distance"
     )
+    (kept,) = tmp_path.glob("run*/*/kept")
+    assert {path.name for path in kept.rglob("*.npy")} == {"database.npy", "queries.npy"}, "for another precision"
 
 
 def test_without_labels_a_distance_is_enough(city, evaluated, tmp_path, capsys):

@@ -315,6 +315,88 @@ def test_an_index_of_one_database_for_several_sets(evaluated, several):
         assert results_of(both / name)["index_agreement"] == results_of(alone)["index_agreement"]
 
 
+@pytest.fixture
+def odd(city, tmp_path):
+    """A tree with the toy city's database, and sets of some of its queries by name."""
+
+    def make(**sets):
+        test = tmp_path / "trees/odd/images/test"
+        shutil.copytree(city / "toy_city/images/test/database", test / "database")
+        photos = sorted((city / "toy_city/images/test/queries").iterdir())
+        for name, some in sets.items():
+            (test / name.replace("__", "/")).mkdir(parents=True)
+            for path in photos[some]:
+                shutil.copy(path, test / name.replace("__", "/"))
+        return [f"--eval_datasets_folder={tmp_path}/trees", "--eval_dataset_name=odd"]
+
+    return make
+
+
+def test_sets_whose_names_look_alike_are_kept_apart(evaluated, odd, tmp_path):
+    flags = odd(night=slice(3), queries_night=slice(2, 6), a__night=slice(4, 6), a_night=slice(7, 12))
+    names = ["night", "queries_night", "a/night", "a_night"]
+    kept = f"--descriptors_folder={tmp_path}/kept"
+    together = evaluated(*flags, kept, "--queries_names", *names)
+    for name in ("night", "a/night"):  # those that the two others would have replaced
+        alone = evaluated(*flags, kept, "--queries_names", name)
+        assert (together / name / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
+    assert len(list((tmp_path / "kept/odd_test").glob("*.npy"))) == 5
+
+
+def test_a_set_without_any_position_is_refused(evaluated, odd, tmp_path, capsys):
+    flags = odd(queries=slice(3), queries_b=slice(3, 5))
+    for number, path in enumerate((tmp_path / "trees/odd/images/test/queries_b").iterdir()):
+        path.rename(path.with_name(f"{number}.jpg"))
+    with pytest.raises(SystemExit) as exit_:
+        evaluated(*flags, "--labels_where_known", "--queries_names", "queries", "queries_b")
+    told = "--labels_where_known: none of the 2 queries in queries_b has a position; leave that set out of --queries_na"
+    assert exit_.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_results_of_two_datasets_do_not_share_a_folder(evaluated, odd, tmp_path, capsys):
+    """The sets of one lie where another dataset's own results would."""
+    flags = odd(b=slice(2), c=slice(2, 4))
+    shutil.copytree(tmp_path / "trees/odd/images/test/database", tmp_path / "trees/odd/b/images/test/database")
+    shutil.copytree(tmp_path / "trees/odd/images/test/b", tmp_path / "trees/odd/b/images/test/queries")
+    with pytest.raises(SystemExit) as exit_:
+        evaluated(*flags, "--eval_dataset_name", "odd", "odd/b", "--queries_names", "odd:b", "odd:c")
+    told = "the results of odd test b and odd/b test would go to one folder, odd/b; evaluate one after the other"
+    assert exit_.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_queries_in_their_own_shape_have_no_company(evaluated, one_to_one, capsys):
+    folder = evaluated(
+        f"--eval_datasets_folder={one_to_one}", "--eval_dataset_name=pairs", "--test_method=single_query"
+    )
+    assert results_of(folder)["alignment"]["paired"] == 0
+    assert "holds exactly the places" not in capsys.readouterr().err
+
+
+def test_unaligned_is_told_where_it_is_file_order(evaluated, one_to_one, capsys, monkeypatch):
+    monkeypatch.setattr(eval_script, "extract", lambda *_: 1 / 0)
+    flags = [f"--eval_datasets_folder={one_to_one}", *"--eval_dataset_name=pairs --encoder_context unaligned".split()]
+    for flag, why in (
+        ("--test_method=single_query", "queries share a batch with none by --test_method single_query"),
+        ("--context_shift=8", "--context_shift 8 is whole batches of 4"),
+        ("--infer_batch_size=36", "pairs test has no more than 18 queries, --context_shift, which share one batch"),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            evaluated(*flags, flag)
+        assert f"{why}: unaligned is file_order then" in capsys.readouterr().err
+
+
+def test_an_index_is_compared_in_every_context(evaluated, odd, capsys):
+    flags = odd(queries=slice(6))
+    flags += "--index=binary --rerank=4 --recall_values 1 3 --encoder_context file_order shuffled".split()
+    results = results_of(evaluated(*flags, "--context_seeds=2"))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("index binary")]
+    of = results["contexts"]
+    found = [*of["file_order"]["index_agreements"], *of["shuffled"]["index_agreements"]]
+    assert results["index_agreement"] == found[0] and len(found) == 3
+    for line, agreement in zip(told, found, strict=True):
+        assert f"of {agreement['nearest']:.1f}% and the first 3 to {agreement['first_k']:.1f}%" in line
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -326,6 +408,7 @@ def test_an_index_of_one_database_for_several_sets(evaluated, several):
         ("--eval_dataset_name=svox --queries_names a a", "--queries_names a a names a set of svox twice"),
         ("--eval_dataset_name=svox --queries_names a ./a/", "names a set of svox twice"),
         ("--eval_dataset_name=svox --queries_names ../a", "--queries_names '../a' is not the name of a folder below"),
+        ("--eval_dataset_name=svox --queries_names :a", "the dataset of --queries_names ':a', '' is not the name of a"),
         ("--eval_dataset_name=svox --queries_names b:a", "b is not among --eval_dataset_name svox"),
         (
             "--eval_dataset_name=svox --queries_names a b --positives_file=x.npy",

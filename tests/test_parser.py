@@ -338,6 +338,8 @@ def test_the_home_folder_behind_an_equals_sign(monkeypatch):
         TrainOptions, ["--eval_datasets_folder=D", "--train_dataset_folder", "~/a", "b"]
     ).train_dataset_folder
     assert folders == (Path("/home/me/a"), Path("b"))
+    nobody = parse(EvalOptions, ["--eval_datasets_folder=~nobody-here/data", "--resume=~nobody-here/a.pth"])
+    assert str(nobody.eval_datasets_folder) == "~nobody-here/data", "as a shell leaves it"
 
 
 def test_where_files_lie_does_not_decide_a_run():

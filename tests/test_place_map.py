@@ -116,7 +116,7 @@ def test_a_map_answers_as_the_evaluation_that_made_it(city, run, tmp_path, monke
     if "five_crops" in str(flags):  # asked with whole photos, which the evaluation above was not
         folder = run(*dataset, *"--resize 56 70 --antialias".split())
     rows, expected = rows_of(asked), rows_of(folder)
-    tolerance = 2e-3 if "float16" in str(flags) else 1e-5
+    tolerance = 2e-3 if "float16" in str(flags) else 0
     for column in ("squared_descriptor_distance", "metres", "database_east", "database_north", "rank", "correct"):
         values = [[float(row[column]) for row in of] for of in (rows, expected)]
         np.testing.assert_allclose(*values, atol=tolerance if column.startswith("sq") else 0)
@@ -151,6 +151,21 @@ def test_a_map_moves_with_its_photos_and_does_without_them(made, photos, run, tm
     main = (folder / "matches/index.html").read_text().split("<main>")[1]
     assert main.count("the photo is not here") == 2 * main.count('class="query"') == 2 * main.count("<img") == 30
     assert f"not in {photos}/database, nor moved with the map: names only" in capsys.readouterr().err
+
+
+def test_a_map_finds_its_photos_through_links(made, photos, tmp_path):
+    """Of a link to the folder above the map, and of one to the map itself; `..` of a link leads elsewhere."""
+    (photos / "maps").mkdir()
+    with open(made, "rb") as file, np.load(file) as content:
+        arrays = {name: content[name] for name in content.files}
+    settings = json.loads(str(arrays["settings"]))
+    arrays["settings"] = np.array(json.dumps({**settings, "root_from_map": "../database", "root": "/nowhere"}))
+    np.savez(photos / "maps/map.npz", **arrays)
+    (tmp_path / "link").symlink_to("photos/maps")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/map.npz").symlink_to("../photos/maps/map.npz")
+    for path in ("photos/maps/map.npz", "link/map.npz", "links/map.npz"):
+        assert PlaceMap(tmp_path / path).root == str(photos / "database")
 
 
 def test_recall_counts_the_queries_that_have_a_position(made, photos, run, tmp_path, capsys):
@@ -220,6 +235,8 @@ def test_the_accepted_distance_travels_with_the_map(city, photos, run, weights, 
     asked = run(f"--map={tmp_path}/city.npz", f"--queries_folder={photos}/queries")
     column = [row["accepted"] for row in rows_of(asked)]
     assert column == [row["accepted"] for row in rows_of(made)] and set(column) == {"0", "1"}
+    assert f"the map's accepted distance, {distance:.6g}: " in (asked / "info.log").read_text()
+    assert "--accept None" not in (asked / "info.log").read_text()
     row = rows_of(asked)[0]
     own = run(f"--map={tmp_path}/city.npz", f"--queries_folder={photos}/queries", "--accept=1e-9")
     assert {row["accepted"] for row in rows_of(own)} == {"0"}
@@ -246,6 +263,21 @@ def test_a_map_of_fewer_blocks_of_a_dinov3(city, photos, run, tmp_path, capsys):
     assert place.distance == pytest.approx(float(row["squared_descriptor_distance"]), abs=1e-4)
     told = refusal(capsys, lambda: run(*flags, f"--map={tmp_path}/city.npz", "--backbone_blocks=4"))
     assert "--backbone_blocks 3 and not 4" in told
+    told = refusal(capsys, lambda: run(*flags, f"--map={tmp_path}/city.npz", "--backbone_blocks=12"))
+    assert "--backbone_blocks 3 and not all" in told
+
+
+def test_a_distance_that_a_map_does_not_give_is_told(city, run, tmp_path, capsys):
+    flags = [f"--eval_datasets_folder={city}", *"--eval_dataset_name=toy_city --backbone=dino_tiny".split()]
+    flags += [*"--resize 56 56 --accept=auto@5".split(), f"--save_map={tmp_path}/city.npz"]
+    for other in ("--test_method=central_crop", "--index=IVF2,Flat"):
+        run(*flags, other)
+        shown = capsys.readouterr().err
+        assert (
+            f"--save_map keeps the distance of --accept auto@5, which {other.replace('=', ' ')} gives; a map" in shown
+        )
+    run(*flags, "--index=binary")
+    assert "--save_map keeps" not in capsys.readouterr().err
 
 
 def test_what_does_not_fit_a_map_is_refused_with_its_reason(made, photos, run, capsys):

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from .faiss_index import refusals
-from .search import CPU, Chunk, checked_queries, first, log_agreement, nearest, parts_of
+from .search import CPU, Chunk, checked_queries, first, log_agreement, nearest, parts_of, require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def nearest_by_codes(
     Raises:
         ValueError: as `nearest`.
     """
+    require_finite(queries)  # of which `nearest` sees some only
     dim = queries.shape[1]
     index = faiss.IndexBinaryFlat(8 * codes_of(queries[:1]).shape[1])
     order: list[NDArray[np.int64]] = []

@@ -7,6 +7,7 @@ The file is NumPy's `.npz`, uncompressed and without pickled objects:
     positions       N x 2, float64, not a number where unknown; missing where nothing is known
     settings        JSON: what `write_map` is told, the root, the version
     pca_mean, pca_components    D', D x D', where a PCA made the descriptors
+    pca_deviations              D, where it is whitened
 """
 
 import errno
@@ -70,17 +71,27 @@ class Projection(NamedTuple):
 
     Attributes:
         mean: D'.
-        components: D x D', of a whitened one divided by the deviations.
-        whiten: whether it is whitened; descriptors are then brought to unit norm again, by who asks for them.
+        components: D x D'.
+        deviations: D, of a whitened one, whose descriptors are then brought to unit norm again by who asks for them.
     """
 
     mean: NDArray[np.float32]
     components: NDArray[np.float32]
-    whiten: bool = False
+    deviations: NDArray[np.float32] | None = None
+
+    @property
+    def whiten(self) -> bool:
+        """As scikit-learn's."""
+        return self.deviations is not None
 
     def transform(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """n x D' to n x D."""
-        return ((rows - self.mean) @ self.components.T).astype(np.float32, copy=False)
+        # As scikit-learn does it, so that the numbers are those of the evaluation to the last bit.
+        projected = rows @ self.components.T
+        projected -= self.mean[None] @ self.components.T
+        if self.deviations is not None:
+            projected /= self.deviations
+        return projected.astype(np.float32, copy=False)
 
 
 def common_root(paths: Sequence[str]) -> str:
@@ -148,16 +159,17 @@ def write_map(
     if positions is not None:
         arrays["positions"] = np.ascontiguousarray(positions, dtype="<f8")
     if pca is not None:
-        scale = np.sqrt(pca.explained_variance_)[:, None] if pca.whiten else 1.0
         arrays |= {
             "pca_mean": np.ascontiguousarray(pca.mean_, dtype="<f4"),
-            "pca_components": np.ascontiguousarray(pca.components_ / scale, dtype="<f4"),
+            "pca_components": np.ascontiguousarray(pca.components_, dtype="<f4"),
         }
+        if pca.whiten:
+            arrays["pca_deviations"] = np.ascontiguousarray(np.sqrt(pca.explained_variance_), dtype="<f4")
     written = {
         **settings,
-        "whiten": pca is not None and bool(pca.whiten),
         "place_map": VERSION,
         "arrays": ["descriptors", *arrays],  # so that the loss of one is noticed
+        "pca_in_columns": pca is not None and bool(pca.components_.flags.f_contiguous),  # decides the last bit
         "root": root,
         "root_from_map": os.path.relpath(os.path.realpath(root), os.path.realpath(path.absolute().parent)),
     }
@@ -233,8 +245,12 @@ class PlaceMap:
             self.pca: Projection | None = None
             if "pca_mean" in names:
                 mean, components = (_small(archive, f"pca_{name}", "f") for name in ("mean", "components"))
-                self.pca = Projection(mean, components, settings["whiten"])
-                if self.pca.components.shape != (dim, *self.pca.mean.shape):
+                if settings.get("pca_in_columns"):
+                    components = np.asfortranarray(components)
+                deviations = _small(archive, "pca_deviations", "f") if "pca_deviations" in names else None
+                self.pca = Projection(mean, components, deviations)
+                scaled = deviations is None or deviations.shape == (dim,)
+                if self.pca.components.shape != (dim, *mean.shape) or not scaled:
                     raise ValueError("its PCA does not fit its descriptors")
             if len(self._relative) != count or (found is not None and found.shape != (count, 2)):
                 raise ValueError("it has not as many paths or positions as descriptors")
@@ -251,8 +267,10 @@ class PlaceMap:
         self._weights: str = settings["weights"]
         self._checkpoint: str = settings["checkpoint"]
         self.named_root: str = settings["root"]
-        beside = os.path.normpath(self.path.absolute().parent / settings["root_from_map"])
-        self.root = next((root for root in (beside, self.named_root) if self._has_photos(root)), None)
+        # From where the file itself is, and from a link to it; links above are followed, since .. leads out of them.
+        folders = (os.path.dirname(os.path.realpath(self.path)), os.path.realpath(self.path.absolute().parent))
+        moved = [os.path.normpath(os.path.join(folder, settings["root_from_map"])) for folder in folders]
+        self.root = next((root for root in (*moved, self.named_root) if self._has_photos(root)), None)
         self.paths = [os.path.join(self.root, name) for name in self._relative] if self.root else self._relative
         self._descriptors: NDArray[Any] | None = None
         self._codes: _Codes | None = None
@@ -509,7 +527,7 @@ def _settings(text: str) -> dict[str, Any]:
         raise ValueError(f"it is not of version {VERSION}")
     kinds: dict[str, Any] = {
         "model": dict, "checkpoint": str, "weights": str, "resize": list, "antialias": bool, "upright": bool,
-        "precision": str, "geographic": bool, "whiten": bool, "root": str, "root_from_map": str, "arrays": list,
+        "precision": str, "geographic": bool, "root": str, "root_from_map": str, "arrays": list,
         "accept": (int, float, type(None)),
     }  # fmt: skip
     for name, kind in kinds.items():
@@ -563,4 +581,6 @@ def _exactly(member: IO[bytes], length: int) -> bytes:
 
 
 def _shown(value: Any) -> str:
+    if value is None:  # of blocks
+        return "all"
     return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

@@ -62,12 +62,12 @@ def nearest(
     Raises:
         ValueError: a descriptor is not finite; FAISS would answer with nonsense.
     """
-    _require_finite(queries)
+    require_finite(queries)
     distances = np.empty((len(queries), 0), dtype=np.float32)
     found = np.empty((len(queries), 0), dtype=np.int64)
     searches = [_ChunkSearch(queries[part], device) for part in parts_of(sets or [len(queries)])]
     for indices, descriptors in chunks:
-        _require_finite(descriptors)
+        require_finite(descriptors)
         of_sets = [search_chunk(descriptors, min(k, len(descriptors))) for search_chunk in searches]
         near, rows = (np.concatenate(side) for side in zip(*of_sets, strict=True))
         distances = np.concatenate((distances, near), axis=1)
@@ -261,7 +261,8 @@ def cores(count: int) -> Iterator[None]:
         torch.set_num_threads(before[1])
 
 
-def _require_finite(descriptors: NDArray[np.float32]) -> None:
+def require_finite(descriptors: NDArray[np.float32]) -> None:
+    """Raises UselessDescriptors unless all n x D numbers are finite."""
     if not np.isfinite(descriptors).all():
         raise UselessDescriptors(
             "descriptors are not finite, so the model's weights are of no use; use another checkpoint"
@@ -299,13 +300,13 @@ def nearest_by_index(
     Raises:
         ValueError: as `new_index`, `train_index`, `add_to_index` and `search_index`.
     """
-    _require_finite(queries)
+    require_finite(queries)
     k = min(k, count)
     dim = queries.shape[1]
     step = training_step(count, dim)
     index = new_index(dim, factory, parameters)
     sample = np.concatenate([descriptors[::step].copy() for _, descriptors in chunks()])
-    _require_finite(sample)
+    require_finite(sample)
     train_index(index, sample, factory)
     del sample
     parts = parts_of(sets or [len(queries)])
