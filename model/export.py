@@ -307,6 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             facts = {**preparation, "resize": size, "mean": MEAN, "std": STD}
             if validated_at is not None:
                 facts["validated_at"] = validated_at
+            if options.pca is not None and pca is not None:
+                _warn_of_pca(options.pca, pca, size)
             if pca is not None:
                 facts["pca"] = pca
                 whitened = ", whitened" * bool(pca.get("whiten"))
@@ -319,6 +321,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"ERROR: {error}", file=sys.stderr)
             raise SystemExit(2) from None
     return 0
+
+
+def _warn_of_pca(path: Path, pca: dict[str, Any], size: tuple[int, int]) -> None:
+    """Says what is not known of a PCA, or is not what the export is for."""
+    if "weights" not in pca:
+        print(f"WARNING: {path} does not say which weights it was fitted on; are they these?", file=sys.stderr)
+    fitted = tuple(pca.get("resize", size))
+    if fitted != size:
+        numbers, exported = (" ".join(map(str, sides)) for sides in (fitted, size))
+        print(f"WARNING: {path} was fitted on images of {numbers}, and the export is for {exported}", file=sys.stderr)
 
 
 def _write(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metadata: dict[str, str]) -> None:
