@@ -145,7 +145,10 @@ def hold_out(
         if wanted.area:
             if collection.kind == LABELS:
                 raise ValueError(f"--{split}_area is of positions, and there are labels only; use --{split}_share")
-            held = free & in_area(np.array([photo.position for photo in photos]), wanted.area)
+            inside = in_area(np.array([photo.position for photo in photos]), wanted.area)
+            held = free & inside
+            if taken := int((inside & ~free).sum()):
+                lines.append(f"{taken} photos of --{split}_area are not in {split}: val has them, or they are near it")
             if not held.any():
                 area = " ".join(f"{value:.10g}" for value in wanted.area)
                 raise ValueError(f"--{split}_area {area} holds no photo{_extent(collection)}")
@@ -192,7 +195,11 @@ def assign(
     uses[train[directions < 0]] = "no heading, which --heading_bins asks for"
     train, directions = train[directions >= 0], directions[directions >= 0]
     if not len(train):
-        raise ValueError(f"no photo is left to train on ({_reasons(uses)}); use other options")
+        fates = ", ".join(f"{count} photos: {use}" for use, count in Counter(uses.tolist()).items())
+        raise ValueError(
+            f"no photo is left to train on ({fates}); hold out a smaller share or area, lower --gap, or leave out "
+            "--heading_bins"
+        )
     found = np.unique(np.column_stack((cells[train], directions)), axis=0, return_inverse=True)[1].ravel()
     enough = np.bincount(found)[found] >= min_images
     uses[train[~enough]] = f"a place of fewer than {min_images} photos (--min_images)"
@@ -366,6 +373,12 @@ def summary(collection: Collection, fate: Fate) -> list[str]:
             f"--images_per_place is lower"
         )
     lines += [*(f"dropped: {count}, {reason}" for reason, count in lost.items()), *fate.lines]
+    if collection.copies:  # one would be an easy pair of a place, or the answer to its copy
+        copy, original = next(iter(collection.copies.items()))
+        lines.append(
+            f"{len(collection.copies)} photos are copies of others, byte for byte, e.g. {copy} of {original}: kept, "
+            "but they teach nothing, and a query is found by its copy; remove them and convert again"
+        )
     # A name may hold a line break, or bytes that are not text.
     return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]
 

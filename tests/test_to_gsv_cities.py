@@ -377,6 +377,35 @@ def test_what_is_held_out_at_random(table, converted):
     assert len(order[0]) == uses["train"] // 4
 
 
+def test_areas_that_share_photos_say_so(table, converted):
+    """Validation has them; the 2 photos at 150 m lie within the gap around it, and those at 200 m are the test's."""
+    rows = [f"p{i}.jpg,{50 * (i // 2)},5000,{2020 + i % 2}-05" for i in range(28)]
+    flags = ["--val_area", "0", "4999", "120", "5001", "--test_area", "50", "4999", "220", "5001", "--min_images=2"]
+    _, lines, fates = converted(table("path,east,north,time", *rows), *flags, "--gap=60")
+    assert "6 photos of --test_area are not in test: val has them, or they are near it" in lines
+    uses = [fates[f"p{i}.jpg"][0] for i in range(10)]
+    assert uses[:6] == ["val/database", "val/queries"] * 3 and uses[8:] == ["test/database", "test/queries"]
+    assert uses[6:8] == ["nearer than --gap to what is held out for val"] * 2
+
+
+def test_copies_are_counted(tmp_path, table, converted):
+    """Byte for byte, under another name; a link is the same file, and left out as before."""
+    rows = [f"p{i}.jpg,{100 * (i // 4)},5000" for i in range(12)]
+    source = table("path,east,north", *rows)
+    for i in range(12):
+        if i != 7:
+            pixels = np.random.default_rng(i + 1).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "in" / f"p{i}.jpg")
+    _, lines, fates = converted(source)
+    assert not any("copies" in line for line in lines)
+    shutil.rmtree(tmp_path / "out")
+    shutil.copy(tmp_path / "in" / "p2.jpg", tmp_path / "in" / "p7.jpg")
+    _, lines, fates = converted(source)
+    (line,) = (line for line in lines if "copies" in line)
+    assert line.startswith("1 photos are copies of others, byte for byte, e.g. ")
+    assert "p7.jpg of " in line and "p2.jpg: kept" in line and fates["p7.jpg"] == ("train", "1")
+
+
 def test_an_output_is_there_whole_or_not_at_all(table, tmp_path, monkeypatch, capsys):
     source = table("path,east,north", *rows_at((1, 0), (100, 0)))
     flags = [str(source), f"--output={tmp_path}/out"]
@@ -440,7 +469,12 @@ BAD_TABLES = {  # header, rows, flags, what is said
         "--val_area 5 5 6 6",
         "--val_area 5 5 6 6 holds no photo; the photos",
     ),
-    "all held out": ("path,east,north", rows_at(*TWO), "--val_area 0 -1 100 1", "no photo is left to train on"),
+    "all held out": (
+        "path,east,north",
+        rows_at(*TWO),
+        "--val_area 0 -1 100 1",
+        "no photo is left to train on .4 photos: val/.*smaller",
+    ),
     "area of labels": ("path,label", ["a.jpg,x", "b.jpg,y"], "--val_area 5 5 6 6", "labels only; use --val_share"),
     "no times": (
         "path,east,north",
