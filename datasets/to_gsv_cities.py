@@ -21,7 +21,7 @@ keeps 23; of the toy city's 576 cells, 25 m apart along 72 streets, it made 72, 
 from pathlib import Path
 
 from utils.command_line import Parser
-from utils.signals import left_on_signals
+from utils.signals import left_on_signals, quiet_ctrl_c
 
 
 def command_line() -> Parser:
@@ -56,6 +56,7 @@ def command_line() -> Parser:
 
 if __name__ == "__main__":
     command_line().parse()  # before the seconds of importing the rest: a mistake is answered at once
+    quiet_ctrl_c()
 
 import csv
 import os
