@@ -190,6 +190,8 @@ def assign(
         raise ValueError(f"{labels.count('')} of {len(labels)} photos have no label and others do; give all, or none")
     cells = np.unique(labels, return_inverse=True)[1] if any(labels) else cells_of(metres, cell)
     uses, lines = hold_out(collection, cells, held_out, gap=gap, queries=queries, seed=seed)
+    if any(labels):
+        lines.append(_of_labels(collection, cells, gap))
 
     train = np.flatnonzero(uses == TRAIN)
     directions = heading_bins([photos[index] for index in train], bins)
@@ -219,6 +221,21 @@ def assign(
     if count > LABELS_PER_CITY:
         raise ValueError(f"{count} places, and a table holds {LABELS_PER_CITY}; convert a region at a time")
     return Fate(uses.tolist(), places, lines)
+
+
+def _of_labels(collection: Collection, cells: NDArray[np.int64], gap: float) -> str:
+    """A line on what labels decide, and how many of them are of places that are too large to be one."""
+    if collection.kind == LABELS:
+        return "labels say what a place is: --cell and --gap have no part"
+    low, high = (np.full((int(cells.max()) + 1, 2), value) for value in (np.inf, -np.inf))
+    np.minimum.at(low, cells, collection.metres)
+    np.maximum.at(high, cells, collection.metres)
+    reach = np.hypot(*(high - low).T)
+    line = "labels say what a place is: --cell has no part"
+    if large := int((reach > max(gap, POSITIVE)).sum()):
+        example = collection.photos[int(np.flatnonzero(cells == reach.argmax())[0])].label
+        line += f"; {large} labels reach farther than {max(gap, POSITIVE):g} m, {example} {reach.max():.0f} m"
+    return line
 
 
 def _reasons(uses: NDArray[np.object_]) -> str:

@@ -388,6 +388,19 @@ def test_areas_that_share_photos_say_so(table, converted):
     assert uses[6:8] == ["nearer than --gap to what is held out for val"] * 2
 
 
+def test_what_has_no_part_beside_labels_is_said(table, tmp_path, converted):
+    """And a label that is in two places far apart: of 3 labels here, one, 300 m from end to end."""
+    rows = [f"p{i}.jpg,{200 * (i // 4) + 300 * (i == 7)},5000,L{i // 4}" for i in range(12)]
+    _, lines, _ = converted(table("path,east,north,label", *rows), "--gap=30")
+    assert "labels say what a place is: --cell has no part; 1 labels reach farther than 30 m, L1 300 m" in lines
+    shutil.rmtree(tmp_path / "out")
+    _, lines, _ = converted(table("path,east,north,label", *(row.replace(",500,", ",200,") for row in rows)))
+    assert "labels say what a place is: --cell has no part" in lines
+    shutil.rmtree(tmp_path / "out")
+    _, lines, _ = converted(table("path,label", *(f"p{i}.jpg,L{i // 4}" for i in range(12))))
+    assert "labels say what a place is: --cell and --gap have no part" in lines
+
+
 def test_copies_are_counted(tmp_path, table, converted):
     """Byte for byte, under another name; a link is the same file, and left out as before."""
     rows = [f"p{i}.jpg,{100 * (i // 4)},5000" for i in range(12)]
