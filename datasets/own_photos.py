@@ -350,7 +350,12 @@ def _metres(photos: Sequence[Photo], kind: str) -> NDArray[np.float64]:
                     f"{photo.path}: latitude {latitude:g}, longitude {longitude:g} is nowhere on Earth"
                     + ("; are the columns lat and lon swapped?" if swapped else "; metres go into columns east,north")
                 )
-        return to_utm(positions, *zone_of(positions))
+        try:
+            zone = zone_of(positions)
+        except ValueError as error:
+            farthest = int(np.abs(positions - np.median(positions, axis=0)).max(axis=1).argmax())
+            raise ValueError(f"{error}; farthest from the others is {photos[farthest].path}") from error
+        return to_utm(positions, *zone)
     farthest = int(np.abs(positions).max(axis=1).argmax())
     if np.abs(positions[farthest]).max() > LARGEST:
         east, north = positions[farthest]

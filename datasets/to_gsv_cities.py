@@ -264,7 +264,9 @@ def _database_and_queries(
             "use --queries random"
         )
     if len(chosen) < 2:
-        raise ValueError(f"{len(chosen)} photo is held out for {split}, where two are the least; hold out more")
+        raise ValueError(
+            f"{len(chosen)} photo is held out for {split}, where two are the least; hold out more (--{split}_share)"
+        )
     by_time = queries != "random" and len(times) == len(chosen)
     is_query = np.zeros(len(chosen), dtype=bool)
     if by_time:
@@ -402,12 +404,24 @@ def summary(collection: Collection, fate: Fate) -> list[str]:
 
 
 def require_new(output: Path, sources: Sequence[Path]) -> None:
-    """Raises ValueError for an output that is there, or that would be a source."""
-    if output.exists() or output.is_symlink():
+    """Raises ValueError for an output that is there, that cannot be made, or that would be a source."""
+    try:
+        there = output.exists() or output.is_symlink()
+    except OSError as error:  # a name that is too long, or a folder that may not be looked into
+        raise _not_made(output, error) from error
+    if there:
         raise ValueError(f"--output {output} is there already; remove it, or name another folder")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = "may not be written to" if above.is_dir() else "is no folder"
+        raise ValueError(f"--output {output} cannot be made: {above} {reason}; name another folder")
     for source in sources:
         if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
             raise ValueError(f"--output {output} lies in {source}, whose photos are converted; name a folder outside")
+
+
+def _not_made(output: Path, error: OSError) -> ValueError:
+    return ValueError(f"--output {output} cannot be made ({error.strerror or error}); name another folder")
 
 
 def _require_sense(
@@ -465,7 +479,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 queries=args.queries,
                 seed=args.seed,
             )
-            output.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                output.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _not_made(output, error) from error
             with whole(output) as folder:
                 shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
                 folder.mkdir()

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -399,6 +400,34 @@ def test_what_has_no_part_beside_labels_is_said(table, tmp_path, converted):
     shutil.rmtree(tmp_path / "out")
     _, lines, _ = converted(table("path,label", *(f"p{i}.jpg,L{i // 4}" for i in range(12))))
     assert "labels say what a place is: --cell and --gap have no part" in lines
+
+
+@pytest.mark.parametrize("kind", ["a file", "too long", "no such place"])
+def test_an_output_that_cannot_be_made_is_refused_before_photos_are_read(kind, table, tmp_path, capsys, monkeypatch):
+    """But where only making it tells, which names the option all the same; nothing is left."""
+    rows = [f"p{i}.jpg,{200 * (i // 4)},5000" for i in range(12)]
+    source = table("path,east,north", *rows)
+    output = {
+        "a file": source / "below" / "out",
+        "too long": tmp_path / ("x" * 300),
+        "no such place": Path("/proc/none/out"),
+    }[kind]
+    if kind != "no such place":
+        monkeypatch.setattr(to_gsv_cities, "collect", lambda *_, **__: pytest.fail("photos were read"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit_:
+        to_gsv_cities.main([str(source), f"--output={output}"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 2 and f"error: --output {output} cannot be made" in message
+    assert message.endswith("name another folder") and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_photo_far_from_all_others_is_named(table, tmp_path, capsys):
+    rows = [f"p{i}.jpg,{48 + 0.01 * (i // 4)},2" for i in range(12)] + ["wrong.jpg,-33,151"]
+    with pytest.raises(SystemExit):
+        to_gsv_cities.main([str(table("path,lat,lon", *rows)), f"--output={tmp_path}/out"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "convert one region at a time; farthest from the others is " in message and message.endswith("/in/wrong.jpg")
 
 
 def test_copies_are_counted(tmp_path, table, converted):
