@@ -7,8 +7,8 @@ The ONNX file takes `images`, B x 3 x H x W in [0, 1] with ImageNet's mean and s
 and of the one size that it was written for, and gives `descriptors`, B x K*D. It is compared with PyTorch before it is
 put into place.
 The safetensors file is another form of the checkpoint, which eval.py and train.py read.
-With `--pca`, the model ends with the PCA that `eval.py --pca_dim` fitted, and its descriptors, of fewer numbers, are of
-unit norm again; metadata say it as `pca`, and eval.py applies it without being asked.
+With `--pca`, the model ends with the PCA that `eval.py --pca_dim` fitted on its descriptors, which of fewer numbers are
+of unit norm again; metadata say it as `pca`, and eval.py applies it without being asked.
 Both carry as metadata, in JSON, what the model is (`model`) and how photos become images: `resize` (height and width),
 `antialias`, `upright` (turned as EXIF says), `mean` and `std`; by default as the checkpoint says, if it was exported,
 else as eval.py prepares those of plain folders, which follows a safetensors file in turn. `validated_at` is the size at
@@ -312,7 +312,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if pca is not None:
                 facts["pca"] = pca
                 whitened = ", whitened" * bool(pca.get("whiten"))
-                print(f"a PCA leaves {model.descriptor_dim} of {model.vectors_dim} numbers{whitened}, of unit norm")
+                line = f"a PCA leaves {model.descriptor_dim} of {model.vectors_dim} numbers{whitened}, of unit norm"
+                # What the encoder sees beside a photo changes the descriptors that a PCA is fitted on.
+                print(line + f"; fitted in --encoder_context {pca.get('context')}" * (model.encoder is not None))
             metadata = {"model": json.dumps(settings), "source": path.name}
             metadata |= {name: json.dumps(value) for name, value in facts.items()}
             _write(model, options.output, size=size, metadata=metadata)

@@ -139,7 +139,8 @@ def test_a_pca_becomes_part_of_the_file(saved, evaluated, tmp_path, capsys, whit
     for output in (file, onnx)[: 1 + whiten]:  # the second takes seconds
         export.main(f"--resume {path} --pca {fitted}/pca.pth --resize 56 56 --output {output}".split())
     shown = capsys.readouterr().out
-    assert f"a PCA leaves 6 of {model.descriptor_dim} numbers{', whitened' * whiten}, of unit norm" in shown
+    context = "; fitted in --encoder_context file_order" * (model.encoder is not None)
+    assert f"a PCA leaves 6 of {model.descriptor_dim} numbers{', whitened' * whiten}, of unit norm{context}\n" in shown
     folder = evaluated(file)
     np.testing.assert_allclose(numbers_of(folder), expected, atol=2e-5)
     log = (folder / "info.log").read_text()
