@@ -7,8 +7,8 @@ The ONNX file takes `images`, B x 3 x H x W in [0, 1] with ImageNet's mean and s
 and of the one size that it was written for, and gives `descriptors`, B x K*D. It is compared with PyTorch before it is
 put into place.
 The safetensors file is another form of the checkpoint, which eval.py and train.py read.
-With `--pca`, the model ends with the PCA that `eval.py --pca_dim` fitted on its descriptors, which of fewer numbers are
-of unit norm again; metadata say it as `pca`, and eval.py applies it without being asked.
+With `--pca`, the model ends with the PCA that `eval.py --pca_dim` fitted on its descriptors: they have fewer numbers,
+and unit norm again; metadata say it as `pca`, and eval.py applies it without being asked.
 Both carry as metadata, in JSON, what the model is (`model`) and how photos become images: `resize` (height and width),
 `antialias`, `upright` (turned as EXIF says), `mean` and `std`; by default as the checkpoint says, if it was exported,
 else as eval.py prepares those of plain folders, which follows a safetensors file in turn. `validated_at` is the size at
