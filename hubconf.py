@@ -8,6 +8,7 @@ batch.
 """
 
 import importlib.util
+import os
 import re
 import sys
 from functools import partial
@@ -99,8 +100,8 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
     transforms, weights = _ours("datasets", "transforms"), _ours("model", "weights")
     digest = _ours("utils", "descriptor_store").digest
     try:
-        asked = _ours("utils", "place_map").PlaceMap(path, accept=accept)
-        file = weights.find_checkpoint(Path(resume))
+        asked = _ours("utils", "place_map").PlaceMap(os.path.expanduser(path), accept=accept)
+        file = weights.find_checkpoint(Path(os.path.expanduser(resume)))
         content = weights.read_file(file)
         asked.require(weights.model_of(Path(resume), content), str(resume))
         model = _ours("model").build_model(**asked.model)

@@ -7,6 +7,7 @@ import argparse
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -775,6 +776,15 @@ def _unknown(words: Sequence[str], flags: Sequence[str], other: type[Options]) -
     return "; ".join(messages)
 
 
+def _split_values(word: str, argv: Sequence[str], several: Sequence[str]) -> str:
+    """What to say of a word that was meant as the second value of an option, behind a first one joined to it by =."""
+    before = argv[: argv.index(word)]
+    flag, joined, first = next((given for given in before[::-1] if given.startswith("-")), "").partition("=")
+    if word.startswith("-") or not joined or flag not in several:
+        return ""
+    return f"{flag}={first} {word}: behind = there is one value only; write {flag} {first} {word}"
+
+
 def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) -> AnyOptions:
     """Reads the command line (`sys.argv` when None); bad options print one message and exit with status 2."""
     parser = _Parser(
@@ -782,11 +792,13 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
         allow_abbrev=False,
         usage="%(prog)s [--option value ...]; %(prog)s --help lists all options",
     )
-    flags = ["--help"]
+    flags, several = ["--help"], []
     for entry in fields(options_class):
         if not entry.metadata:
             continue
         settings = dict(entry.metadata)
+        if "nargs" in settings:
+            several.append(f"--{entry.name}")
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         if isinstance(default, bool):
             settings["action"] = "store_true"
@@ -798,6 +810,8 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
         flags += parser.add_argument(f"--{entry.name}", default=argparse.SUPPRESS, **settings).option_strings
     given, unknown = parser.parse_known_args(argv)
     if unknown:
+        if split := _split_values(unknown[0], sys.argv[1:] if argv is None else argv, several):
+            parser.error(split)
         parser.error(_unknown(unknown, flags, EvalOptions if options_class is TrainOptions else TrainOptions))
     logger.disabled = parser.silent
     values: dict[str, Any] = vars(given)

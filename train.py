@@ -103,8 +103,17 @@ def run(options: TrainOptions) -> dict[int, float]:
         if options.train_batch_size < 2:
             raise ValueError("--train_batch_size 1 leaves no other place to tell a place from; use 2 or more")
         batches = PlaceBatches(places, batch_size=options.train_batch_size, place_order=options.place_order)
-        if options.place_order == "similar" and len(batches) == 1:
+        mines = options.place_order == "similar" and len(batches) > 1
+        if options.place_order == "similar" and not mines:
             logger.warning("--place_order similar has no part: all %d places share a batch", len(places))
+        elif options.epochs_num == 1 and options.place_order != "fixed":
+            logger.warning("--place_order %s has no part: it begins with the second epoch", options.place_order)
+        total_steps = options.epochs_num * len(batches)
+        if options.lr_schedule == "halving" and 0 < total_steps <= options.warmup_steps:
+            logger.warning(
+                "--warmup_steps %d is as long as the run or longer, %d steps: learning rates never reach their height",
+                *(options.warmup_steps, total_steps),
+            )
         num_workers = reading_workers(device) if options.num_workers is None else options.num_workers
         loader = ImageLoader(
             places,
@@ -238,7 +247,7 @@ def run(options: TrainOptions) -> dict[int, float]:
         )
         while progress.epoch < options.epochs_num and progress.not_improved < options.patience:
             batches.epoch, batches.start = progress.epoch, len(progress.losses)
-            if options.place_order == "similar" and progress.epoch and progress.order is None:
+            if mines and progress.epoch and progress.order is None:
                 progress.order = order_by_similarity(
                     model,
                     batches,

@@ -13,7 +13,7 @@ for a folder that is none of these.
 from pathlib import Path
 
 from utils.command_line import Parser
-from utils.signals import left_on_signals, mapped
+from utils.signals import left_on_signals, mapped, quiet_ctrl_c
 
 
 def command_line() -> Parser:
@@ -33,6 +33,7 @@ def command_line() -> Parser:
 
 if __name__ == "__main__":
     command_line().parse()  # before the seconds of importing the rest: a mistake is answered at once
+    quiet_ctrl_c()
 
 import csv
 import hashlib

@@ -50,9 +50,11 @@ def find_cities(folder: Path) -> list[str]:
     """
     present = {path.stem for path in tables(folder)}
     if not present:
+        below = folder / "gsv_cities"  # as the toy city and one's own photos have it
+        remedy = f"give {below}" if tables(below) else "download GSV-Cities, or name its place"
         raise FileNotFoundError(
-            f"no GSV-Cities in {folder}: {folder}/Dataframes/<City>.csv is missing; download GSV-Cities, or name its "
-            "place with --train_dataset_folder"
+            f"no GSV-Cities in {folder}: {folder}/Dataframes/<City>.csv is missing; {remedy} with "
+            "--train_dataset_folder"
         )
     return [city for city in CITIES if city in present] + sorted(present.difference(CITIES))
 

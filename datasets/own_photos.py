@@ -1,6 +1,7 @@
 """Anyone's photos with what is known of them: by the names of a tree, by EXIF data, or by a csv."""
 
 import csv
+import hashlib
 import io
 import os
 from collections import defaultdict
@@ -70,6 +71,7 @@ class Collection:
         kind: what their positions were given as: metres, degrees or labels.
         dropped: paths by reason.
         notes: what else there is to know, a line each.
+        copies: paths of photos that are others byte for byte, and of these.
     """
 
     photos: list[Photo]
@@ -77,6 +79,7 @@ class Collection:
     kind: str
     dropped: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    copies: dict[str, str] = field(default_factory=dict)
 
 
 def parse_time(text: str) -> datetime:
@@ -284,30 +287,36 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
         raise ValueError(f"{listed}, and they cannot be put on one map; convert them one at a time")
     (kind,) = kinds
 
-    def look(photo: Photo) -> Photo | str:
-        """The photo with what its file says, or why it cannot be used."""
+    def look(photo: Photo) -> tuple[Photo, bytes] | str:
+        """The photo with what its file says, and a digest of its bytes; or why it cannot be used."""
         if not os.path.isfile(photo.path):  # a pipe would be waited for
             return "there is no such file"
         exif = photo.path in by_exif
         try:
             read_reduced(photo.path, 64)
             photo = replace(from_exif(photo.path) if exif else photo, turn=orientation(photo.path))
+            with open(photo.path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").digest()
         except Exception:  # decoders stumble over a damaged file in many ways
             return "cannot be read"
         if photo.label == "":
             return "no label"
         if kind != LABELS and (np.isnan(photo.position).any() or (kind == DEGREES and photo.position == (0.0, 0.0))):
             return "no GPS position in EXIF data" if exif else "no position"
-        return photo
+        return photo, content
 
     kept = []
+    first: dict[bytes, str] = {}
+    copies: dict[str, str] = {}
     with mapped(ThreadPoolExecutor(os.cpu_count()), look, list(photos.values())) as looked:
         seen = tqdm(looked, total=len(photos), unit="photo", disable=not progress)
         for photo, found_out in zip(photos.values(), seen, strict=True):
-            if isinstance(found_out, Photo):
-                kept.append(found_out)
-            else:
+            if isinstance(found_out, str):
                 dropped[found_out].append(photo.path)
+            else:
+                kept.append(found_out[0])
+                if (original := first.setdefault(found_out[1], photo.path)) != photo.path:
+                    copies[photo.path] = original
     if not kept:
         reasons = ", ".join(f"{len(paths)} {reason}" for reason, paths in dropped.items())
         raise ValueError(f"no photo of {len(photos)} can be used ({reasons}); give positions or labels in a csv")
@@ -320,7 +329,7 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
             f"{ZONES_APART / 1e3:g} km apart, so that places on both sides of a border are not compared"
         )
         metres[:, 0] += [zones.index(photo.zone) * ZONES_APART for photo in kept]
-    return Collection(kept, metres, kind, dict(dropped), notes)
+    return Collection(kept, metres, kind, dict(dropped), notes, copies)
 
 
 def _metres(photos: Sequence[Photo], kind: str) -> NDArray[np.float64]:
@@ -341,7 +350,12 @@ def _metres(photos: Sequence[Photo], kind: str) -> NDArray[np.float64]:
                     f"{photo.path}: latitude {latitude:g}, longitude {longitude:g} is nowhere on Earth"
                     + ("; are the columns lat and lon swapped?" if swapped else "; metres go into columns east,north")
                 )
-        return to_utm(positions, *zone_of(positions))
+        try:
+            zone = zone_of(positions)
+        except ValueError as error:
+            farthest = int(np.abs(positions - np.median(positions, axis=0)).max(axis=1).argmax())
+            raise ValueError(f"{error}; farthest from the others is {photos[farthest].path}") from error
+        return to_utm(positions, *zone)
     farthest = int(np.abs(positions).max(axis=1).argmax())
     if np.abs(positions[farthest]).max() > LARGEST:
         east, north = positions[farthest]

@@ -21,7 +21,7 @@ keeps 23; of the toy city's 576 cells, 25 m apart along 72 streets, it made 72, 
 from pathlib import Path
 
 from utils.command_line import Parser
-from utils.signals import left_on_signals
+from utils.signals import left_on_signals, quiet_ctrl_c
 
 
 def command_line() -> Parser:
@@ -56,6 +56,7 @@ def command_line() -> Parser:
 
 if __name__ == "__main__":
     command_line().parse()  # before the seconds of importing the rest: a mistake is answered at once
+    quiet_ctrl_c()
 
 import csv
 import os
@@ -145,7 +146,10 @@ def hold_out(
         if wanted.area:
             if collection.kind == LABELS:
                 raise ValueError(f"--{split}_area is of positions, and there are labels only; use --{split}_share")
-            held = free & in_area(np.array([photo.position for photo in photos]), wanted.area)
+            inside = in_area(np.array([photo.position for photo in photos]), wanted.area)
+            held = free & inside
+            if taken := int((inside & ~free).sum()):
+                lines.append(f"{taken} photos of --{split}_area are not in {split}: val has them, or they are near it")
             if not held.any():
                 area = " ".join(f"{value:.10g}" for value in wanted.area)
                 raise ValueError(f"--{split}_area {area} holds no photo{_extent(collection)}")
@@ -186,13 +190,19 @@ def assign(
         raise ValueError(f"{labels.count('')} of {len(labels)} photos have no label and others do; give all, or none")
     cells = np.unique(labels, return_inverse=True)[1] if any(labels) else cells_of(metres, cell)
     uses, lines = hold_out(collection, cells, held_out, gap=gap, queries=queries, seed=seed)
+    if any(labels):
+        lines.append(_of_labels(collection, cells, gap))
 
     train = np.flatnonzero(uses == TRAIN)
     directions = heading_bins([photos[index] for index in train], bins)
     uses[train[directions < 0]] = "no heading, which --heading_bins asks for"
     train, directions = train[directions >= 0], directions[directions >= 0]
     if not len(train):
-        raise ValueError(f"no photo is left to train on ({_reasons(uses)}); use other options")
+        fates = ", ".join(f"{count} photos: {use}" for use, count in Counter(uses.tolist()).items())
+        raise ValueError(
+            f"no photo is left to train on ({fates}); hold out a smaller share or area, lower --gap, or leave out "
+            "--heading_bins"
+        )
     found = np.unique(np.column_stack((cells[train], directions)), axis=0, return_inverse=True)[1].ravel()
     enough = np.bincount(found)[found] >= min_images
     uses[train[~enough]] = f"a place of fewer than {min_images} photos (--min_images)"
@@ -211,6 +221,21 @@ def assign(
     if count > LABELS_PER_CITY:
         raise ValueError(f"{count} places, and a table holds {LABELS_PER_CITY}; convert a region at a time")
     return Fate(uses.tolist(), places, lines)
+
+
+def _of_labels(collection: Collection, cells: NDArray[np.int64], gap: float) -> str:
+    """A line on what labels decide, and how many of them are of places that are too large to be one."""
+    if collection.kind == LABELS:
+        return "labels say what a place is: --cell and --gap have no part"
+    low, high = (np.full((int(cells.max()) + 1, 2), value) for value in (np.inf, -np.inf))
+    np.minimum.at(low, cells, collection.metres)
+    np.maximum.at(high, cells, collection.metres)
+    reach = np.hypot(*(high - low).T)
+    line = "labels say what a place is: --cell has no part"
+    if large := int((reach > max(gap, POSITIVE)).sum()):
+        example = collection.photos[int(np.flatnonzero(cells == reach.argmax())[0])].label
+        line += f"; {large} labels reach farther than {max(gap, POSITIVE):g} m, {example} {reach.max():.0f} m"
+    return line
 
 
 def _reasons(uses: NDArray[np.object_]) -> str:
@@ -239,7 +264,9 @@ def _database_and_queries(
             "use --queries random"
         )
     if len(chosen) < 2:
-        raise ValueError(f"{len(chosen)} photo is held out for {split}, where two are the least; hold out more")
+        raise ValueError(
+            f"{len(chosen)} photo is held out for {split}, where two are the least; hold out more (--{split}_share)"
+        )
     by_time = queries != "random" and len(times) == len(chosen)
     is_query = np.zeros(len(chosen), dtype=bool)
     if by_time:
@@ -366,17 +393,35 @@ def summary(collection: Collection, fate: Fate) -> list[str]:
             f"--images_per_place is lower"
         )
     lines += [*(f"dropped: {count}, {reason}" for reason, count in lost.items()), *fate.lines]
+    if collection.copies:  # one would be an easy pair of a place, or the answer to its copy
+        copy, original = next(iter(collection.copies.items()))
+        lines.append(
+            f"{len(collection.copies)} photos are copies of others, byte for byte, e.g. {copy} of {original}: kept, "
+            "but they teach nothing, and a query is found by its copy; remove them and convert again"
+        )
     # A name may hold a line break, or bytes that are not text.
     return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]
 
 
 def require_new(output: Path, sources: Sequence[Path]) -> None:
-    """Raises ValueError for an output that is there, or that would be a source."""
-    if output.exists() or output.is_symlink():
+    """Raises ValueError for an output that is there, that cannot be made, or that would be a source."""
+    try:
+        there = output.exists() or output.is_symlink()
+    except OSError as error:  # a name that is too long, or a folder that may not be looked into
+        raise _not_made(output, error) from error
+    if there:
         raise ValueError(f"--output {output} is there already; remove it, or name another folder")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = "may not be written to" if above.is_dir() else "is no folder"
+        raise ValueError(f"--output {output} cannot be made: {above} {reason}; name another folder")
     for source in sources:
         if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
             raise ValueError(f"--output {output} lies in {source}, whose photos are converted; name a folder outside")
+
+
+def _not_made(output: Path, error: OSError) -> ValueError:
+    return ValueError(f"--output {output} cannot be made ({error.strerror or error}); name another folder")
 
 
 def _require_sense(
@@ -434,7 +479,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 queries=args.queries,
                 seed=args.seed,
             )
-            output.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                output.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _not_made(output, error) from error
             with whole(output) as folder:
                 shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
                 folder.mkdir()

@@ -7,8 +7,8 @@ The ONNX file takes `images`, B x 3 x H x W in [0, 1] with ImageNet's mean and s
 and of the one size that it was written for, and gives `descriptors`, B x K*D. It is compared with PyTorch before it is
 put into place.
 The safetensors file is another form of the checkpoint, which eval.py and train.py read.
-With `--pca`, the model ends with the PCA that `eval.py --pca_dim` fitted, and its descriptors, of fewer numbers, are of
-unit norm again; metadata say it as `pca`, and eval.py applies it without being asked.
+With `--pca`, the model ends with the PCA that `eval.py --pca_dim` fitted on its descriptors: they have fewer numbers,
+and unit norm again; metadata say it as `pca`, and eval.py applies it without being asked.
 Both carry as metadata, in JSON, what the model is (`model`) and how photos become images: `resize` (height and width),
 `antialias`, `upright` (turned as EXIF says), `mean` and `std`; by default as the checkpoint says, if it was exported,
 else as eval.py prepares those of plain folders, which follows a safetensors file in turn. `validated_at` is the size at
@@ -307,10 +307,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             facts = {**preparation, "resize": size, "mean": MEAN, "std": STD}
             if validated_at is not None:
                 facts["validated_at"] = validated_at
+            if options.pca is not None and pca is not None:
+                _warn_of_pca(options.pca, pca, size)
             if pca is not None:
                 facts["pca"] = pca
                 whitened = ", whitened" * bool(pca.get("whiten"))
-                print(f"a PCA leaves {model.descriptor_dim} of {model.vectors_dim} numbers{whitened}, of unit norm")
+                line = f"a PCA leaves {model.descriptor_dim} of {model.vectors_dim} numbers{whitened}, of unit norm"
+                # What the encoder sees beside a photo changes the descriptors that a PCA is fitted on.
+                print(line + f"; fitted in --encoder_context {pca.get('context')}" * (model.encoder is not None))
             metadata = {"model": json.dumps(settings), "source": path.name}
             metadata |= {name: json.dumps(value) for name, value in facts.items()}
             _write(model, options.output, size=size, metadata=metadata)
@@ -319,6 +323,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"ERROR: {error}", file=sys.stderr)
             raise SystemExit(2) from None
     return 0
+
+
+def _warn_of_pca(path: Path, pca: dict[str, Any], size: tuple[int, int]) -> None:
+    """Says what is not known of a PCA, or is not what the export is for."""
+    if "weights" not in pca:
+        print(f"WARNING: {path} does not say which weights it was fitted on; are they these?", file=sys.stderr)
+    fitted = tuple(pca.get("resize", size))
+    if fitted != size:
+        numbers, exported = (" ".join(map(str, sides)) for sides in (fitted, size))
+        print(f"WARNING: {path} was fitted on images of {numbers}, and the export is for {exported}", file=sys.stderr)
 
 
 def _write(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metadata: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Weight files, loaded without running code from them: DINOv2's and DINOv3's, released ones, ours, bare state dicts."""
 
 import errno
+import hashlib
 import json
 import logging
 import pickle
@@ -203,6 +204,15 @@ def pca_of(content: dict[str, Any]) -> dict[str, Any] | None:
     return written if isinstance(written, dict) else None
 
 
+def state_digest(model: SuperVLADNet) -> str:
+    """What tells a model's weights from others; a PCA carries it, since it is of one model's descriptors only."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def cached(file: str) -> Path:
     """Where torch.hub keeps a weight file; its folder is made if missing."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -355,10 +365,11 @@ def load_projection(model: SuperVLADNet, path: Path) -> dict[str, Any]:
     """Ends a model with the PCA that eval.py wrote with `--pca_dim`.
 
     Returns:
-        What the file says of it: `dim`, `whiten`, `images`, `count` and `context`.
+        What the file says of it: `dim`, `whiten`, `images`, `count`, `context`, and, unless it is of an older
+        version, `weights` (as `state_digest`) and `resize` of what it was fitted on.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_file`, it holds no such PCA, or one of other descriptors.
+        FileNotFoundError, ValueError: as `read_file`, it holds no such PCA, or one of other descriptors or weights.
     """
     content = read_file(path)
     mean, components, facts = (content.get(name) for name in ("mean", "components", "pca"))
@@ -367,6 +378,11 @@ def load_projection(model: SuperVLADNet, path: Path) -> dict[str, Any]:
     if model.projection is not None:
         raise ValueError("the checkpoint ends with a PCA already; leave out --pca, or export from the one without")
     projection = _projection_for(model, components, path)
+    if facts.get("weights", own := state_digest(model)) != own:
+        raise ValueError(
+            f"{path} was fitted on descriptors of other weights than the checkpoint's; give the checkpoint that it was "
+            "fitted on, or the pca.pth of an evaluation of this one"
+        )
     _load(projection, {"mean": mean, "components": components}, path)
     model.projection = projection
     return facts

@@ -208,3 +208,39 @@ def test_a_published_backbone_on_a_cpu_is_warned_of(city, tmp_path, caplog, monk
         city, tmp_path / "run", "--epochs_num=1", "--train_batch_size=16", f"--foundation_model_path={tmp_path}/x.pth"
     )
     assert "training dino_tiny on a CPU takes about 1234 hours" in caplog.text
+
+
+def test_options_of_training_without_a_part_are_said(city, tmp_path, capsys):
+    """A warm-up as long as the run, and an order that begins after it."""
+    plain = ["--epochs_num=1", "--train_batch_size=6", "--randaugment_ops=0"]
+    train(city, tmp_path / "plain", *plain)
+    steps = int((run_folder(tmp_path / "plain") / "metrics.csv").read_text().splitlines()[1].split(",")[1])
+    assert "WARNING: --" not in capsys.readouterr().err
+    for flags, told in (
+        (["--place_order=similar"], "--place_order similar has no part: it begins with the second epoch"),
+        (["--place_order=reshuffled"], "--place_order reshuffled has no part: it begins with the second epoch"),
+        ([f"--warmup_steps={steps}"], f"--warmup_steps {steps} is as long as the run or longer, {steps} steps"),
+        ([f"--warmup_steps={steps - 1}"], ""),
+    ):
+        train(city, tmp_path / "other", *plain, *flags)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "WARNING: --" in line]
+        assert len(lines) == bool(told) and all(told in line for line in lines)
+
+
+def test_where_all_places_share_a_batch_none_is_described(city, tmp_path, capsys):
+    flags = ["--epochs_num=2", "--train_batch_size=500", "--randaugment_ops=0"]
+    for order in ("similar", "reshuffled"):
+        train(city, tmp_path / order, *flags, f"--place_order={order}")
+    told = capsys.readouterr().err
+    assert "--place_order similar has no part: all" in told and "were described" not in told
+    tables = [(run_folder(tmp_path / order) / "metrics.csv").read_text() for order in ("similar", "reshuffled")]
+    assert tables[0] == tables[1]
+
+
+def test_a_folder_above_the_places_is_answered_with_theirs(city, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train(city, tmp_path, f"--train_dataset_folder={city}")
+    assert exit_.value.code == 2
+    assert f"Dataframes/<City>.csv is missing; give {city}/gsv_cities with --train_dataset_folder" in (
+        capsys.readouterr().err
+    )

@@ -139,7 +139,8 @@ def test_a_pca_becomes_part_of_the_file(saved, evaluated, tmp_path, capsys, whit
     for output in (file, onnx)[: 1 + whiten]:  # the second takes seconds
         export.main(f"--resume {path} --pca {fitted}/pca.pth --resize 56 56 --output {output}".split())
     shown = capsys.readouterr().out
-    assert f"a PCA leaves 6 of {model.descriptor_dim} numbers{', whitened' * whiten}, of unit norm" in shown
+    context = "; fitted in --encoder_context file_order" * (model.encoder is not None)
+    assert f"a PCA leaves 6 of {model.descriptor_dim} numbers{', whitened' * whiten}, of unit norm{context}\n" in shown
     folder = evaluated(file)
     np.testing.assert_allclose(numbers_of(folder), expected, atol=2e-5)
     log = (folder / "info.log").read_text()
@@ -176,16 +177,31 @@ def test_a_pca_that_does_not_fit(saved, evaluated, tmp_path, capsys, city):
     file = tmp_path / "small.safetensors"
     export.main(f"--resume {path} --pca {fitted} --output {file}".split())
     torch.save({**content, "components": content["components"][:, 1:]}, tmp_path / "other.pth")
+    other = build_model(**settings)
+    torch.save({"model_state_dict": other.state_dict(), "model": settings}, tmp_path / "weights.pth")
     for source, pca, told in (
         (path, path, "best_model.pth holds no PCA; give the pca.pth that eval.py --pca_dim leaves"),
         (path, tmp_path / "other.pth", f"has a PCA of descriptors of {model.vectors_dim - 1} numbers, but the model's"),
         (path, tmp_path / "none.pth", "no weight file at"),
         (file, fitted, "the checkpoint ends with a PCA already; leave out --pca"),
+        (tmp_path / "weights.pth", fitted, "pca.pth was fitted on descriptors of other weights than the checkpoint's"),
     ):
         with pytest.raises(SystemExit) as exit_:
             export.main(f"--resume {source} --pca {pca} --output {tmp_path}/b.safetensors".split())
         assert exit_.value.code == 2 and told in capsys.readouterr().err
         assert not (tmp_path / "b.safetensors").exists()
+    # What is not an error is said: another size, and a file of an older version, which tells no weights.
+    capsys.readouterr()
+    del content["pca"]["weights"]
+    torch.save(content, tmp_path / "older.pth")
+    for pca, size, told in (
+        (fitted, "56 56", ""),
+        (fitted, "70 56", "pca.pth was fitted on images of 56 56, and the export is for 70 56"),
+        (tmp_path / "older.pth", "56 56", "older.pth does not say which weights it was fitted on; are they these?"),
+    ):
+        export.main(f"--resume {path} --pca {pca} --resize {size} --output {tmp_path}/b.safetensors".split())
+        lines = [line for line in capsys.readouterr().err.splitlines() if "fitted on" in line]
+        assert len(lines) == bool(told) and all(told in line for line in lines)
     with pytest.raises(SystemExit):
         evaluated(file, *flags)
     assert "ends with a PCA already, to 6 numbers; leave it out" in capsys.readouterr().err

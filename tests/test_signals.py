@@ -121,8 +121,13 @@ def test_each_signal_is_noted_and_its_handler_put_back(signum, capfd):
         signal.signal(signum, before)
 
 
-def test_ctrl_c_while_the_script_starts_shows_no_traceback(tmp_path):
-    command = [sys.executable, "-v", "train.py", f"--eval_datasets_folder={tmp_path}"]
+@pytest.mark.parametrize(
+    "words",
+    ["train.py --eval_datasets_folder={0}", "-m datasets.to_gsv_cities {0} --output={0}/out", "-m datasets.check {0}"],
+    ids=lambda words: words.split(" -")[0],
+)
+def test_ctrl_c_while_the_script_starts_shows_no_traceback(tmp_path, words):
+    command = [sys.executable, "-v", *words.format(tmp_path).split()]
     job = subprocess.Popen(command, cwd=Path(train_script.__file__).parent, stderr=subprocess.PIPE)
     shown = b""
     while b"import 'torch'" not in shown and b"torch/__init__" not in shown:

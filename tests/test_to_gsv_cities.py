@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -377,6 +378,76 @@ def test_what_is_held_out_at_random(table, converted):
     assert len(order[0]) == uses["train"] // 4
 
 
+def test_areas_that_share_photos_say_so(table, converted):
+    """Validation has them; the 2 photos at 150 m lie within the gap around it, and those at 200 m are the test's."""
+    rows = [f"p{i}.jpg,{50 * (i // 2)},5000,{2020 + i % 2}-05" for i in range(28)]
+    flags = ["--val_area", "0", "4999", "120", "5001", "--test_area", "50", "4999", "220", "5001", "--min_images=2"]
+    _, lines, fates = converted(table("path,east,north,time", *rows), *flags, "--gap=60")
+    assert "6 photos of --test_area are not in test: val has them, or they are near it" in lines
+    uses = [fates[f"p{i}.jpg"][0] for i in range(10)]
+    assert uses[:6] == ["val/database", "val/queries"] * 3 and uses[8:] == ["test/database", "test/queries"]
+    assert uses[6:8] == ["nearer than --gap to what is held out for val"] * 2
+
+
+def test_what_has_no_part_beside_labels_is_said(table, tmp_path, converted):
+    """And a label that is in two places far apart: of 3 labels here, one, 300 m from end to end."""
+    rows = [f"p{i}.jpg,{200 * (i // 4) + 300 * (i == 7)},5000,L{i // 4}" for i in range(12)]
+    _, lines, _ = converted(table("path,east,north,label", *rows), "--gap=30")
+    assert "labels say what a place is: --cell has no part; 1 labels reach farther than 30 m, L1 300 m" in lines
+    shutil.rmtree(tmp_path / "out")
+    _, lines, _ = converted(table("path,east,north,label", *(row.replace(",500,", ",200,") for row in rows)))
+    assert "labels say what a place is: --cell has no part" in lines
+    shutil.rmtree(tmp_path / "out")
+    _, lines, _ = converted(table("path,label", *(f"p{i}.jpg,L{i // 4}" for i in range(12))))
+    assert "labels say what a place is: --cell and --gap have no part" in lines
+
+
+@pytest.mark.parametrize("kind", ["a file", "too long", "no such place"])
+def test_an_output_that_cannot_be_made_is_refused_before_photos_are_read(kind, table, tmp_path, capsys, monkeypatch):
+    """But where only making it tells, which names the option all the same; nothing is left."""
+    rows = [f"p{i}.jpg,{200 * (i // 4)},5000" for i in range(12)]
+    source = table("path,east,north", *rows)
+    output = {
+        "a file": source / "below" / "out",
+        "too long": tmp_path / ("x" * 300),
+        "no such place": Path("/proc/none/out"),
+    }[kind]
+    if kind != "no such place":
+        monkeypatch.setattr(to_gsv_cities, "collect", lambda *_, **__: pytest.fail("photos were read"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit_:
+        to_gsv_cities.main([str(source), f"--output={output}"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 2 and f"error: --output {output} cannot be made" in message
+    assert message.endswith("name another folder") and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_photo_far_from_all_others_is_named(table, tmp_path, capsys):
+    rows = [f"p{i}.jpg,{48 + 0.01 * (i // 4)},2" for i in range(12)] + ["wrong.jpg,-33,151"]
+    with pytest.raises(SystemExit):
+        to_gsv_cities.main([str(table("path,lat,lon", *rows)), f"--output={tmp_path}/out"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "convert one region at a time; farthest from the others is " in message and message.endswith("/in/wrong.jpg")
+
+
+def test_copies_are_counted(tmp_path, table, converted):
+    """Byte for byte, under another name; a link is the same file, and left out as before."""
+    rows = [f"p{i}.jpg,{100 * (i // 4)},5000" for i in range(12)]
+    source = table("path,east,north", *rows)
+    for i in range(12):
+        if i != 7:
+            pixels = np.random.default_rng(i + 1).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "in" / f"p{i}.jpg")
+    _, lines, fates = converted(source)
+    assert not any("byte for byte" in line for line in lines)
+    shutil.rmtree(tmp_path / "out")
+    shutil.copy(tmp_path / "in" / "p2.jpg", tmp_path / "in" / "p7.jpg")
+    _, lines, fates = converted(source)
+    (line,) = (line for line in lines if "byte for byte" in line)
+    assert line.startswith("1 photos are copies of others, byte for byte, e.g. ")
+    assert "p7.jpg of " in line and "p2.jpg: kept" in line and fates["p7.jpg"] == ("train", "1")
+
+
 def test_an_output_is_there_whole_or_not_at_all(table, tmp_path, monkeypatch, capsys):
     source = table("path,east,north", *rows_at((1, 0), (100, 0)))
     flags = [str(source), f"--output={tmp_path}/out"]
@@ -440,7 +511,12 @@ BAD_TABLES = {  # header, rows, flags, what is said
         "--val_area 5 5 6 6",
         "--val_area 5 5 6 6 holds no photo; the photos",
     ),
-    "all held out": ("path,east,north", rows_at(*TWO), "--val_area 0 -1 100 1", "no photo is left to train on"),
+    "all held out": (
+        "path,east,north",
+        rows_at(*TWO),
+        "--val_area 0 -1 100 1",
+        "no photo is left to train on .4 photos: val/.*smaller",
+    ),
     "area of labels": ("path,label", ["a.jpg,x", "b.jpg,y"], "--val_area 5 5 6 6", "labels only; use --val_share"),
     "no times": (
         "path,east,north",
