@@ -13,7 +13,7 @@ for a folder that is none of these.
 from pathlib import Path
 
 from utils.command_line import Parser
-from utils.signals import left_on_signals, mapped, quiet_ctrl_c
+from utils.signals import left_on_signals, mapped, process_pool, quiet_ctrl_c
 
 
 def command_line() -> Parser:
@@ -41,7 +41,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence, Set
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -117,7 +116,7 @@ def read_images(paths: Sequence[str], *, workers: int | None, name: str, exif: b
         workers: processes to read with; None takes one for each core.
         name: stands at the progress bar.
     """
-    pool = ProcessPoolExecutor(workers or os.cpu_count())
+    pool = process_pool(workers)
     with mapped(pool, partial(read_image, exif=exif), paths, chunksize=IMAGES_PER_TASK) as results:
         return list(tqdm(results, total=len(paths), unit="image", desc=name, disable=not paths))
 

@@ -13,13 +13,11 @@ in the plane z = 0 and the camera south of it, so a heading of 0 degrees looks s
 """
 
 import csv
-import os
 import shutil
 import sys
 import tempfile
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from utils.command_line import Parser
-from utils.signals import left_on_signals, mapped
+from utils.signals import left_on_signals, mapped, process_pool
 
 Colour = tuple[int, int, int]
 Row = dict[str, Any]
@@ -744,7 +742,7 @@ def write_toy_city(
             streets += [Street(split, i, spots, 10.0, 2, folder, seed, size, difficulty) for i in range(count)]
 
         rows: dict[str, list[Row]] = {city: [] for city in cities}
-        with mapped(ProcessPoolExecutor(workers or os.cpu_count()), render_street, streets) as rendered:
+        with mapped(process_pool(workers), render_street, streets) as rendered:
             done = tqdm(rendered, total=len(streets), unit="street", disable=not progress)
             for street, street_rows in zip(streets, done, strict=True):
                 rows.setdefault(street.group, []).extend(street_rows)

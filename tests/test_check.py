@@ -2,12 +2,12 @@
 
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 from PIL import Image
 
 from datasets.check import Fault, check_gsv_cities, check_tree, main
+from utils.signals import process_pool
 
 HEADER = "place_id,year,month,northdeg,city_id,lat,lon,panoid\n"
 
@@ -127,9 +127,9 @@ def test_results_do_not_depend_on_the_workers(copy, monkeypatch):
 
     def pool(workers):
         pools.append(workers)
-        return ProcessPoolExecutor(workers)
+        return process_pool(workers)
 
-    monkeypatch.setattr("datasets.check.ProcessPoolExecutor", pool)
+    monkeypatch.setattr("datasets.check.process_pool", pool)
     for check, folder in (check_tree, copy / "toy_city"), (check_gsv_cities, copy / "gsv_cities"):
         alone = check(folder, workers=1)
         assert alone and alone == check(folder, workers=2)

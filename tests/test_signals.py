@@ -194,14 +194,35 @@ def test_a_pool_of_processes_ends_with_the_program(tmp_path, signum, whole_group
         shown += os.read(job.stderr.fileno(), 1000)
         assert job.poll() is None, shown
     os.killpg(job.pid, signum) if whole_group else job.send_signal(signum)
-    assert job.wait(30) == (-signum if signum == signal.SIGKILL else 128 + signum)
-    assert b"Traceback" not in shown + job.stderr.read()
+    _, rest = job.communicate(timeout=30)  # which ends when no process has the pipe any more
+    assert job.returncode == (-signum if signum == signal.SIGKILL else 128 + signum)
+    assert b"Traceback" not in shown + rest
     for _ in range(100):
         if not marked(mark):
             break
         time.sleep(0.1)
     assert not marked(mark)
     assert not list(tmp_path.iterdir()) or signum == signal.SIGKILL
+
+
+def test_processes_of_a_pool_without_a_task_end_with_the_program():
+    mark = uuid.uuid4().hex
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(Path(train_script.__file__).parent)!r})
+from utils.signals import mapped, process_pool
+if __name__ == "__main__":
+    with mapped(process_pool(3), time.sleep, [60]) as results:
+        print("started", flush=True)
+        next(results)
+"""
+    job = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "MARK": mark}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert job.stdout.readline() == b"started\n" and len(marked(mark)) == 4
+    job.kill()
+    job.communicate(timeout=30)
+    assert not marked(mark)
 
 
 @pytest.mark.parametrize("lost", ["terminal", "pipe", "closed"])

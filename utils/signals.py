@@ -5,9 +5,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
 from types import FrameType
 from typing import TypeVar
 
@@ -62,21 +61,20 @@ def mapped(
     with pool:
         try:
             with signals_held_back():
-                results = pool.map(partial(_in_a_pool, call), items, chunksize=chunksize)
+                results = pool.map(call, items, chunksize=chunksize)
             yield results
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _in_a_pool(call: Callable[[Item], Result], item: Item) -> Result:
-    _end_with_parent()
-    return call(item)
+def process_pool(workers: int | None) -> ProcessPoolExecutor:
+    """A pool of so many processes, by default one for each core, that end with the one that started them, however that
+    ends: they would wait for work for ever."""
+    return ProcessPoolExecutor(workers or os.cpu_count(), initializer=_end_with_parent)
 
 
-@cache
 def _end_with_parent() -> None:
-    """In a process of a pool: it ends with the one that started it, however that ends; it would wait for work for
-    ever."""
+    # Before the first task: a process that has had none may be left, too, and keeps the others.
     parent = multiprocessing.parent_process()
     if parent is None:
         return
