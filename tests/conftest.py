@@ -10,9 +10,12 @@ from datasets.toy_city import write_toy_city
 # They start processes or build a ViT-B; `make test-fast` leaves them out.
 SLOW = {"distributed", "end_to_end", "export", "golden_model", "golden_training", "real_photos", "resume", "signals"}
 SLOW_TESTS = {
+    "test_a_loss_that_is_not_finite",
     "test_all_processes_search_what_one_finds",
+    "test_compiled_blocks_compute_the_same",
     "test_killed_five_times_and_resumed",
     "test_onnx",
+    "test_runs_are_made_once_and_gone_on_with",
     "test_the_scripts_start_without_what_only_some_runs_need",
     "test_two_processes_find_what_one_finds",
 }
