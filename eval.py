@@ -158,8 +158,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                 )
             logger.info("from the checkpoint: a PCA to %d numbers, of unit norm again", model.descriptor_dim)
         del content
-        weights = digest(model.state_dict()) if asked is not None or options.save_map is not None else ""
-        fitted_on = state_digest(model) if options.pca_dim else ""
+        weights = state_digest(model) if asked is not None or options.save_map is not None or options.pca_dim else ""
         if asked is not None:
             asked.require_weights(weights, str(options.resume))
         for line in options.unused(encoder=model.encoder is not None):
@@ -217,7 +216,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                 with outputs.writing(str(folder / "results.json")):
                     run_log.write_results(folder, {"recalls": table}, asdict(options), device)
             for evaluation in evaluations:
-                write_outputs(model, evaluation, options, device, outputs, fitted_on)
+                write_outputs(model, evaluation, options, device, outputs, weights)
             if options.save_map is not None:
                 with outputs.writing(str(options.save_map)):
                     save_map(options.save_map, evaluations[0], options, weights)
@@ -1083,13 +1082,13 @@ def write_outputs(
     options: EvalOptions,
     device: torch.device,
     outputs: Outputs,
-    fitted_on: str,
+    weights: str,
 ) -> None:
     """Writes what there is to look at and to compute with, as asked for; the page comes last.
 
     Args:
         model, evaluation, options, device, outputs: of the run.
-        fitted_on: the weights that a PCA is of, as `model.weights.state_digest`.
+        weights: what a PCA is of, as `model.weights.state_digest`.
     """
     assert evaluation.first is not None
     task, matches, curves = evaluation.task, evaluation.first, evaluation.curves
@@ -1137,7 +1136,7 @@ def write_outputs(
         with outputs.writing(str(folder / "pca.pth")):
             facts = {"dim": options.pca_dim, "whiten": options.pca_whiten, "context": matches.context}
             facts |= {"images": str(options.pca_dataset_folder), "count": matches.search.pca.n_samples_}
-            facts |= {"weights": fitted_on, "resize": list(options.resize)}
+            facts |= {"weights": weights, "resize": list(options.resize)}
             checkpoint.save(folder / "pca.pth", {**matches.search.projection(), "pca": facts})
     if options.save_descriptors:
         with outputs.writing(str(folder / "descriptors")):

@@ -98,7 +98,6 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
     import torch
 
     transforms, weights = _ours("datasets", "transforms"), _ours("model", "weights")
-    digest = _ours("utils", "descriptor_store").digest
     try:
         asked = _ours("utils", "place_map").PlaceMap(os.path.expanduser(path), accept=accept)
         file = weights.find_checkpoint(Path(os.path.expanduser(resume)))
@@ -107,7 +106,7 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
         model = _ours("model").build_model(**asked.model)
         with asked.fitting(str(resume)):
             weights.load_checkpoint(model, file, content)
-        asked.require_weights(digest(model.state_dict()), str(resume))
+        asked.require_weights(weights.state_digest(model), str(resume))
         patch_size, side = model.backbone.size.patch_size, model.backbone.size.side
         transforms.require_patches(asked.resize, patch_size=patch_size, side=side)
         asked.load()

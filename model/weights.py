@@ -205,7 +205,7 @@ def pca_of(content: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def state_digest(model: SuperVLADNet) -> str:
-    """What tells a model's weights from others; a PCA carries it, since it is of one model's descriptors only."""
+    """What tells a model's weights from others; PCAs and maps carry it, since they are of one model's descriptors."""
     found = hashlib.sha256()
     for name, value in model.state_dict().items():
         found.update(name.encode())
