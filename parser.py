@@ -9,13 +9,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 logger = logging.getLogger(__name__)
+
+Part = TypeVar("Part")
 
 TEST_METHODS = ("hard_resize", "single_query", "central_crop", "five_crops", "nearest_crop", "maj_voting")
 CONTEXTS = ("file_order", "unaligned", "shuffled", "paired", "independent")
@@ -116,6 +118,10 @@ class Options:
             "ghost_clusters": self.ghost_clusters,
             "crossimage_encoder": self.crossimage_encoder,
         }
+
+    def part(self, of: Callable[..., Part]) -> Part:
+        """An object of a dataclass with these options, or properties of them, as its fields."""
+        return of(**{entry.name: getattr(self, entry.name) for entry in fields(cast(Any, of))})
 
     @property
     def backbone_known(self) -> bool:
@@ -308,6 +314,92 @@ class EvalOptions(Options):
     def backbone_known(self) -> bool:
         """Whether the command line, or its default, has the last word on the backbone, rather than a checkpoint."""
         return "backbone" in self.given or self.resume is None or not self.resume.is_file()
+
+    @property
+    def depth_wanted(self) -> int:
+        """Matches a query that the outputs show."""
+        return max(self.save_predictions, self.save_pairs, SUBMITTED if self.save_submission else 0)
+
+    def completed(
+        self,
+        written: Mapping[str, Any],
+        *,
+        size: tuple[int, int] | None,
+        validated_at: tuple[int, int] | None,
+        prepared: Mapping[str, bool],
+    ) -> "EvalOptions":
+        """The options with what the checkpoint says, where the command line says nothing.
+
+        Args:
+            written: what `build_model` takes for the checkpoint.
+            size: of the images that it was trained or exported for; None is the backbone's own.
+            validated_at: of the images that it was validated on, where the checkpoint says so.
+            prepared: how it was exported to have plain photos prepared.
+        """
+        found = {"supervlad_clusters" if name == "clusters" else name: value for name, value in written.items()}
+        of_backbone = ("backbone", "backbone_blocks")
+        found = {name: value for name, value in found.items() if name not in of_backbone or name not in self.given}
+        if {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*self.given}:
+            found = {name: value for name, value in found.items() if name in of_backbone}
+        shown = [f"--{name} {value}" for name, value in found.items()]
+        if "resize" not in self.given:
+            found["resize"] = size
+        if "backbone_blocks" not in self.given:
+            found.setdefault("backbone_blocks", None)
+        if self.plain_folders:
+            found |= {name: value for name, value in prepared.items() if name not in self.given}
+        options = replace(self, **found)
+        options.fit_backbone()
+        if "resize" not in self.given and (size is not None or "backbone" in found):
+            own = " (its backbone's own)" * (size is None)
+            shown.append("--resize {} {}{}".format(*options.resize, own))
+        if validated_at is not None and validated_at != options.resize:
+            logger.warning("the model was validated at %d %d, and --resize is %d %d", *validated_at, *options.resize)
+        elif validated_at is None and size is not None and size != options.resize:
+            logger.warning("the file was exported for %d %d, and --resize is %d %d", *size, *options.resize)
+        if "antialias" in found:
+            shown.append(f"--{'no-' * (not found['antialias'])}antialias")
+        if shown:
+            logger.info("from the checkpoint: %s", ", ".join(shown))
+        return options
+
+    @property
+    def said_of_model(self) -> dict[str, Any]:
+        """What the command line says of the model and of how photos are prepared; the model's by `model`'s names."""
+        known = {"backbone_blocks": None, **self.model, "resize": self.resize, "antialias": self.antialias}
+        given = {"clusters" if name == "supervlad_clusters" else name for name in self.given}
+        return {name: value for name, value in known.items() if name in given}
+
+    def departures(self, *, encoder: bool) -> str:
+        """How an evaluation of two plain folders departs from the published protocol, in a line; empty for others."""
+        if not self.plain_folders:
+            return ""
+        changes = []
+        if self.upright:
+            changes.append("photos are turned as EXIF says")
+        if self.antialias:
+            changes.append("the resize is antialiased (--no-antialias switches that off)")
+        if encoder and self.encoder_context[0] == "independent":
+            changes.append("the encoder sees each photo by itself (--encoder_context file_order: neighbours by name)")
+        line = "plain folders" + ", photos not turned as EXIF says since the checkpoint says so" * (not self.upright)
+        return f"{line}, not as benchmarks are published: {'; '.join(changes)}" if changes else line
+
+    def warn_of_depth(self, count: int, name: str, *, labelled: bool) -> None:
+        """Says what asks for more matches than a dataset has database images, and what a submission takes.
+
+        Args:
+            count: of database images.
+            name: of the dataset.
+            labelled: whether it has recalls.
+        """
+        asked = {"--recall_values": max(self.recall_values) if labelled else 0}
+        asked |= {"--save_predictions": self.save_predictions, "--save_pairs": self.save_pairs}
+        asked |= {"--save_submission": SUBMITTED * self.save_submission}
+        for flag, wanted in asked.items():
+            if wanted > count and (flag == "--save_submission" or flag.lstrip("-") in self.given):
+                logger.warning("%s asks for %d matches, and %s has %d database images", flag, wanted, name, count)
+        if self.save_submission and max(self.recall_values) < SUBMITTED <= count:
+            logger.info("--save_submission: %d images a query are submitted, which are scored", SUBMITTED)
 
     def unused(self, *, encoder: bool) -> list[str]:
         """What was given and has no part in the evaluation of a model with or without the cross-image encoder."""

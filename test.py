@@ -1,411 +1,41 @@
-"""Extracts descriptors and measures recall@N: the evaluation that train.py and eval.py share.
+"""Measures recall@N: the evaluation of train.py, and that of eval.py with all that it can be asked for."""
 
-Each image passes the backbone once, and what comes out before the cross-image encoder is kept (N x crops x K x D).
-Everything that depends on which images share a batch is computed from that, a chunk at a time.
-"""
-
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+import logging
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from tqdm import tqdm
+from PIL import Image
+from torch import Tensor
 
-from datasets.database_queries import DatabaseQueries, ImageList
-from datasets.transforms import CROPS, Transform, transform_sizes
-from utils import distributed, report, search
-from utils.binary_codes import nearest_by_codes
-from utils.descriptor_store import DescriptorStore, RowFile
-from utils.device import autocast, to_cpu, to_device, usable_cores
-from utils.outputs import whole
-from utils.place_map import PlaceMap
-from utils.reading import packed, read_batches, unpacked
-from utils.search import Chunk
+from datasets.database_queries import DatabaseQueries, image_key
+from datasets.image_batches import image_batches
+from datasets.judging import Evaluation, Matches, distance_on_val, first_matches, format_recalls
+from datasets.map_queries import MapQueries
+from datasets.tasks import Task, foresee_recalls
+from datasets.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
+from utils import acceptance, distributed, match_page, pairs, search
+from utils.descriptor_store import DescriptorStore, digest, kept_in
+from utils.device import autocast, extraction_batch_size, reading_workers
+from utils.extraction import PlaceDescriber, extract, images_at_a_time
+from utils.index_trial import require_index
+from utils.lock import FolderLock
+from utils.outputs import Outputs
+from utils.place_map import PlaceMap, require_place_for, write_map
+from utils.results import Found, Wanted
+from utils.retrieval import DRAWN_CONTEXTS, Search, searched_by_all
 
-CHUNK_BYTES = 2**26  # of descriptors in memory at a time, about
-ENCODED_TOGETHER = 256  # images, about
-FLAT = 1e-8  # a direction's variance is none below so much of the largest, in single precision
-SEARCHED_BY_ALL = 100_000  # database images, from which all processes take part in the search
+logger = logging.getLogger(__name__)
 
-
-class PlaceDescriber(Protocol):
-    """What is evaluated: a model in two parts, of which only the second looks across the images of a batch."""
-
-    @property
-    def vectors_shape(self) -> tuple[int, int]:
-        """K and D."""
-
-    def cluster_vectors(self, images: Tensor) -> Tensor:
-        """Normalised images B x 3 x H x W to B x K x D, each image by itself."""
-
-    def describe(self, vectors: Tensor, group: int | None = None) -> Tensor:
-        """B x K x D to descriptors B x K*D, or fewer numbers, looking across `group` neighbours."""
-
-    def eval(self) -> nn.Module:
-        """Switches dropout off."""
-
-
-@dataclass(frozen=True)
-class EncoderContext:
-    """Which images share a batch in the cross-image encoder: part of the protocol, since descriptors depend on it.
-
-    Attributes:
-        batch_size: images that share a batch; 1 gives what each photo gives by itself.
-        seed: of the order that the images are taken in; None for the order of their file names.
-        shift: images of the first batch, a short one; 0 for a whole one.
-    """
-
-    batch_size: int
-    seed: tuple[int, ...] | None = None
-    shift: int = 0
-
-    def order(self, count: int) -> NDArray[np.int64]:
-        """The images 0 to count - 1 in the order in which they are taken."""
-        if self.seed is None:
-            return np.arange(count)
-        return np.random.default_rng(self.seed).permutation(count)
-
-
-def image_batches(
-    paths: Sequence[str],
-    *,
-    transform: Transform,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device,
-    progress: str,
-    upright: bool = False,
-    stop: Callable[[], None] = lambda: None,
-) -> Iterator[Tensor]:
-    """Reads images in order, under a progress bar.
-
-    Args:
-        paths: the images.
-        transform: bytes B x 3 x H x W to what the model takes, B x (crops x) 3 x H' x W', of one size unless the batch
-            size is 1. It runs where the images are read, or on the device where that is no CPU.
-        batch_size: images at a time.
-        num_workers: threads that read images ahead, and end with this generator; 0 reads in the caller's.
-        device: where the batches go.
-        progress: the bar's name.
-        upright: turn the images as their EXIF data says. Such photos can be large, and are resized where they are
-            read: whole ones would fill the memory.
-        stop: called before each batch, to leave by an exception.
-
-    Yields:
-        B x (crops x) 3 x H x W on the device.
-
-    Raises:
-        ValueError: an image cannot be read, the first in order; the message names the file.
-    """
-    on_device = device.type != "cpu" and not upright
-    images = ImageList(paths, None if on_device else transform, upright=upright)
-
-    def pack(items: list[Tensor]) -> Sequence[Any]:
-        if on_device:
-            return packed(items, pinned=device.type == "cuda")
-        batch = torch.stack(items)
-        return [batch.pin_memory() if device.type == "cuda" else batch]
-
-    keys = [range(start, min(start + batch_size, len(paths))) for start in range(0, len(paths), batch_size)]
-    read = read_batches(images.__getitem__, pack, keys, threads=num_workers)
-    with (
-        closing(read),
-        tqdm(total=len(paths), desc=progress, unit="image", disable=not (paths and distributed.is_main())) as bar,
-    ):
-        for batch in to_device(read, device):
-            stop()
-            batch_images = transform_sizes(transform, unpacked(*batch)) if on_device else batch[0]
-            yield batch_images
-            bar.update(len(batch_images))
-    images.log_depths(progress)
-
-
-@torch.inference_mode()
-def extract(
-    model: PlaceDescriber,
-    paths: Sequence[str],
-    store: DescriptorStore,
-    read_images: Callable[[Sequence[str]], Iterable[Tensor]],
-    precision: str = "fp32",
-) -> None:
-    """Runs backbone and aggregation, in evaluation mode, over the images that the store does not have yet.
-
-    Of several processes each takes its share.
-
-    Args:
-        model: what is evaluated.
-        paths: N images.
-        store: gets N x crops x K x D.
-        read_images: turns paths into batches, B x (crops x) 3 x H x W.
-        precision: of the arithmetic, a name from `utils.device.autocast`.
-    """
-    model.eval()
-    missing = store.missing()
-    distributed.barrier()  # all have seen the same
-    missing = missing[distributed.shares(len(missing))[distributed.rank()]]
-
-    def vectors() -> Iterator[Tensor]:
-        for images in read_images([paths[index] for index in missing]):
-            with autocast(images.device, precision):
-                of_crops = model.cluster_vectors(images.flatten(0, -4))  # (B*crops, K, D)
-            yield of_crops.float().view(len(images), *store.shape[1:])
-
-    start = 0
-    for rows in to_cpu(vectors()):
-        store.write(missing[start : start + len(rows)], rows.numpy())
-        start += len(rows)
-    distributed.barrier()
-
-
-def images_at_a_time(shape: tuple[int, ...], batch: int) -> tuple[int, int]:
-    """How many images of a store N x crops x K x D go through the encoder together, and how many make a chunk; whole
-    batches in both."""
-    together = max(batch, ENCODED_TOGETHER // batch * batch)
-    return together, max(together, CHUNK_BYTES // (int(np.prod(shape[1:])) * 4) // together * together)
-
-
-@torch.inference_mode()
-def descriptors(
-    model: PlaceDescriber,
-    store: DescriptorStore,
-    context: EncoderContext,
-    *,
-    device: torch.device,
-    shared: bool = False,
-) -> Iterator[Chunk]:
-    """Turns cluster vectors into descriptors, some neighbours in the context's order at a time.
-
-    Args:
-        model: what is evaluated, in evaluation mode.
-        store: cluster vectors, N x crops x K x D.
-        context: the crops of images that share a batch all look at each other.
-        device: where the model is.
-        shared: only this process's share of the images, in the chunks in which one process alone would take them.
-
-    Yields:
-        Indices (n) and descriptors (n*crops rows, the crops of an image below each other), on the CPU.
-    """
-    _, crops, K, D = store.shape
-    batch = context.batch_size
-    order = context.order(len(store))
-    together, in_chunk = images_at_a_time(store.shape, batch)
-    part = distributed.shares(len(order), in_chunk)[distributed.rank()] if shared else slice(0, len(order))
-    starts = [part.start, *range(part.start + (context.shift or in_chunk), part.stop, in_chunk)]
-    for start, end in pairwise([*starts, part.stop]):
-        if start == end:
-            continue
-        indices = order[start:end]
-        vectors = store.read(indices).reshape(-1, K, D)
-        described = np.empty((0, 0), dtype=np.float32)
-        whole = len(indices) // batch * batch
-        # All whole batches, then what is left of the last one.
-        bounds = [*range(0, whole, together), whole, len(indices)]
-        for first, last in pairwise(bounds):
-            if first < last:
-                rows = slice(first * crops, last * crops)
-                group = min(batch, last - first) * crops
-                found = model.describe(torch.from_numpy(vectors[rows]).to(device), group).cpu().numpy()
-                if not len(described):
-                    described = np.empty((len(vectors), found.shape[1]), dtype=np.float32)
-                described[rows] = found
-        yield indices, described
-
-
-def searched_by_all(database: int, index: str | None = None) -> bool:
-    """Whether every process searches its share of so many database images, rather than the main one all of them."""
-    return distributed.world_size() > 1 and database >= SEARCHED_BY_ALL and index is None
-
-
-class Search:
-    """The search of a dataset's queries, of one set or several, in its database, in one encoder context.
-
-    Args:
-        model: what is evaluated, in evaluation mode.
-        stores: cluster vectors of `database`, for a PCA of `pca`, and of the sets of queries under any other names. In
-            place of the first may be a map, which holds the descriptors themselves and any PCA.
-        test_method: how the queries were prepared, a name from `transforms.TEST_METHODS`.
-        context: images that share a batch in the encoder: "file_order" takes neighbours, as published; "unaligned"
-            too, but the queries' first batch is a short one; "shuffled" any (database and queries apart); "paired" any,
-            in one order for both sides, which are of one length; "independent" nobody but the image itself.
-        infer_batch_size: images that share a batch.
-        shift: queries in the first batch of the "unaligned" context, whole batches aside.
-        seed: of the shuffled orders, and of the PCA.
-        pca_dim: numbers that a PCA leaves of a descriptor; 0 for none.
-        pca_whiten: scale these to the same variance, and the descriptor to unit L2 norm.
-        device: where the model is, and what is searched on.
-        by_all: all processes make this object and call `run` at the same points, each for its share of the database;
-            else one alone has the cores of the machine.
-    """
-
-    def __init__(
-        self,
-        model: PlaceDescriber,
-        stores: Mapping[str, DescriptorStore | PlaceMap],
-        *,
-        test_method: str = "hard_resize",
-        context: str = "file_order",
-        infer_batch_size: int,
-        shift: int = 0,
-        seed: tuple[int, ...] = (0,),
-        pca_dim: int = 0,
-        pca_whiten: bool = False,
-        device: torch.device,
-        by_all: bool = False,
-    ):
-        self.test_method = test_method
-        self.agreements: list[dict[str, float]] = []  # of an approximate index with exact search, one for each set
-        self._counts = {name: len(store) for name, store in stores.items()}
-        self._sets = [name for name in stores if name not in ("database", "pca")]
-        self._parts = search.parts_of([self._counts[name] for name in self._sets])
-        self._device = device
-        self._by_all = by_all
-        self._describe: dict[str, Callable[..., Iterable[Chunk]]] = {}
-        self._place_map: PlaceMap | None = None
-        for name, store in stores.items():
-            if isinstance(store, PlaceMap):
-                self._place_map = store
-                continue
-            is_query = name in self._sets
-            # A photo in its own shape shares a batch with none.
-            batch = 1 if context == "independent" or (is_query and test_method == "single_query") else infer_batch_size
-            side = 0 if name == "database" or context == "paired" else 1 if is_query else 2
-            batches = EncoderContext(
-                batch,
-                (*seed, side) if context in ("shuffled", "paired") else None,
-                shift % batch if context == "unaligned" and is_query else 0,
-            )
-            self._describe[name] = partial(descriptors, model, store, batches, device=device)
-        self.pca: Any = None
-        if self._place_map is not None:
-            self.pca = self._place_map.pca
-        elif pca_dim:
-            from sklearn.decomposition import PCA  # nearly a second to import, and seldom asked for
-
-            def fit() -> Any:
-                pca = PCA(pca_dim, whiten=pca_whiten, random_state=seed[0]).fit(self.rows("pca"))
-                if pca_whiten and not pca.explained_variance_[-1] > FLAT * pca.explained_variance_[0]:
-                    lively = int((pca.explained_variance_ > FLAT * pca.explained_variance_[0]).sum())
-                    raise ValueError(
-                        f"--pca_whiten would scale noise: of the {pca_dim} numbers only {lively} vary over the images; "
-                        f"use --pca_dim {lively} at most, or more images that differ"
-                    )
-                return pca
-
-            self.pca = distributed.on_main(fit) if by_all else fit()
-
-    def chunks(self, name: str, *, shared: bool = False) -> Iterator[Chunk]:
-        """Final descriptors of n images at a time: indices and n x D, or n*crops x D with crops below each other.
-
-        Args:
-            name: of the images.
-            shared: this process's share of them.
-        """
-        if name == "database" and self._place_map is not None:
-            yield from self._place_map.chunks(shared=shared)
-            return
-        for indices, rows in self._describe[name](shared=shared):
-            if name in self._sets and self.test_method == "five_crops":
-                rows = rows.reshape(len(indices), CROPS[self.test_method], -1).mean(axis=1)
-            if self.pca is not None:
-                rows = self.pca.transform(rows).astype(np.float32)
-                if self.pca.whiten:
-                    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-            yield indices, rows
-
-    def projection(self) -> dict[str, Tensor]:
-        """The PCA as a linear map: what to subtract, `mean`, D, and what to multiply by, `components`, d x D."""
-        scale = np.sqrt(self.pca.explained_variance_)[:, None] if self.pca.whiten else 1.0
-        found = {"mean": self.pca.mean_, "components": self.pca.components_ / scale}
-        return {name: torch.from_numpy(np.asarray(value, dtype=np.float32)) for name, value in found.items()}
-
-    def rows(self, name: str) -> NDArray[np.float32]:
-        """All final descriptors, in the order of the images, crops below each other."""
-        rows = np.empty((0, 0, 0), dtype=np.float32)
-        for indices, described in self.chunks(name):
-            described = described.reshape(len(indices), -1, described.shape[1])  # (n, crops, D)
-            if not len(rows):
-                rows = np.empty((self._counts[name], *described.shape[1:]), dtype=np.float32)
-            rows[indices] = described
-        return rows.reshape(-1, rows.shape[2])
-
-    def run(
-        self,
-        k: int,
-        *,
-        index: str | None = None,
-        index_parameters: str = "",
-        rerank: int = 0,
-        majority_weight: float = 0.01,
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """Searches.
-
-        Args:
-            k: database images a query, at most as many as there are.
-            index: description of an approximate FAISS index, or "binary"; None searches exactly.
-            index_parameters: of its search.
-            rerank: images a query that the binary index ranks exactly.
-            majority_weight: of agreement between crops, in the test method `maj_voting`.
-
-        Returns:
-            For each set of queries squared distances and database indices, each Q x k, best first; where all processes
-            search, in the main one.
-        """
-        with search.cores(usable_cores(alone=not self._by_all)) if distributed.world_size() > 1 else nullcontext():
-            distances, predictions = self._found(min(k, self._counts["database"]), index, index_parameters, rerank)
-        helps = self._by_all and not distributed.is_main()
-        if self.test_method in ("nearest_crop", "maj_voting") and not helps:
-            weight = majority_weight if self.test_method == "maj_voting" else 0.0
-            crops = CROPS[self.test_method]
-            distances, predictions = search.merge_crops(distances, predictions, crops=crops, majority_weight=weight)
-        return [(distances[part], predictions[part]) for part in self._parts]
-
-    def _found(
-        self, k: int, index: str | None, index_parameters: str, rerank: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        queries = [self.rows(name) for name in self._sets]
-        sets = [len(rows) for rows in queries]
-
-        def exactly() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-            chunks = self.chunks("database", shared=self._by_all)
-            return search.nearest(np.concatenate(queries), chunks, k, self._device, sets)
-
-        if index is None:
-            return search.first_of_all(exactly, k) if self._by_all else exactly()
-        by_index = partial(search.nearest_by_index, factory=index, parameters=index_parameters)
-        if index == "binary":
-            by_index = partial(nearest_by_codes, rerank=rerank)
-        chunks = partial(self.chunks, "database")
-        distances, predictions, self.agreements = by_index(
-            np.concatenate(queries), chunks, self._counts["database"], k, device=self._device, sets=sets
-        )
-        return distances, predictions
-
-    def save(self, folder: Path, **paths: Sequence[str]) -> None:
-        """Writes final descriptors, e.g. of `database=`, to `<name>.npy`, N (x crops) x D, with paths beside them.
-
-        Raises:
-            OSError: they cannot be written; nothing is left of them then.
-        """
-        with whole(folder) as temporary:
-            temporary.mkdir()
-            for name, images in paths.items():
-                file: RowFile | None = None
-                for indices, rows in self.chunks(name):
-                    if file is None:
-                        crops = len(rows) // len(indices)
-                        shape = (len(images), *((crops,) if crops > 1 else ()), rows.shape[1])
-                        file = RowFile(temporary / f"{name}.npy", shape, rows.dtype)
-                        file.create()
-                        file.open()
-                    file.write(indices, rows.reshape(-1, *shape[1:]))
-                report.write_paths(temporary / f"{name}.txt", images)
+Stores = dict[str, DescriptorStore | PlaceMap]  # of database and queries
 
 
 def evaluate(
@@ -455,6 +85,527 @@ def evaluate(
     return distributed.broadcast(recalls)
 
 
-def format_recalls(recalls: dict[int, float]) -> str:
-    """`R@1: 27.0, R@5: 42.3, ...`"""
-    return ", ".join(f"R@{n}: {recall:.1f}" for n, recall in recalls.items())
+class EvaluatedModel(PlaceDescriber, Protocol):
+    """A model whose parts can be told apart: what is kept of an extraction depends on backbone and aggregation."""
+
+    backbone: Any
+    aggregation: Any
+    encoder: Any
+
+    @property
+    def descriptor_dim(self) -> int:
+        """Numbers in a descriptor."""
+
+    def assignments(self, images: Tensor) -> Tensor:
+        """Normalised images B x 3 x H x W to B x (K+G) x h x w, of each patch to each cluster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model is evaluated, by the names of eval.py's options.
+
+    Attributes:
+        shift: queries in the first batch of the "unaligned" context.
+        depth_wanted: matches a query that the outputs show, beyond the recall values.
+        accept_distance: the squared distance of descriptors that `accept` names; None for none.
+        accept_precision: or the precision, in percent, whose distance is found on the val split.
+        plain_folders: whether the photos are anyone's, whose EXIF data may say where they were taken.
+    """
+
+    resize: tuple[int, int]
+    antialias: bool
+    upright: bool
+    precision: str
+    extraction_batch_size: int
+    num_workers: int | None
+    descriptor_dtype: str
+    descriptors_folder: Path | None
+
+    encoder_context: tuple[str, ...]
+    context_seeds: int
+    shift: int
+    infer_batch_size: int
+    seed: int
+    pca_dim: int
+    pca_whiten: bool
+    index: str | None
+    index_parameters: str
+    rerank: int
+    majority_weight: float
+
+    recall_values: tuple[int, ...]
+    depth_wanted: int
+    accept: str | None
+    accept_distance: float | None
+    accept_precision: float | None
+    query_keys: Path | None
+    plain_folders: bool
+
+
+class Evaluator:
+    """Evaluates a model on tasks, in steps that all processes take together: extract, then search.
+
+    Args:
+        model: what is evaluated; in evaluation mode on its device by the time of the first extraction.
+        settings: how.
+        device: where the model is.
+        place_map: the map that is queried instead of a database, if any.
+        pca_paths: images that a PCA is fitted on.
+        record: writes `results.json` into a folder, given that and the results.
+        stop: called now and then, to leave by an exception.
+    """
+
+    def __init__(
+        self,
+        model: EvaluatedModel,
+        settings: Settings,
+        *,
+        device: torch.device,
+        place_map: PlaceMap | None = None,
+        pca_paths: Sequence[str] = (),
+        record: Callable[[Path, dict[str, Any]], None] = lambda folder, results: None,
+        stop: Callable[[], None] = lambda: None,
+    ):
+        self.model = model
+        self.settings = settings
+        self.device = device
+        self.place_map = place_map
+        self.pca_paths = list(pca_paths)
+        self.record = record
+        self.stop = stop
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The encoder contexts that can differ."""
+        return self.settings.encoder_context if self.model.encoder is not None else ("file_order",)
+
+    @property
+    def descriptor_dim(self) -> int:
+        """Numbers in a descriptor that is searched."""
+        return self.settings.pca_dim or self.model.descriptor_dim
+
+    def depth(self, task: Task) -> int:
+        """How many database images are searched for each query."""
+        k = max(self.settings.recall_values)
+        if task.test_method != "maj_voting":  # where the depth of the search decides how many crops can agree
+            k = max(k, self.settings.depth_wanted)
+        return min(k, len(task.dataset.database_paths))
+
+    def foresee(self, group: Sequence[Task], on_val: Task | None, wanted: Wanted) -> None:
+        """Says before the extraction what can be known then: outputs, contexts or an index that cannot be, queries that
+        cannot be found, and batches that give the answer away.
+
+        Args:
+            group: the tasks of a dataset.
+            on_val: its val split, where the accepted distance is found there.
+            wanted: what will be written.
+
+        Raises:
+            ValueError: something that is asked for cannot be.
+        """
+        if not distributed.is_main():
+            return
+        encoder = self.model.encoder is not None
+        foresee_recalls(group, self.contexts if encoder else (), self.settings.shift)
+        if wanted.save_map is not None:
+            require_place_for(wanted.save_map, self.contexts[0] if encoder else None)
+            self._foresee_accepting(group[0])
+        flag = "--save_pairs" if wanted.save_pairs else "--save_h5" if wanted.save_h5 else None
+        for task in group:
+            dataset = task.dataset
+            if flag is not None:
+                there = not isinstance(dataset, MapQueries) or dataset.photos_there
+                pairs.require_names(dataset.queries_paths, dataset.database_paths, flag=flag, there=there)
+            if wanted.save_h5:
+                pairs.require_one_each(task.test_method, self.settings.pca_dim)
+        for task in (group[0], *([on_val] if on_val is not None else [])):
+            self._require_index(task)
+
+    def _foresee_accepting(self, task: Task) -> None:
+        """Says that a map will be searched otherwise than the accepted distance was found, where that is so."""
+        settings = self.settings
+        approximate = settings.index not in (None, "binary")
+        if settings.accept_precision is not None and (approximate or task.test_method != "hard_resize"):
+            logger.warning(
+                "--save_map keeps the distance of --accept %s, which %s gives; a map is asked exactly, by hard_resize",
+                settings.accept,
+                f"--index {settings.index}" if approximate else f"--test_method {task.test_method}",
+            )
+
+    def _require_index(self, task: Task) -> None:
+        """Tries the index, as far as that can be done before the extraction.
+
+        Raises:
+            ValueError: FAISS refuses it.
+        """
+        settings = self.settings
+        if settings.index is None or settings.index == "binary":
+            return
+        count = len(task.dataset.database_paths)
+        _, in_chunk = images_at_a_time((count, 1, *self.model.vectors_shape), settings.infer_batch_size)
+        require_index(
+            settings.index,
+            settings.index_parameters,
+            dim=self.descriptor_dim,
+            count=count,
+            chunks=-(-count // in_chunk),
+            k=self.depth(task),
+        )
+
+    def _images_of(self, group: Sequence[Task]) -> dict[str, tuple[list[str], str]]:
+        """What is extracted for the tasks of a dataset: paths and test method by name."""
+        images = {}
+        if not isinstance(group[0].dataset, MapQueries):  # whose database a map has
+            images["database"] = (group[0].dataset.database_paths, "hard_resize")
+        images |= {task.store: (task.dataset.queries_paths, task.test_method) for task in group}
+        if self.pca_paths:
+            images["pca"] = (self.pca_paths, "hard_resize")
+        return images
+
+    def _weights(self) -> str:
+        """Of the weights that the extraction depends on."""
+        return digest({**self.model.backbone.state_dict(), **self.model.aggregation.state_dict()})
+
+    def _fingerprint(self, weights: str, test_method: str) -> dict[str, Any]:
+        """What extracted descriptors depend on, besides the photos."""
+        return {
+            "weights": weights,
+            "test_method": test_method,
+            "resize": list(self.settings.resize),
+            "antialias": self.settings.antialias,
+            "upright": self.settings.upright,
+            "precision": self.settings.precision,
+        }
+
+    def extract(self, group: Sequence[Task], held: ExitStack) -> Stores:
+        """Runs the backbone over database, queries and perhaps the images for a PCA, as far as that was not done
+        before.
+
+        What is not kept is removed, and what is kept open to others again, when `held` ends.
+        """
+        settings = self.settings
+        batch_size = settings.extraction_batch_size or extraction_batch_size(self.device)
+        folder, fingerprint = group[0].folder / "extracted", None
+        if settings.descriptors_folder is not None:
+            folder = kept_in(settings.descriptors_folder, group[0].of)
+            if distributed.is_main():
+                held.enter_context(FolderLock(folder, "--descriptors_folder", "keep descriptors"))
+            weights = self._weights()
+        stores: Stores = {}
+        for name, (paths, test_method) in self._images_of(group).items():
+            if settings.descriptors_folder is not None:  # nobody comes back to the others
+                fingerprint = self._fingerprint(weights, test_method)
+            store = DescriptorStore(
+                folder,
+                name,
+                (len(paths), CROPS[test_method], *self.model.vectors_shape),
+                dtype=settings.descriptor_dtype,
+                fingerprint=fingerprint,
+                photos=paths if fingerprint is not None else (),
+            )
+            stores[name] = store
+            if fingerprint is None and distributed.is_main():
+                held.callback(store.remove)
+            read_images = partial(
+                image_batches,
+                transform=evaluation_transform(
+                    settings.resize,
+                    settings.antialias,
+                    test_method,
+                    patch_size=self.model.backbone.size.patch_size,
+                ),
+                # single_query keeps each photo's shape; crops are as many images.
+                batch_size=1 if test_method == "single_query" else max(1, batch_size // CROPS[test_method]),
+                num_workers=reading_workers(self.device) if settings.num_workers is None else settings.num_workers,
+                device=self.device,
+                progress=f"{group[0].of} {name}",
+                upright=settings.upright,
+                stop=self.stop,
+            )
+            extract(self.model, paths, store, read_images, settings.precision)
+        if self.place_map is not None:
+            stores["database"] = self.place_map
+        return stores
+
+    @contextmanager
+    def kept_if_it_fails(
+        self, groups: Sequence[Sequence[Task]], stores: Sequence[Stores], folder: Path
+    ) -> Iterator[None]:
+        """Keeps what was extracted in `folder`, as `--descriptors_folder` does, if the search fails in the block."""
+        try:
+            yield
+        except search.UselessDescriptors:
+            raise
+        except Exception:
+            advice = "the same command"
+            if self.settings.descriptors_folder is None:
+                advice += f" with --descriptors_folder={shlex.quote(str(folder.absolute()))}"
+                weights = self._weights()
+                for group, of_group in zip(groups, stores, strict=True):
+                    for name, (paths, test_method) in self._images_of(group).items():
+                        store = of_group[name]
+                        assert isinstance(store, DescriptorStore)
+                        try:
+                            store.keep(kept_in(folder, group[0].of), self._fingerprint(weights, test_method), paths)
+                        except (OSError, ValueError) as problem:
+                            logger.warning("%s of %s could not be kept: %s", name, group[0].of, problem)
+            logger.warning("what was extracted is kept: %s goes on with the search", advice)
+            raise
+
+    def searches(self, group: Sequence[Task], stores: Stores, context: str) -> Iterator[Search]:
+        """The searches in one encoder context; where it is drawn, an order after the other if recalls are averaged."""
+        dataset, settings = group[0].dataset, self.settings
+        for order in range(settings.context_seeds if context in DRAWN_CONTEXTS and dataset.labelled else 1):
+            yield Search(
+                self.model,
+                stores,
+                test_method=group[0].test_method,
+                context=context,
+                infer_batch_size=settings.infer_batch_size,
+                shift=settings.shift,
+                seed=(settings.seed, order),
+                pca_dim=settings.pca_dim,
+                pca_whiten=settings.pca_whiten,
+                device=self.device,
+                by_all=searched_by_all(len(dataset.database_paths), settings.index),
+            )
+
+    def _matches(self, searched: Search, group: Sequence[Task], context: str) -> list[Matches]:
+        """What a search finds for each set of queries, judged."""
+        settings = self.settings
+        found = searched.run(
+            self.depth(group[0]),
+            index=settings.index,
+            index_parameters=settings.index_parameters,
+            rerank=settings.rerank,
+            majority_weight=settings.majority_weight,
+        )
+        return [
+            Matches(
+                search=searched,
+                context=context,
+                distances=distances,
+                predictions=predictions,
+                correct=None if task.positives is None else search.correct_among(predictions, task.positives),
+            )
+            for task, (distances, predictions) in zip(group, found, strict=True)
+        ]
+
+    def help_search(self, group: Sequence[Task], stores: Stores, contexts: Sequence[str]) -> None:
+        """Searches this process's share of the database, in the order in which the main process searches."""
+        if searched_by_all(len(group[0].dataset.database_paths), self.settings.index):
+            for context in contexts:
+                for searched in self.searches(group, stores, context):
+                    searched.run(self.depth(group[0]))
+
+    def evaluate(self, group: Sequence[Task], stores: Stores, outputs: Outputs) -> list[Evaluation]:
+        """Searches the sets of queries of a dataset in every encoder context; each set has its lines, and its
+        `results.json`, before the next context is searched. It is for the main process."""
+        settings = self.settings
+        evaluations = [
+            Evaluation(
+                task=task,
+                recall_values=settings.recall_values,
+                accept=settings.accept,
+                results=self._facts(task),
+            )
+            for task in group
+        ]
+        for context in self.contexts:
+            orders: list[list[Matches]] = []
+            agreements: list[list[dict[str, float]]] = []  # by order and set
+            for searched in self.searches(group, stores, context):
+                orders.append(self._matches(searched, group, context))
+                agreements.append(searched.agreements)
+            for number, evaluation in enumerate(evaluations):
+                lines = evaluation.note(context, [of_sets[number] for of_sets in orders])
+                if settings.index is not None:
+                    of_orders = [of_sets[number] for of_sets in agreements]
+                    evaluation.results.setdefault("index_agreement", of_orders[0])
+                    if context in evaluation.curves:
+                        evaluation.results["contexts"][context]["index_agreements"] = of_orders
+                folder = evaluation.task.folder
+                if context == self.contexts[0]:
+                    logger.info("log and results.json in %s", folder)
+                for line in lines:
+                    logger.info("%s", line)
+                with outputs.writing(str(folder / "results.json")):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    self.record(folder, evaluation.results)
+        return evaluations
+
+    def _facts(self, task: Task) -> dict[str, Any]:
+        """What `results.json` says of a task beside what is found."""
+        results: dict[str, Any] = {}
+        if task.findable is not None:
+            results = {"recalls": {}, "positive_distance": task.positive_distance}
+            results |= {"queries_without_positives": int((~task.findable).sum())}
+            if self.model.encoder is not None:
+                results["alignment"] = task.alignment
+        results |= {"dataset": task.dataset.sizes, "descriptor_dim": self.descriptor_dim}
+        return results | {"test_method": task.test_method}
+
+    def settle_acceptance(self, group: Sequence[Task], on_val: Task | None, folder: Path) -> None:
+        """Notes in the tasks of a dataset up to which distance matches are accepted: as given, as the map says, or as
+        found on the val split.
+
+        Args:
+            group: the tasks.
+            on_val: the val split, where the distance is found there.
+            folder: the run's.
+
+        Raises:
+            ValueError: as `_found_on_val`.
+        """
+        found = None if on_val is None else self._found_on_val(on_val, folder)
+        distance = self.settings.accept_distance if found is None else found["threshold"]
+        if self.settings.accept is None and self.place_map is not None:
+            distance = self.place_map.accept
+        for task in group:
+            task.accepted_distance, task.found_on_val = distance, found
+
+    def _found_on_val(self, on_val: Task, folder: Path) -> dict[str, Any]:
+        """What `--accept auto@P` finds on the val split: the largest distance, `threshold`, of such a precision there.
+
+        The split is extracted and searched as the test split will be, in the first encoder context. All processes call
+        it at the same point.
+
+        Args:
+            on_val: the val split.
+            folder: the run's.
+
+        Raises:
+            ValueError: no distance has such a precision; what was extracted is kept.
+        """
+        on_val.folder = folder / on_val.subfolder / "val"
+        context = self.contexts[0]
+
+        def found() -> dict[str, Any]:
+            orders = []
+            for searched in self.searches([on_val], stores, context):
+                (of_order,) = self._matches(searched, [on_val], context)
+                orders.append(first_matches(on_val, of_order))
+            return distance_on_val(
+                acceptance.pooled(orders),
+                on_val.dataset,
+                context,
+                accept=self.settings.accept,
+                precision=self.settings.accept_precision,
+                query_keys=self.settings.query_keys,
+            )
+
+        with ExitStack() as held:
+            if distributed.is_main():
+                held.callback(_remove_if_empty, on_val.folder.parent)
+                held.callback(_remove_if_empty, on_val.folder)
+            stores = self.extract([on_val], held)
+            if not distributed.is_main():
+                self.help_search([on_val], stores, [context])
+                return distributed.on_main(dict)
+            with self.kept_if_it_fails([[on_val]], [stores], folder / "kept"):
+                return distributed.on_main(found)
+
+    def found(self, evaluation: Evaluation, outputs: Outputs, *, weights: str, pca_images: str) -> Found:
+        """What is written of an evaluation.
+
+        Args:
+            evaluation: of a set of queries.
+            outputs: takes that positions cannot be read.
+            weights: a digest of the model's, for the facts of a PCA.
+            pca_images: where its images lie.
+        """
+        assert evaluation.first is not None
+        task, matches, settings = evaluation.task, evaluation.first, self.settings
+        dataset = located = task.dataset
+        with outputs.writing(f"positions in {task.folder / 'predictions.csv'}"):
+            located = dataset.located(exif=settings.plain_folders)
+        title = str(dataset)
+        if curve := evaluation.curves.get(matches.context):
+            shown = {n: curve[min(n, len(curve)) - 1] for n in settings.recall_values}
+            title += f", {matches.context}" * (self.model.encoder is not None) + f", {format_recalls(shown)}"
+        facts = None
+        if settings.pca_dim and self.place_map is None:
+            facts = {"dim": settings.pca_dim, "whiten": settings.pca_whiten, "context": matches.context}
+            facts |= {"images": pca_images, "weights": weights, "resize": list(settings.resize)}
+        plain_pca = settings.pca_dim and not settings.pca_whiten
+        mean = task.test_method == "five_crops" and not settings.pca_dim
+        return Found(
+            folder=task.folder,
+            dataset=dataset.name,
+            title=title,
+            store=task.store,
+            search=matches.search,
+            queries=dataset.queries_paths,
+            database=dataset.database_paths,
+            predictions=matches.predictions,
+            distances=matches.distances,
+            # Not of what a PCA, an index or a mean over crops changes.
+            unit=not (plain_pca or mean or task.test_method == "maj_voting") and settings.index is None,
+            correct=matches.correct,
+            judged=None if matches.correct is None else dataset.judged(matches.predictions),
+            metres=located.metres(matches.predictions),
+            positions=located.database_positions,
+            geographic=located.geographic,
+            findable=task.findable,
+            rule=task.rule,
+            curves=evaluation.curves,
+            first_matches=evaluation.first_matches,
+            accepted_distance=task.accepted_distance,
+            pca=facts,
+            key=image_key,
+            read=self._shown_photo,
+            assigned=self._assigned,
+        )
+
+    def _shown_photo(self, path: str) -> Image.Image | None:
+        """A photo for the page of matches; None for one of a map that is not there."""
+        if self.place_map is not None and not os.path.exists(path):
+            return None
+        return read_reduced(path, match_page.THUMBNAIL_SIDE, upright=self.settings.upright)
+
+    @torch.inference_mode()
+    def _assigned(self, path: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """A photo, H x W x 3, and the soft assignment of its patches, (K+G) x h x w."""
+        pixels = read_pixels(path, upright=self.settings.upright)
+        transform = evaluation_transform(self.settings.resize, self.settings.antialias)
+        with autocast(self.device, self.settings.precision):
+            assignment = self.model.assignments(transform(pixels[None]).to(self.device))[0]
+        return pixels.permute(1, 2, 0).numpy(), assignment.float().cpu().numpy()
+
+    def save_map(
+        self, path: Path, evaluation: Evaluation, *, model: dict[str, Any], checkpoint: str, weights: str
+    ) -> None:
+        """Writes the map of a database: its descriptors as they were searched, and the positions that are known.
+
+        Args:
+            path: of the file.
+            evaluation: of a set of queries of the database.
+            model: what `build_model` takes.
+            checkpoint: name of its file.
+            weights: a digest of the model's.
+        """
+        assert evaluation.first is not None
+        searched, settings = evaluation.first.search, self.settings
+        located = evaluation.task.dataset.located(exif=settings.plain_folders)
+        write_map(
+            path,
+            searched.chunks("database"),
+            paths=located.database_paths,
+            positions=located.database_positions,
+            geographic=located.geographic,
+            dtype=settings.descriptor_dtype,
+            pca=searched.pca,
+            model=model,
+            checkpoint=checkpoint,
+            weights=weights,
+            resize=settings.resize,
+            antialias=settings.antialias,
+            upright=settings.upright,
+            precision=settings.precision,
+            accept=evaluation.task.accepted_distance,
+        )
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

@@ -20,10 +20,10 @@ from benchmarks import baselines
 from benchmarks.measuring import medians, record
 from benchmarks.photos import made_photos
 from datasets.database_queries import list_images
+from datasets.image_batches import image_batches
 from datasets.transforms import evaluation_transform
 from model import SuperVLADNet, build_model
 from parser import BACKBONES
-from test import image_batches
 from utils.device import autocast, peak_memory, pick_device, reading_workers, to_cpu, usable_cores
 from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization

@@ -21,10 +21,10 @@ import faiss
 import numpy as np
 import torch
 
-from test import EncoderContext, descriptors
 from utils import faiss_index, search
 from utils.binary_codes import codes_of, exact_distances
 from utils.descriptor_store import DescriptorStore
+from utils.extraction import EncoderContext, descriptors
 
 from .search_memory import Plain, blocks
 

@@ -18,9 +18,9 @@ import faiss
 import numpy as np
 import torch
 
-from test import EncoderContext, descriptors
 from utils import search
 from utils.descriptor_store import DescriptorStore
+from utils.extraction import EncoderContext, descriptors
 
 
 class Plain(torch.nn.Module):

@@ -9,8 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import eval as eval_script
-import test as evaluation
+from utils import extraction, retrieval
 
-evaluation.SEARCHED_BY_ALL = 1
-evaluation.CHUNK_BYTES = evaluation.ENCODED_TOGETHER = 1
+retrieval.SEARCHED_BY_ALL = 1
+extraction.CHUNK_BYTES = extraction.ENCODED_TOGETHER = 1
 eval_script.main(sys.argv[1:])

@@ -16,12 +16,13 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 from test_match_page import Page
 
 import eval as eval_script
+import test as evaluation
 from datasets.database_queries import DatabaseQueries
 from model import build_model
 from parser import EvalOptions, parse
-from test import Search
 from utils import acceptance, match_page, report
 from utils.acceptance import curve_of, first_matches, pooled, summary
+from utils.retrieval import Search
 
 SMALL = "--backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56".split()
 
@@ -443,7 +444,7 @@ def test_nothing_of_the_test_split_moves_with_it(evaluated, tmp_path, monkeypatc
     without = [{key: value for key, value in row.items() if key != "accepted"} for row in rows_of(auto)]
     assert without == rows_of(plain)
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"toy_city_test", "toy_city_val"}
-    monkeypatch.setattr(eval_script, "image_batches", lambda paths, **_: iter(()) if not paths else 1 / 0)
+    monkeypatch.setattr("test.image_batches", lambda paths, **_: iter(()) if not paths else 1 / 0)
     assert results_of(evaluated("--accept=auto@30", kept))["accepted"] == results_of(auto)["accepted"]
 
 
@@ -458,7 +459,7 @@ def refused(evaluated, capsys, *flags, **settings):
 
 def test_a_val_split_that_cannot_be_used(evaluated, copied, tmp_path, capsys, monkeypatch):
     data, images = copied("tree")
-    monkeypatch.setattr(eval_script, "extract", None)  # all of it is known before
+    monkeypatch.setattr("test.extract", None)  # all of it is known before
     remedy = f"; put one into {images}/val, or give --accept a distance"
     (images / "val").rename(images / "elsewhere")
     error = refused(evaluated, capsys, "--accept=auto@99", data=data)
@@ -481,7 +482,7 @@ def test_a_val_split_that_cannot_be_used(evaluated, copied, tmp_path, capsys, mo
 
 def test_an_index_that_the_val_split_is_too_small_for(evaluated, capsys, tmp_path, monkeypatch):
     """10 database images there, and 15 in the test split."""
-    monkeypatch.setattr(eval_script, "extract", None)
+    monkeypatch.setattr("test.extract", None)
     error = refused(evaluated, capsys, "--accept=auto@30", "--index=IVF12,Flat")
     assert "FAISS" in error and not list(tmp_path.glob("run*"))
 
@@ -623,13 +624,13 @@ def test_the_dataset_knows_how_far_matches_are_apart(city):
 
 
 def test_sigterm_in_the_val_split_leaves_nothing(evaluated, tmp_path, monkeypatch):
-    real = eval_script.extract
+    real = evaluation.extract
 
     def killed_after(*args):
         real(*args)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(eval_script, "extract", killed_after)
+    monkeypatch.setattr("test.extract", killed_after)
     with pytest.raises(SystemExit) as exit_:
         evaluated("--accept=auto@30")
     (folder,) = tmp_path.glob("run*/*")

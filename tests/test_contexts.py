@@ -13,10 +13,12 @@ import eval as eval_script
 from datasets.alignment import aligned_queries, pair_up
 from datasets.database_queries import DatabaseQueries
 from datasets.protocols import PROTOCOLS, protocol_of, warn_of_counts
+from datasets.tasks import Selection, positive_distance
 from model import build_model
 from parser import EvalOptions, parse
-from test import EncoderContext, Search, descriptors
 from utils.descriptor_store import DescriptorStore
+from utils.extraction import EncoderContext, descriptors
+from utils.retrieval import Search
 
 SMALL = (
     "--backbone=dino_tiny --crossimage_encoder --device=cpu --num_workers=0 --resize 56 56 --infer_batch_size=4".split()
@@ -86,8 +88,8 @@ def by_hand(model, store, batches):
 @pytest.mark.parametrize("chunk_bytes", [1, 2**26])
 @pytest.mark.parametrize("shift", [1, 3])
 def test_a_shift_makes_the_first_batch_short(stores, monkeypatch, chunk_bytes, shift):
-    monkeypatch.setattr("test.CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr("test.ENCODED_TOGETHER", 1)
+    monkeypatch.setattr("utils.extraction.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("utils.extraction.ENCODED_TOGETHER", 1)
     model, of = stores
     batches = [range(shift), *(range(start, min(start + 4, 14)) for start in range(shift, 14, 4))]
     chunks = descriptors(model, of["queries"], EncoderContext(4, shift=shift), device=torch.device("cpu"))
@@ -373,7 +375,7 @@ def test_queries_in_their_own_shape_have_no_company(evaluated, one_to_one, capsy
 
 
 def test_unaligned_is_told_where_it_is_file_order(evaluated, one_to_one, capsys, monkeypatch):
-    monkeypatch.setattr(eval_script, "extract", lambda *_: 1 / 0)
+    monkeypatch.setattr("test.extract", lambda *_: 1 / 0)
     flags = [f"--eval_datasets_folder={one_to_one}", *"--eval_dataset_name=pairs --encoder_context unaligned".split()]
     for flag, why in (
         ("--test_method=single_query", "queries share a batch with none by --test_method single_query"),
@@ -462,7 +464,7 @@ def test_protocols_name_their_sources(caplog):
 )
 def test_each_form_of_nordland_counts_its_frames(name, flags, frames, spacing):
     options = parse(EvalOptions, ["--eval_datasets_folder=d", "--resume=r", f"--eval_dataset_name={name}", *flags])
-    distance = eval_script.positive_distance(options, name)
+    distance = positive_distance(options.part(Selection), name)
     assert frames * spacing <= distance < (frames + 1) * spacing
     metres = parse(EvalOptions, [*"--eval_datasets_folder=d --resume=r --val_positive_dist_threshold=7".split()])
-    assert eval_script.positive_distance(metres, name) == 7
+    assert positive_distance(metres.part(Selection), name) == 7

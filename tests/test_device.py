@@ -9,10 +9,10 @@ from PIL import Image
 
 import eval as eval_script
 import train as train_script
+from datasets.image_batches import image_batches
 from datasets.transforms import evaluation_transform
 from model import build_model
 from parser import EvalOptions, parse
-from test import image_batches
 from utils import device as device_module
 from utils.device import reading_workers, to_cpu, to_device
 

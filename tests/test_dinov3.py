@@ -323,10 +323,10 @@ def test_the_size_is_the_backbones_own_where_the_file_has_none(tmp_path, caplog)
     ):
         model = {"backbone": name, **({"backbone_blocks": blocks} if blocks == 9 else {})}
         with caplog.at_level(logging.INFO):
-            completed = eval_script.completed(options, model, {"model": model})
+            completed = options.completed(model, size=None, validated_at=None, prepared={})
         assert (completed.backbone, completed.resize, completed.backbone_blocks) == (name, resize, blocks)
         assert f", --resize {resize[0]} {resize[1]} (its backbone's own)" in caplog.messages[-1]
-    bare = eval_script.completed(options, {}, {})
+    bare = options.completed({}, size=None, validated_at=None, prepared={})
     assert (bare.backbone, bare.resize, bare.backbone_blocks) == ("dino", (322, 322), 12)
 
 

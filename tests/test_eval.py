@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import eval as eval_script
+import test as evaluation
 from datasets import protocols
 from datasets.database_queries import DatabaseQueries, image_key, read_positives
 from datasets.protocols import PROTOCOLS, Protocol, protocol_of
@@ -181,8 +182,8 @@ def test_company_does_not_change_what_a_photo_of_ones_own_finds(city, evaluated,
 
 def test_three_contexts_from_one_pass(evaluated, capsys, monkeypatch):
     passed = []
-    real = eval_script.extract
-    monkeypatch.setattr(eval_script, "extract", lambda *args: passed.append(args[1]) or real(*args))
+    real = evaluation.extract
+    monkeypatch.setattr("test.extract", lambda *args: passed.append(args[1]) or real(*args))
     contexts = "--encoder_context file_order shuffled independent --context_seeds=3 --infer_batch_size=4".split()
     folder = evaluated(*contexts, model="encoder")
     assert len(passed) == 2, "database and queries, once"
@@ -305,7 +306,7 @@ def test_an_approximate_index(evaluated, capsys):
     ],
 )
 def test_an_index_that_cannot_be_is_refused_at_once(evaluated, tmp_path, capsys, monkeypatch, flags, reason, remedy):
-    monkeypatch.setattr(eval_script, "extract", None)
+    monkeypatch.setattr("test.extract", None)
     with pytest.raises(SystemExit) as exit_:
         evaluated(*flags.split())
     shown = capsys.readouterr().err
@@ -315,13 +316,13 @@ def test_an_index_that_cannot_be_is_refused_at_once(evaluated, tmp_path, capsys,
 
 
 def test_sigterm_leaves_nothing_temporary(evaluated, tmp_path, monkeypatch):
-    real = eval_script.extract
+    real = evaluation.extract
 
     def killed_after(*args):
         real(*args)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(eval_script, "extract", killed_after)
+    monkeypatch.setattr("test.extract", killed_after)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as exit_:
         evaluated()
@@ -485,7 +486,7 @@ def test_kept_descriptors_are_used_again_or_refused(evaluated, tmp_path, monkeyp
     kept = f"--descriptors_folder={tmp_path}/kept"
     first = evaluated(kept)
     monkeypatch.setattr("test.image_batches", None)
-    monkeypatch.setattr(eval_script, "image_batches", lambda paths, **_: iter(()) if not paths else 1 / 0)
+    monkeypatch.setattr("test.image_batches", lambda paths, **_: iter(()) if not paths else 1 / 0)
     again = evaluated(kept, "--encoder_context", "file_order", "independent", "--recall_values", 1, 5, 10, 20)
     assert (first / "predictions.csv").read_text() == (again / "predictions.csv").read_text()
     for flags, what in (

@@ -10,16 +10,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2 import functional as TF
 
-import test as evaluation
 import train as train_script
 from datasets import transforms
 from datasets.database_queries import DatabaseQueries
+from datasets.image_batches import image_batches
 from datasets.transforms import CROPS, evaluation_transform, open_image, transform_sizes
 from model import build_model
 from parser import TrainOptions, parse
-from test import EncoderContext, Search, descriptors, evaluate, extract, format_recalls, image_batches
-from utils import search
+from test import evaluate, format_recalls
+from utils import extraction, search
 from utils.descriptor_store import DescriptorStore
+from utils.extraction import EncoderContext, descriptors, extract
+from utils.retrieval import Search
 
 CPU = torch.device("cpu")
 SIZE = (56, 56)
@@ -86,8 +88,8 @@ def test_descriptors_are_those_of_the_released_batching(
 
 @pytest.mark.parametrize("chunk_bytes", [1, 5000])
 def test_chunks_do_not_change_who_shares_a_batch(model, dataset, stored, monkeypatch, chunk_bytes):
-    monkeypatch.setattr("test.CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr("test.ENCODED_TOGETHER", 1)
+    monkeypatch.setattr("utils.extraction.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("utils.extraction.ENCODED_TOGETHER", 1)
     store = stored(dataset.database_paths)
     assert len(list(descriptors(model, store, EncoderContext(4), device=CPU))) > 1
     found = described(model, store, EncoderContext(4))
@@ -326,8 +328,8 @@ def test_a_transform_makes_no_copy_to_normalise(name, results):
 
 def test_the_precision_of_validation(city, tmp_path, monkeypatch):
     """It is taken for the validation split alone."""
-    taken, real = [], evaluation.autocast
-    monkeypatch.setattr(evaluation, "autocast", lambda device, name: taken.append(name) or real(device, name))
+    taken, real = [], extraction.autocast
+    monkeypatch.setattr(extraction, "autocast", lambda device, name: taken.append(name) or real(device, name))
     flags = "--eval_dataset_name=toy_city --backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56".split()
     flags += "--train_resize 56 56 --train_batch_size=4 --epochs_num=1 --extraction_batch_size=16".split()
     flags += [f"--eval_datasets_folder={city}", f"--save_dir={tmp_path}"]

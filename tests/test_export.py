@@ -16,6 +16,7 @@ from test_readme import example_with
 
 import eval as eval_script
 import hubconf
+import test as evaluation
 import train as train_script
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform, prepare
 from model import build_model, export, weights
@@ -308,9 +309,9 @@ def test_the_preparation_that_a_file_says_is_followed_in_plain_folders(trained, 
 
 def test_photos_are_turned_only_if_the_file_says_so(trained, tmp_path, log_of, monkeypatch):
     asked = []
-    real = eval_script.image_batches
+    real = evaluation.image_batches
     monkeypatch.setattr(
-        eval_script, "image_batches", lambda *a, **k: asked.append((k["upright"], k["transform"])) or real(*a, **k)
+        evaluation, "image_batches", lambda *a, **k: asked.append((k["upright"], k["transform"])) or real(*a, **k)
     )
     export.main(f"--resume={trained} --output={tmp_path}/a.safetensors --no-upright --antialias".split())
     log_of(tmp_path / "a.safetensors")

@@ -11,6 +11,7 @@ import torch
 from PIL import ExifTags, Image
 
 import eval as eval_script
+import test as evaluation
 from datasets.database_queries import DatabaseQueries
 from model import build_model
 from utils import descriptor_store
@@ -67,9 +68,9 @@ def evaluate(photos, tmp_path, capsys):
 def passed(monkeypatch):
     """The photos that pass the backbone."""
     seen = []
-    real = eval_script.image_batches
+    real = evaluation.image_batches
     monkeypatch.setattr(
-        eval_script, "image_batches", lambda paths, **settings: seen.extend(paths) or real(paths, **settings)
+        evaluation, "image_batches", lambda paths, **settings: seen.extend(paths) or real(paths, **settings)
     )
     return seen
 

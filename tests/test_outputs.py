@@ -19,7 +19,7 @@ import test as evaluation
 import train as train_script
 from datasets.database_queries import DatabaseQueries
 from model import build_model
-from utils import match_page, report, run_log
+from utils import match_page, report, results, retrieval, run_log
 from utils.assignments import AssignedPhoto, draw_assignments
 from utils.descriptor_store import DescriptorStore, RowFile, warn_of_leftovers
 from utils.lock import FolderLock
@@ -78,8 +78,8 @@ def no_space(*_, **__):
 OUTPUTS = {
     "predictions.csv": (report, "write_predictions"),
     "recalls.png": (report, "draw_recalls"),
-    "descriptors": (evaluation.Search, "save"),
-    "assignments/000000.png": (eval_script, "draw_assignments"),
+    "descriptors": (retrieval.Search, "save"),
+    "assignments/000000.png": (results, "draw_assignments"),
     "matches": (match_page, "write_match_page"),
 }
 
@@ -140,13 +140,13 @@ def test_all_results_come_before_the_first_output(evaluate, tree, monkeypatch):
 
 
 def test_the_first_context_is_written_before_the_second_is_searched(evaluate, monkeypatch):
-    real, runs = evaluation.Search.run, []
+    real, runs = retrieval.Search.run, []
 
     def fails(self, *args, **settings):
         runs.append(1)
         return real(self, *args, **settings) if len(runs) == 1 else no_space()
 
-    monkeypatch.setattr(evaluation.Search, "run", fails)
+    monkeypatch.setattr(retrieval.Search, "run", fails)
     status, folder = evaluate("--encoder_context", "file_order", "independent", model="encoder")
     assert status == 2 and list(results_of(folder)["contexts"]) == ["file_order"]
 
@@ -179,7 +179,7 @@ def test_descriptors_are_saved_without_a_memory_map(evaluate, monkeypatch):
     monkeypatch.setattr(RowFile, "write", no_space)
     run_log.write_results(folder, {}, {}, torch.device("cpu"))
     with pytest.raises(OSError, match="No space left"):
-        evaluation.Search.save(Saving(), folder / "again", database=["a", "b"])
+        retrieval.Search.save(Saving(), folder / "again", database=["a", "b"])
     assert not list(folder.glob("again*"))
 
 
@@ -223,7 +223,7 @@ def test_the_last_line_is_an_address(evaluate, capsys):
 
 def test_assignment_pictures_carry_file_names(evaluate, monkeypatch, city, tmp_path):
     titles = []
-    monkeypatch.setattr(eval_script, "draw_assignments", lambda _, photos, **__: titles.extend(p.title for p in photos))
+    monkeypatch.setattr(results, "draw_assignments", lambda _, photos, **__: titles.extend(p.title for p in photos))
     evaluate("--save_assignments=1")
     dataset = DatabaseQueries.from_folder(city, "toy_city", "test")
     assert titles[0] == f"query 0: {os.path.basename(dataset.queries_paths[0])}"
@@ -326,7 +326,7 @@ def test_a_leftover_that_vanishes_stops_nobody(evaluate, tmp_path, monkeypatch):
     assert evaluate()[0] == 0
 
 
-def test_a_submission_has_as_many_keys_in_each_line(evaluate, tree, tmp_path, capsys):
+def test_a_submission_has_as_many_keys_in_each_line(evaluate, tree, tmp_path, monkeypatch, capsys):
     data = tree("msls", database=15)
     for side in ("database", "queries"):
         for number, path in enumerate(sorted((data / "msls/images/test" / side).iterdir())):
@@ -334,11 +334,8 @@ def test_a_submission_has_as_many_keys_in_each_line(evaluate, tree, tmp_path, ca
             fields[7] = f"{side[0]}{number:02d}"
             path.rename(path.with_name("@".join(fields)))
     flags = ["--save_submission", "--recall_values", "1", "5"]
-    eval_script.SUBMITTED, submitted = 12, eval_script.SUBMITTED
-    try:
-        status, folder = evaluate(*flags, names=["msls"], data=data)
-    finally:
-        eval_script.SUBMITTED = submitted
+    monkeypatch.setattr("parser.SUBMITTED", 12)
+    status, folder = evaluate(*flags, names=["msls"], data=data)
     import zipfile
 
     lines = zipfile.ZipFile(folder / "submission.zip").read("submission.csv").decode().splitlines()

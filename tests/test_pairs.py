@@ -12,7 +12,7 @@ import torch
 
 import eval as eval_script
 from model import build_model
-from utils import pairs
+from utils import pairs, retrieval
 
 SMALL = "--backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56".split()
 
@@ -81,14 +81,14 @@ def test_pairs_and_descriptors_say_what_the_predictions_say(images, run, tmp_pat
 
 
 def test_what_an_index_did_not_find_is_left_out_and_counted(images, run, monkeypatch, capsys):
-    real = eval_script.Search.run
+    real = retrieval.Search.run
 
     def lossy(self, *args, **given):
         ((distances, predictions),) = real(self, *args, **given)
         predictions[0, 1:] = predictions[3, 2] = -1
         return [(distances, predictions)]
 
-    monkeypatch.setattr(eval_script.Search, "run", lossy)
+    monkeypatch.setattr(retrieval.Search, "run", lossy)
     folder = run("--save_pairs=3")
     lines = (folder / "pairs.txt").read_text().splitlines()
     assert len(lines) == 45 - 3 and len([line for line in lines if line.startswith(lines[0].split()[0])]) == 1
@@ -115,7 +115,7 @@ def test_names_are_relative_to_the_folder_that_holds_both(tmp_path):
 
 
 def test_names_that_lists_cannot_hold_are_refused_before_the_extraction(images, run, capsys, monkeypatch):
-    monkeypatch.setattr(eval_script, "extract", lambda *_: pytest.fail("extracted"))
+    monkeypatch.setattr("test.extract", lambda *_: pytest.fail("extracted"))
     first, second, third, fourth = sorted((images / "queries").iterdir())[:4]
     first.rename(first.with_name("my photo.jpg"))
     second.rename(second.with_name("tab\there.jpg"))
@@ -140,7 +140,7 @@ def test_names_that_lists_cannot_hold_are_refused_before_the_extraction(images, 
 
 
 def test_what_cannot_be_is_refused_before_the_extraction(images, run, capsys, monkeypatch):
-    monkeypatch.setattr(eval_script, "extract", lambda *_: pytest.fail("extracted"))
+    monkeypatch.setattr("test.extract", lambda *_: pytest.fail("extracted"))
     for flags, told in (
         (("--save_pairs=-1",), "--save_pairs -1 is negative; use 0 for none"),
         (

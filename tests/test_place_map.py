@@ -16,6 +16,7 @@ from PIL import Image
 
 import eval as eval_script
 import hubconf
+import test as evaluation
 from model import build_model
 from utils import place_map
 from utils.place_map import CANDIDATES, PlaceMap, write_map
@@ -108,8 +109,8 @@ def test_a_map_answers_as_the_evaluation_that_made_it(city, run, tmp_path, monke
     dataset = [f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", *"--backbone=dino_tiny".split()]
     folder = run(*dataset, *"--resize 56 70".split(), f"--save_map={tmp_path}/city.npz", *flags, model=model)
     passed = []
-    real = eval_script.extract
-    monkeypatch.setattr(eval_script, "extract", lambda *args: passed.append(args[1]) or real(*args))
+    real = evaluation.extract
+    monkeypatch.setattr("test.extract", lambda *args: passed.append(args[1]) or real(*args))
     queries = f"{city}/toy_city/images/test/queries"
     asked = run(f"--map={tmp_path}/city.npz", f"--queries_folder={queries}", model=model)
     assert passed == [sorted(str(path) for path in Path(queries).iterdir())], "the queries alone"
@@ -315,7 +316,7 @@ def test_options_that_go_with_no_map(capsys, flags, told):
 
 
 def test_a_map_that_cannot_be_written_is_refused_before_the_extraction(photos, run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(eval_script, "extract", lambda *_: pytest.fail("extracted"))
+    monkeypatch.setattr("test.extract", lambda *_: pytest.fail("extracted"))
     for path, told in (
         ("city.pth", "is not a file .npz; name one, e.g. "),
         ("nowhere/city.npz", f"there is no folder {tmp_path}/nowhere; make it first"),
@@ -337,8 +338,8 @@ def test_a_map_is_written_whole_or_not_at_all(made, photos, run, capsys, monkeyp
             yield indices[:7], rows[:7]
             raise OSError(28, "No space left on device")
 
-    real = eval_script.write_map
-    monkeypatch.setattr(eval_script, "write_map", lambda path, chunks, **given: real(path, half(chunks), **given))
+    real = evaluation.write_map
+    monkeypatch.setattr("test.write_map", lambda path, chunks, **given: real(path, half(chunks), **given))
     message = refusal(capsys, lambda: run(*plain(photos), f"--save_map={made}"), status=1)
     assert f"{made} could not be written: [Errno 28] No space left on device" in message
     assert made.read_bytes() == before and [*made.parent.glob("*.tmp*")] == []

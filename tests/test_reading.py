@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-import test as evaluation
+from datasets import image_batches as batches_module
+from datasets.image_batches import image_batches
 from datasets.transforms import evaluation_transform, read_pixels, transform_sizes
-from test import image_batches
 from utils import reading
 from utils.reading import packed, read_batches, unpacked
 
@@ -51,9 +51,9 @@ def a_gpu(monkeypatch):
             sent.append((batch, device))
             yield batch
 
-    monkeypatch.setattr(evaluation, "to_device", to_device)
-    monkeypatch.setattr(evaluation, "packed", lambda images, pinned: (*packed(images, pinned=False), pinned))
-    monkeypatch.setattr(evaluation, "unpacked", lambda pixels, shapes, pinned: unpacked(pixels, shapes))
+    monkeypatch.setattr(batches_module, "to_device", to_device)
+    monkeypatch.setattr(batches_module, "packed", lambda images, pinned: (*packed(images, pinned=False), pinned))
+    monkeypatch.setattr(batches_module, "unpacked", lambda pixels, shapes, pinned: unpacked(pixels, shapes))
     return sent
 
 
@@ -166,7 +166,7 @@ def test_a_gpu_gets_one_pinned_tensor_a_batch_and_the_same_bits(photos, a_gpu, t
 
 def test_photos_that_are_turned_reach_a_gpu_resized_and_pinned(photos, monkeypatch):
     sent, pinned = [], []
-    monkeypatch.setattr(evaluation, "to_device", lambda batches, device: (sent.append(b) or b for b in batches))
+    monkeypatch.setattr(batches_module, "to_device", lambda batches, device: (sent.append(b) or b for b in batches))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     got = list(batches_of(photos, device=torch.device("cuda"), upright=True))
     assert [tuple(of.shape) for (of,) in sent] == [(3, 3, 56, 56), (3, 3, 56, 56), (1, 3, 56, 56)]

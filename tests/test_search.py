@@ -23,7 +23,7 @@ from datasets.database_queries import DatabaseQueries
 from datasets.transforms import evaluation_transform
 from model import build_model
 from utils import device as device_module
-from utils import distributed, search
+from utils import distributed, extraction, retrieval, search
 from utils.descriptor_store import DescriptorStore
 from utils.search import CPU, UselessDescriptors, first_of_all, knn_by_torch, nearest
 
@@ -152,7 +152,7 @@ def test_the_ways_by_gpu_find_what_the_cpu_finds(monkeypatch, gpus):
 
 def test_the_cpu_that_was_asked_for_is_used(monkeypatch, evaluate, tmp_path):
     gpu = StandIn(monkeypatch, 1)
-    monkeypatch.setattr(eval_script, "require_index", lambda *_, **__: None)  # which takes seconds
+    monkeypatch.setattr("test.require_index", lambda *_, **__: None)  # which takes seconds
     queries, database = whole_numbers(30, 300)
     nearest(queries, chunked(database, 100), 5, CPU)
     nearest(queries, chunked(database, 100), 5, torch.device("mps"))
@@ -270,9 +270,9 @@ def test_the_search_has_the_cores_of_those_that_wait(monkeypatch, by_all, cores)
         seen.append((faiss.omp_get_max_threads(), torch.get_num_threads()))
         return None, None
 
-    monkeypatch.setattr(evaluation.Search, "_found", found)
+    monkeypatch.setattr(retrieval.Search, "_found", found)
     before = faiss.omp_get_max_threads(), torch.get_num_threads()
-    searched = evaluation.Search(None, {}, infer_batch_size=16, device=CPU, by_all=by_all)
+    searched = retrieval.Search(None, {}, infer_batch_size=16, device=CPU, by_all=by_all)
     searched._counts["database"] = 3
     searched.run(1)
     assert seen == [(cores, cores)] and before == (faiss.omp_get_max_threads(), torch.get_num_threads())
@@ -352,7 +352,7 @@ class Threads:
         monkeypatch.setattr(distributed, "gather_objects", self.gather)
         monkeypatch.setattr(distributed, "broadcast", lambda value: self.gather(value)[0])
         monkeypatch.setattr(distributed, "gather_rows", lambda rows: np.concatenate(self.gather(rows)))
-        monkeypatch.setattr(evaluation, "usable_cores", lambda alone: 1)
+        monkeypatch.setattr(retrieval, "usable_cores", lambda alone: 1)
 
     def gather(self, value):
         self.sent[self.own.rank] = value
@@ -382,8 +382,8 @@ def test_validation_is_searched_by_all_too(monkeypatch, city, tmp_path, processe
     dataset = DatabaseQueries.from_folder(city, "toy_city", "test")
     transform = evaluation_transform((56, 56))
     reading = {"transform": transform, "batch_size": 1, "num_workers": 0, "device": CPU}
-    monkeypatch.setattr(evaluation, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(evaluation, "ENCODED_TOGETHER", 1)
+    monkeypatch.setattr(extraction, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(extraction, "ENCODED_TOGETHER", 1)
     settings = {"recall_values": [1, 2, 5], "positive_distance": 25.0, "infer_batch_size": 4, "device": CPU}
 
     def validate():
@@ -406,7 +406,7 @@ def test_validation_is_searched_by_all_too(monkeypatch, city, tmp_path, processe
 
     monkeypatch.setattr(search, "nearest", nearest_of_few)
     assert threads.run(validate) == processes * [one] and searched == [15], "the main process alone"
-    monkeypatch.setattr(evaluation, "SEARCHED_BY_ALL", 15)
+    monkeypatch.setattr(retrieval, "SEARCHED_BY_ALL", 15)
     assert threads.run(validate) == processes * [one]
     assert sorted(searched[1:]) == ([7, 8] if processes == 2 else [3, 4, 8])
 
@@ -430,16 +430,16 @@ def test_a_pca_is_fitted_once_for_all(monkeypatch, tmp_path):
     for name, count in (("database", 40), ("queries", 9), ("pca", 30)):
         stores[name] = DescriptorStore(tmp_path, name, (count, 1, *model.vectors_shape))
         stores[name].write(np.arange(count), rng.standard_normal(stores[name].shape).astype("f"))
-    monkeypatch.setattr(evaluation, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(evaluation, "ENCODED_TOGETHER", 1)
+    monkeypatch.setattr(extraction, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(extraction, "ENCODED_TOGETHER", 1)
     settings = {"context": "shuffled", "infer_batch_size": 4, "pca_dim": 6, "device": CPU}
-    ((distances, predictions),) = evaluation.Search(model, stores, **settings).run(50)
-    described, real = [], evaluation.Search.rows
+    ((distances, predictions),) = retrieval.Search(model, stores, **settings).run(50)
+    described, real = [], retrieval.Search.rows
     monkeypatch.setattr(
-        evaluation.Search, "rows", lambda self, name: described.append((name, distributed.rank())) or real(self, name)
+        retrieval.Search, "rows", lambda self, name: described.append((name, distributed.rank())) or real(self, name)
     )
     threads = Threads(monkeypatch, 2)
-    found = threads.run(lambda: evaluation.Search(model, stores, **settings, by_all=True).run(50))
+    found = threads.run(lambda: retrieval.Search(model, stores, **settings, by_all=True).run(50))
     assert sorted(described) == [("pca", 0), ("queries", 0), ("queries", 1)]
     np.testing.assert_array_equal(found[0][0][1], predictions)
     np.testing.assert_allclose(found[0][0][0], distances, rtol=1e-4)
@@ -457,7 +457,7 @@ def fails_with(error):
 def passed(monkeypatch):
     """The photos that pass the backbone."""
     seen = []
-    real = eval_script.image_batches
+    real = evaluation.image_batches
     monkeypatch.setattr(
         eval_script, "image_batches", lambda paths, **settings: seen.extend(paths) or real(paths, **settings)
     )
@@ -470,11 +470,11 @@ def passed(monkeypatch):
         (faiss, "knn", RuntimeError("Error in void faiss::f() at /x/y.cpp:1: no memory"), []),
         (search, "search_index", ValueError("FAISS cannot search --index 'Flat'"), ["--index=Flat"]),
         (search, "merge_crops", MemoryError("no memory"), ["--test_method=five_crops", "--test_method=nearest_crop"]),
-        (evaluation.Search, "rows", OSError("the disk"), ["--pca_dim=5", "--pca_dataset_folder=toy_city/images/train"]),
+        (retrieval.Search, "rows", OSError("the disk"), ["--pca_dim=5", "--pca_dataset_folder=toy_city/images/train"]),
     ],
 )
 def test_a_search_that_fails_can_be_gone_on_with(evaluate, passed, monkeypatch, owner, name, error, more):
-    monkeypatch.setattr(eval_script, "require_index", lambda *_, **__: None)  # which takes seconds
+    monkeypatch.setattr("test.require_index", lambda *_, **__: None)  # which takes seconds
     status, _, right = evaluate(*more)
     assert status == 0 and len(passed) >= 30
     with monkeypatch.context() as failing:

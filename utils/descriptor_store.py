@@ -376,6 +376,11 @@ def _stores_of(run: Path) -> Iterator[Path]:
             yield Path(parent)
 
 
+def kept_in(descriptors_folder: Path, dataset: str) -> Path:
+    """Where `--descriptors_folder` has what was extracted of a dataset."""
+    return descriptors_folder / dataset.replace(" ", "_")
+
+
 def digest(content: Iterable[str] | Mapping[str, Tensor]) -> str:
     """A short digest of some lines, or of a state dict."""
     found = hashlib.sha256()

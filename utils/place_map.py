@@ -320,6 +320,19 @@ class PlaceMap:
                 "it was made with, or make another by --save_map"
             )
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the map decides of an evaluation: its model, how photos are prepared, and the PCA, by option."""
+        model = {_MODEL[name].removeprefix("--"): value for name, value in self.model.items()}
+        pca_dim = 0 if self.pca is None else self.descriptor_dim
+        return {
+            "resize": self.resize,
+            "antialias": self.antialias,
+            "upright": self.upright,
+            "pca_dim": pca_dim,
+            **model,
+        }
+
     @contextmanager
     def fitting(self, source: str) -> Iterator[None]:
         """Around what loads the weights in `source` into the map's model: a misfit says what the map was made with."""
