@@ -13,10 +13,12 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from datasets import tasks
 from model import SuperVLADNet, build_model
 from model import weights as weight_files
-from test import Evaluation, Evaluator, Settings
+from test import Evaluator, Settings
 from utils import distributed, report, results, run_log
 from utils.device import allow_tf32, cast_products, pick_device
 from utils.outputs import Outputs
@@ -66,17 +68,11 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
             stop=preemption.stop,
         )
         wanted = options.part(results.Wanted)
-        for line in options.unused(encoder=model.encoder is not None):
-            logger.warning("%s", line)
         for group, on_val in zip(groups, val_splits, strict=True):
             database = group[0].dataset
             options.warn_of_depth(len(database.database_paths), group[0].of, labelled=database.labelled)
             evaluator.foresee(group, on_val, wanted)
-        model.to(device).eval()
-        cast_products(model.backbone, options.precision)
-        if options.compile:
-            model.backbone.compile_blocks()
-        log_model(model, options)
+        prepare(model, options, device)
 
         folder = log.open(options.save_dir)
         preemption.advice = (
@@ -91,17 +87,10 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         for group, on_val in zip(groups, val_splits, strict=True):
             evaluator.settle_acceptance(group, on_val, folder)
         stores = [evaluator.extract(group, held) for group in groups]
-        if not distributed.is_main():
-            for group, of_group in zip(groups, stores, strict=True):
-                evaluator.help_search(group, of_group, evaluator.contexts)
-            return {}  # nobody waits for a search that the main process does alone
         outputs = Outputs()
-        evaluations: list[Evaluation] = []
-        with evaluator.kept_if_it_fails(groups, stores, folder / "kept"):
-            for group, of_group in zip(groups, stores, strict=True):
-                evaluations += evaluator.evaluate(group, of_group, outputs)
+        evaluations = evaluator.evaluate(groups, stores, folder, outputs)
         table = {evaluation.task.dataset.name: evaluation.recalls for evaluation in evaluations}
-        if len(all_tasks) > 1:
+        if len(evaluations) > 1:
             logger.info("%s", report.recall_table(table))
             with outputs.writing(str(folder / "results.json")):
                 evaluator.record(folder, {"recalls": table})
@@ -110,15 +99,9 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         for evaluation in evaluations:
             found = evaluator.found(evaluation, outputs, weights=weights, pca_images=str(options.pca_dataset_folder))
             results.write(found, wanted, outputs)
-        if options.save_map is not None:
+        if options.save_map is not None and evaluations:
             with outputs.writing(str(options.save_map)):
-                evaluator.save_map(
-                    options.save_map,
-                    evaluations[0],
-                    model=options.model,
-                    checkpoint=options.resume.name,
-                    weights=weights,
-                )
+                evaluator.save_map(options.save_map, evaluations[0], options.model, options.resume.name, weights)
         if outputs.missing:
             raise SystemExit(1)
     return table
@@ -154,17 +137,7 @@ def load(options: EvalOptions, place_map: PlaceMap | None) -> tuple[SuperVLADNet
             )
         options = replace(options, **place_map.settings)
     model = build_model(**options.model)
-    pca_folder = options.pca_dataset_folder
-    pca_paths = tasks.pca_images(
-        None if pca_folder is None else options.eval_datasets_folder / pca_folder,
-        pca_folder,
-        dim=options.pca_dim,
-        whiten=options.pca_whiten,
-        descriptor_dim=model.descriptor_dim,
-        seed=options.seed,
-        upright=options.upright,
-        skip_unreadable=options.skip_unreadable,
-    )
+    pca_paths = tasks.pca_images(options.part(tasks.Selection), model.descriptor_dim)
     with nullcontext() if place_map is None else place_map.fitting(str(options.resume)):
         weight_files.load_checkpoint(model, path, content)
     if model.projection is not None:
@@ -178,11 +151,17 @@ def load(options: EvalOptions, place_map: PlaceMap | None) -> tuple[SuperVLADNet
     weights = weight_files.state_digest(model) if carried else ""
     if place_map is not None:
         place_map.require_weights(weights, str(options.resume))
+    for line in options.unused(encoder=model.encoder is not None):
+        logger.warning("%s", line)
     return model, options, weights, pca_paths
 
 
-def log_model(model: SuperVLADNet, options: EvalOptions) -> None:
-    """Writes what the model is, and how plain folders are evaluated."""
+def prepare(model: SuperVLADNet, options: EvalOptions, device: torch.device) -> None:
+    """Moves the model to its device in evaluation mode, and says in the log what it is."""
+    model.to(device).eval()
+    cast_products(model.backbone, options.precision)
+    if options.compile:
+        model.backbone.compile_blocks()
     run_log.log_parameters(model)
     if model.encoder is not None:
         logger.info(

@@ -398,9 +398,31 @@ class Evaluator:
                 for searched in self.searches(group, stores, context):
                     searched.run(self.depth(group[0]))
 
-    def evaluate(self, group: Sequence[Task], stores: Stores, outputs: Outputs) -> list[Evaluation]:
-        """Searches the sets of queries of a dataset in every encoder context; each set has its lines, and its
-        `results.json`, before the next context is searched. It is for the main process."""
+    def evaluate(
+        self, groups: Sequence[Sequence[Task]], stores: Sequence[Stores], folder: Path, outputs: Outputs
+    ) -> list[Evaluation]:
+        """Searches the sets of queries of each dataset in every encoder context.
+
+        Each set has its lines in the log, and its `results.json`, before the next context is searched.
+
+        Args:
+            groups: the tasks of each dataset.
+            stores: what was extracted for them.
+            folder: the run's, where what was extracted is kept if a search fails.
+            outputs: takes what cannot be written.
+
+        Returns:
+            An evaluation for each task; none in processes other than the main one, which help with the search.
+        """
+        if not distributed.is_main():
+            for group, of_group in zip(groups, stores, strict=True):
+                self.help_search(group, of_group, self.contexts)
+            return []  # nobody waits for a search that the main process does alone
+        with self.kept_if_it_fails(groups, stores, folder / "kept"):
+            found = [self._evaluate(group, of_group, outputs) for group, of_group in zip(groups, stores, strict=True)]
+        return [evaluation for of_group in found for evaluation in of_group]
+
+    def _evaluate(self, group: Sequence[Task], stores: Stores, outputs: Outputs) -> list[Evaluation]:
         settings = self.settings
         evaluations = [
             Evaluation(
@@ -573,7 +595,7 @@ class Evaluator:
         return pixels.permute(1, 2, 0).numpy(), assignment.float().cpu().numpy()
 
     def save_map(
-        self, path: Path, evaluation: Evaluation, *, model: dict[str, Any], checkpoint: str, weights: str
+        self, path: Path, evaluation: Evaluation, model: dict[str, Any], checkpoint: str, weights: str
     ) -> None:
         """Writes the map of a database: its descriptors as they were searched, and the positions that are known.
 

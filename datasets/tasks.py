@@ -55,6 +55,11 @@ class Selection:
     descriptors_folder: Path | None
     accept: str | None
     accept_precision: float | None
+    pca_dim: int
+    pca_whiten: bool
+    pca_dataset_folder: Path | None
+    seed: int
+    upright: bool
 
 
 @dataclass(kw_only=True)
@@ -284,46 +289,31 @@ def val_task(asked: Selection, group: Sequence[Task]) -> Task | None:
     return replace(group[0], dataset=val, queries="queries", of=val.name)
 
 
-def pca_images(
-    folder: Path | None,
-    shown: Path | None,
-    *,
-    dim: int,
-    whiten: bool,
-    descriptor_dim: int,
-    seed: int,
-    upright: bool,
-    skip_unreadable: bool,
-) -> list[str]:
-    """The images that a PCA is fitted on, in random order.
+def pca_images(asked: Selection, descriptor_dim: int) -> list[str]:
+    """The images that a PCA is fitted on, in random order; none where none is asked for.
 
     Args:
-        folder: of the images; None for no PCA, and no images.
-        shown: the folder as it was given.
-        dim: numbers that the PCA leaves.
-        whiten: whether it scales them to the same variance.
-        descriptor_dim: numbers in a descriptor before it.
-        seed: of the order.
-        upright: whether photos are turned as EXIF says.
-        skip_unreadable: leave out photos that cannot be read.
+        asked: what is evaluated.
+        descriptor_dim: numbers in a descriptor before the PCA.
 
     Raises:
-        FileNotFoundError, ValueError: there are too few, or descriptors are too short.
+        FileNotFoundError, ValueError: there are too few images, or descriptors are too short.
     """
-    if folder is None:
+    if asked.pca_dataset_folder is None:
         return []
-    chosen = np.random.default_rng(seed).permutation(list_images(folder))[:PCA_IMAGES]
-    if skip_unreadable:
-        chosen = chosen[readable(chosen.tolist(), folder, upright=upright)]
-    if whiten and dim == len(chosen):
+    folder = asked.eval_datasets_folder / asked.pca_dataset_folder
+    chosen = np.random.default_rng(asked.seed).permutation(list_images(folder))[:PCA_IMAGES]
+    if asked.skip_unreadable:
+        chosen = chosen[readable(chosen.tolist(), folder, upright=asked.upright)]
+    if asked.pca_whiten and asked.pca_dim == len(chosen):
         raise ValueError(
             f"--pca_whiten: {len(chosen)} images vary in {len(chosen) - 1} directions; use --pca_dim "
             f"{len(chosen) - 1} at most"
         )
-    if dim > min(len(chosen), descriptor_dim):
+    if asked.pca_dim > min(len(chosen), descriptor_dim):
         raise ValueError(
-            f"--pca_dim {dim}: descriptors have {descriptor_dim} numbers and {shown} has {len(chosen)} images; use no "
-            "more than the smaller of the two"
+            f"--pca_dim {asked.pca_dim}: descriptors have {descriptor_dim} numbers and {asked.pca_dataset_folder} has "
+            f"{len(chosen)} images; use no more than the smaller of the two"
         )
     return list(chosen.tolist())
 

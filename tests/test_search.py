@@ -282,10 +282,10 @@ def test_the_search_has_the_cores_of_those_that_wait(monkeypatch, by_all, cores)
 
 
 def test_all_processes_search_from_so_many_images_on(monkeypatch):
-    assert not evaluation.searched_by_all(10**6)
+    assert not retrieval.searched_by_all(10**6)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    assert [evaluation.searched_by_all(count) for count in (99_999, 100_000)] == [False, True]
-    assert not evaluation.searched_by_all(10**6, "IVF4096,PQ64")
+    assert [retrieval.searched_by_all(count) for count in (99_999, 100_000)] == [False, True]
+    assert not retrieval.searched_by_all(10**6, "IVF4096,PQ64")
 
 
 @pytest.fixture(scope="module")
@@ -327,12 +327,12 @@ def test_all_processes_search_what_one_finds(evaluate, flags, tmp_path):
     more = [f"--descriptors_folder={tmp_path}/kept", "--eval_dataset_name=toy_city", "--infer_batch_size=4"]
     more += ["--test_method=nearest_crop"]
     with search.cores(max(1, device_module.usable_cores() // 2)):
-        evaluation.CHUNK_BYTES, chunk_bytes = 1, evaluation.CHUNK_BYTES
-        evaluation.ENCODED_TOGETHER, together = 1, evaluation.ENCODED_TOGETHER
+        extraction.CHUNK_BYTES, chunk_bytes = 1, extraction.CHUNK_BYTES
+        extraction.ENCODED_TOGETHER, together = 1, extraction.ENCODED_TOGETHER
         try:
             status, _, one = evaluate(*more, "--encoder_context=shuffled")
         finally:
-            evaluation.CHUNK_BYTES, evaluation.ENCODED_TOGETHER = chunk_bytes, together
+            extraction.CHUNK_BYTES, extraction.ENCODED_TOGETHER = chunk_bytes, together
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(Path(__file__).with_name("searched_by_all.py")), *flags, *more, "--encoder_context=shuffled"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -459,7 +459,7 @@ def passed(monkeypatch):
     seen = []
     real = evaluation.image_batches
     monkeypatch.setattr(
-        eval_script, "image_batches", lambda paths, **settings: seen.extend(paths) or real(paths, **settings)
+        evaluation, "image_batches", lambda paths, **settings: seen.extend(paths) or real(paths, **settings)
     )
     return seen
 
