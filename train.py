@@ -28,6 +28,7 @@ from datasets.gsv_cities import GSVCities, PlaceBatches
 from datasets.transforms import TrainingTransform, evaluation_transform, normalize, to_unit
 from model import SuperVLADNet, build_model
 from model.initialization import initialize_layer, sample_local_features
+from model.loss import MinedMultiSimilarity
 from model.weights import (
     FOUNDATION_FILES,
     GATED_FILES,
@@ -50,7 +51,6 @@ from utils.device import (
     reset_peak_memory,
     to_device,
 )
-from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 from utils.outputs import Outputs
 from utils.preemption import Preemption

@@ -22,10 +22,10 @@ from benchmarks.photos import made_photos
 from datasets.database_queries import list_images
 from datasets.transforms import evaluation_transform
 from model import SuperVLADNet, build_model
+from model.loss import MinedMultiSimilarity
 from parser import BACKBONES
 from test import image_batches
 from utils.device import autocast, peak_memory, pick_device, reading_workers, to_cpu, usable_cores
-from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 
 PHOTOS = Path("data/benchmark")

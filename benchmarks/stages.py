@@ -22,11 +22,11 @@ from benchmarks.measuring import medians, record
 from benchmarks.photos import made_photos
 from datasets.transforms import evaluation_transform, read_pixels, transform_sizes
 from model import SuperVLADNet, build_model
+from model.loss import MinedMultiSimilarity
 from parser import BACKBONES
 from test import image_batches
 from utils import search
 from utils.device import allow_tf32, autocast, peak_memory, pick_device, reading_workers, to_cpu
-from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 
 PHOTOS = Path("data/benchmark")

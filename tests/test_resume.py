@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import train as train_script
-from utils import multi_similarity, reading
+from model import loss
+from utils import reading
 from utils.optimization import Optimization
 from utils.progress import Progress
 from utils.seed import generator_states
@@ -328,10 +329,10 @@ def test_other_rows_of_the_same_number_of_places(flags, city, tmp_path, capsys):
 
 
 def test_an_epoch_in_which_nothing_is_mined_says_so(flags, tmp_path, monkeypatch, caplog):
-    real = multi_similarity.MultiSimilarityMiner
+    real = loss.MultiSimilarityMiner
     train_script.main([*flags, f"--save_dir={tmp_path}/mined", "--epochs_num=1"])
     assert "was mined" not in caplog.text
-    monkeypatch.setattr(multi_similarity, "MultiSimilarityMiner", lambda epsilon, distance: real(-9, distance=distance))
+    monkeypatch.setattr(loss, "MultiSimilarityMiner", lambda epsilon, distance: real(-9, distance=distance))
     train_script.main([*flags, f"--save_dir={tmp_path}/not", "--epochs_num=1"])
     assert "no pair of images was mined in epoch 1, so nothing was learnt" in caplog.text
 

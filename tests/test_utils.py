@@ -19,12 +19,12 @@ from torch.optim import lr_scheduler
 from tqdm import tqdm
 
 from model import build_model
+from model.loss import MinedMultiSimilarity
 from model.weights import read_file
 from utils import checkpoint, distributed, metrics, report, run_log
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import estimated_hours, pick_device
 from utils.index_trial import require_index
-from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 from utils.search import merge_crops, nearest, nearest_by_index, recall_at
 from utils.seed import generator_states, restore_generators, seed_everything
