@@ -759,3 +759,13 @@ def test_shares_are_neighbours_and_keep_units_whole(monkeypatch):
     assert distributed.shares(0) == 3 * [slice(0, 0)]
     assert distributed.shares(70, unit=16) == [slice(0, 32), slice(32, 64), slice(64, 70)]
     assert distributed.shares(10, unit=16) == [slice(0, 10), slice(10, 10), slice(10, 10)]
+
+
+@pytest.mark.parametrize(
+    ("rank", "unit", "own"), [(0, 1, [0, 1, 2, 3]), (1, 1, [4, 5, 6]), (1, 4, [4, 5, 6]), (1, 7, [])]
+)
+def test_each_process_computes_the_rows_of_its_share(monkeypatch, rank, unit, own):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "gather_rows", lambda rows: rows)  # as it does in all but the main process
+    assert distributed.gather_shares(7, lambda share: np.arange(7)[share], unit).tolist() == own
