@@ -1,4 +1,4 @@
-"""Fine-tunes SuperVLAD on GSV-Cities, keeping the model that recalls most on the validation split."""
+"""Fine-tunes SuperVLAD on GSV-Cities and keeps the model with the best recall on the validation split."""
 
 from parser import TrainOptions, parse
 from utils.signals import quiet_ctrl_c
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,16 +29,10 @@ from datasets.gsv_cities import GSVCities, PlaceBatches
 from datasets.transforms import TrainingTransform, evaluation_transform, normalize, to_unit
 from model import SuperVLADNet, build_model
 from model.initialization import initialize_layer, sample_local_features
-from model.weights import (
-    FOUNDATION_FILES,
-    GATED_FILES,
-    fetch_foundation,
-    load_checkpoint,
-    load_foundation,
-    read_file,
-)
+from model.loss import MinedMultiSimilarity
+from model.weights import FOUNDATION_FILES, GATED_FILES, fetch_foundation, load_checkpoint, load_foundation, read_file
 from test import evaluate, format_recalls, image_batches
-from utils import checkpoint, distributed, report, run_log, search
+from utils import checkpoint, distributed, report, run_log
 from utils.device import (
     allow_tf32,
     autocast,
@@ -50,7 +45,6 @@ from utils.device import (
     reset_peak_memory,
     to_device,
 )
-from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 from utils.outputs import Outputs
 from utils.preemption import Preemption
@@ -59,6 +53,8 @@ from utils.reading import ImageLoader
 from utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
+
+ReadImages = Callable[..., Iterator[Tensor]]  # `image_batches` with all but the paths and the progress bar's name set
 
 
 def run(options: TrainOptions) -> dict[int, float]:
@@ -78,220 +74,55 @@ def run(options: TrainOptions) -> dict[int, float]:
         allow_tf32(options.precision == "tf32")
         require_determinism(options.deterministic)
 
-        # The data: places to train on, and the splits that judge.
-        gsv_cities = options.train_dataset_folder or (options.eval_datasets_folder / "gsv_cities",)
-        photos = [options.eval_datasets_folder / options.eval_dataset_name / "images"]
-        photos += [folder / "Images" for folder in gsv_cities]
-        run_log.require_outside(photos, save_dir=Path("logs") / options.save_dir)
-        places = GSVCities(
-            gsv_cities,
-            cities=options.cities,
-            images_per_place=options.images_per_place,
-            transform=TrainingTransform(options.train_resize, options.randaugment_ops),
-            seed=options.seed,
-        )
-        if len(places) < 2:
-            raise ValueError(
-                f"{places}: there is nothing to learn from one place; add cities, or lower --images_per_place to keep "
-                "places with fewer images"
-            )
-        if options.train_batch_size < distributed.world_size():
-            raise ValueError(
-                f"--train_batch_size {options.train_batch_size} gives no place to some of {distributed.world_size()} "
-                "processes; use as many places or more"
-            )
-        if options.train_batch_size < 2:
-            raise ValueError("--train_batch_size 1 leaves no other place to tell a place from; use 2 or more")
-        batches = PlaceBatches(places, batch_size=options.train_batch_size, place_order=options.place_order)
-        mines = options.place_order == "similar" and len(batches) > 1
-        if options.place_order == "similar" and not mines:
-            logger.warning("--place_order similar has no part: all %d places share a batch", len(places))
-        elif options.epochs_num == 1 and options.place_order != "fixed":
-            logger.warning("--place_order %s has no part: it begins with the second epoch", options.place_order)
-        total_steps = options.epochs_num * len(batches)
-        if options.lr_schedule == "halving" and 0 < total_steps <= options.warmup_steps:
-            logger.warning(
-                "--warmup_steps %d is as long as the run or longer, %d steps: learning rates never reach their height",
-                *(options.warmup_steps, total_steps),
-            )
+        # Data: places to train on, a validation split to choose the best model, a test split to measure it.
         num_workers = reading_workers(device) if options.num_workers is None else options.num_workers
-        loader = ImageLoader(
-            places,
-            batches,
-            batch_size=max(batches.shares(0)),
-            item_bytes=options.images_per_place * 3 * math.prod(options.train_resize),
-            num_workers=num_workers,
-            device=device,
-        )
-        val, test = (
-            DatabaseQueries.from_folder(options.eval_datasets_folder, options.eval_dataset_name, split)
-            for split in ("val", "test")
-        )
-        logger.info("training on %s; validation on %s", places, val)
-        if options.crossimage_encoder and distributed.is_main():
-            for split in (val, test):
-                near = split.positives(options.val_positive_dist_threshold)
-                found = alignment(split, near, options.infer_batch_size)
-                log_alignment(split, found, "eval.py's --encoder_context file_order unaligned")
+        places, batches, loader = load_places(options, num_workers, device)
+        val, test = load_splits(options, places)
+        read_images = image_reader(options, num_workers, device, preemption)
 
-        read_images = partial(
-            image_batches,
-            transform=evaluation_transform(options.resize, options.antialias),
-            batch_size=options.extraction_batch_size or extraction_batch_size(device),
-            num_workers=num_workers,
-            device=device,
-            stop=preemption.stop,  # all that was trained is in last_model.pth
-        )
+        # Model: pretrained weights, of which the last blocks, the layer and the encoder are trained.
+        path = starting_checkpoint(options, log)
+        model, content = load_model(options, path, device)
 
-        # The model: published weights with the last blocks free, the layer's clusters found by k-means.
-        model = build_model(**options.model)
-        path = Path(options.resume) if options.resume else None
-        if options.resume == "auto":
-            log.lock(Path("logs") / options.save_dir)  # so that two never find the same run
-            runs = run_log.runs_of(options.save_dir)
-            path = distributed.on_main(lambda: checkpoint.newest(runs, read=read_file))
-        content = {} if path is None else load_checkpoint(model, path)
-        if model.projection is not None:
-            logger.warning("%s ends with a PCA, which has no part in training: left out", path)
-            model.projection = None
-        goes_on = "optimization" in content  # a run of ours; any other file gives its weights to a new run
-        foundation = options.foundation_model_path
-        published = options.backbone in FOUNDATION_FILES or options.backbone in GATED_FILES
-        if path is None and foundation is None and published:
-            foundation = distributed.on_main(lambda: fetch_foundation(options.backbone))
-        if path is None and foundation is not None:
-            load_foundation(model.backbone, foundation)
-        model.backbone.freeze(options.freeze_te)
-        model.backbone.activation_checkpointing = options.activation_checkpointing
-        model.grad_cache_chunk = options.grad_cache_chunk
-        model.to(device)
-        if options.compile:
-            model.backbone.compile_blocks()
-        optimization = Optimization(
-            model,
-            optim=options.optim,
-            weight_decay=options.weight_decay,
-            lr=options.lr,
-            lr_encoder=options.lr_encoder,
-            encoder_training=options.encoder_training,
-            encoder_retired=content.get("encoder_retired", False),
-            steps_per_epoch=len(batches),
-            epochs=options.epochs_num,
-            lr_schedule=options.lr_schedule,
-            warmup_steps=options.warmup_steps,
-            lr_end_factor=options.lr_end_factor,
-            scale_gradients=options.precision == "fp16",
-            clip_grad_norm=options.clip_grad_norm,
-        )
-        folder = log.open(options.save_dir, path.parent if path and goes_on else None)
-        preemption.advice = f"nothing was trained yet; the same command begins again, and {folder} can be removed"
+        # Optimisation, and the run's folder.
+        optimization = build_optimization(options, model, len(batches), content.get("encoder_retired", False))
+        resumed = "optimization" in content  # a last_model.pth; from any other file a new run takes only the weights
+        folder = log.open(options.save_dir, path.parent if path and resumed else None)
+        preemption.advice = f"nothing was trained yet; run the same command to start again ({folder} can be removed)"
         run_log.log_parameters(model)
-        if device.type == "cpu" and published and options.epochs_num:
-            seen = options.epochs_num * len(places) * options.images_per_place
-            hours = estimated_hours(model.backbone, size=options.train_resize, images=seen)
-            logger.warning("training %s on a CPU takes about %.0f hours; use a CUDA GPU", options.backbone, hours)
-        progress = Progress(
-            folder,
-            model,
-            optimization,
-            facts={
-                "model": options.model,
-                "encoder_training": options.encoder_training,
-                "resize": list(options.resize),
-            },
-            decisive={
-                **options.decisive,
-                "the number of places": len(places),
-                "the digest of GSV-Cities' tables": places.digest,
-            },
-            unless_said=options.defaults,
-            read_every=1 if device.type == "cpu" else 20,
-        )
+        warn_of_hours(options, model, places, device)
+        progress = new_progress(options, folder, model, optimization, places, device)
         if distributed.rank():
-            seed_everything(options.seed + distributed.rank())  # a dropout of its own
-        if goes_on:
+            seed_everything(options.seed + distributed.rank())  # so that each process draws its own dropout
+
+        # Resume, or start with the layer's clusters found by k-means.
+        if resumed:
             progress.restore(content)
-            if progress.epoch >= options.epochs_num or progress.not_improved >= options.patience:
-                logger.info("%s is of a finished run: only the test split is evaluated again", path)
-            else:
-                logger.info("going on from %s: epoch %d, step %d", path, progress.epoch + 1, progress.steps + 1)
+            log_resumed(options, progress, path)
         else:
             if path is None:
-                rng = np.random.default_rng(options.seed)
-                paths = initialization_images(options, places)
-                paths = [paths[index] for index in rng.choice(len(paths), size=min(5000, len(paths)), replace=False)]
-                share = distributed.shares(len(paths))[distributed.rank()]
-                images = read_images(paths[share], progress="initialisation")
-                features = sample_local_features(model, images, generator=rng, skip=share.start)
-                features = torch.from_numpy(distributed.gather_rows(features.numpy()))
-                if distributed.is_main():
-                    initialize_layer(model, features)
+                initialize(model, initialization_images(options, places), read_images, options.seed)
             distributed.broadcast_weights(model)
             progress.save_best()
             progress.save_last()
-        preemption.advice = f"all that was trained is in {folder / checkpoint.LAST}; " + (
-            "the same command goes on"
-            if options.resume == "auto"
-            else f"the same command with --resume={folder / checkpoint.LAST} goes on"
-        )
+        last = folder / checkpoint.LAST
+        resume = "" if options.resume == "auto" else f" with --resume={last}"
+        preemption.advice = f"training is saved in {last}; run the same command{resume} to resume it"
 
-        # The epochs: train, validate, keep the best, stop when it stays the best for too long.
-        recall = partial(
-            evaluate,
-            model,
-            read_images=read_images,
-            positive_distance=options.val_positive_dist_threshold,
-            infer_batch_size=options.infer_batch_size,
-            device=device,
-            folder=folder / "descriptors",
-        )
-        while progress.epoch < options.epochs_num and progress.not_improved < options.patience:
-            batches.epoch, batches.start = progress.epoch, len(progress.losses)
-            if mines and progress.epoch and progress.order is None:
-                progress.order = order_by_similarity(
-                    model,
-                    batches,
-                    partial(
-                        read_images,
-                        transform=evaluation_transform(options.train_resize, antialias=True),
-                        batch_size=similar_places.TOGETHER,
-                    ),
-                    device=device,
-                    precision=options.val_precision,
-                )
-            batches.mined = progress.order
-            speed = train_one_epoch(
-                model,
-                loader,
-                batches,
-                optimization,
-                progress,
-                device=device,
-                precision=options.precision,
-                checkpoint_every=options.checkpoint_every,
-                preemption=preemption,
-            )
-            progress.save_last()  # so that nothing is trained again if validation is cut short
+        # Epochs: train, validate, keep the best model; stop after --patience epochs without a better one.
+        recall = recall_function(options, model, read_images, folder, device)
+        while not progress.finished(options.epochs_num, options.patience):
+            begin_epoch(options, model, batches, progress, read_images, device)
+            speed = train_one_epoch(options, model, loader, batches, optimization, progress, preemption, device)
+            progress.save_last()  # if validation is cut short, nothing is trained again
             loss = progress.mean_loss
             recalls = recall(val, recall_values=sorted({1, 5, *options.recall_values}), precision=options.val_precision)
             better = progress.record_epoch(recalls, score=recalls[1] + recalls[5])
-            if distributed.is_main():
-                try:
-                    report.draw_training(folder)
-                except Exception as error:  # a full disk, or a table that somebody wrote in
-                    logger.warning("cannot draw %s (%s)", folder / report.TRAINING, error)
-            logger.info(
-                "epoch=%02d loss=%.4f lr=%.3g %s %s%s",
-                progress.epoch,
-                loss,
-                progress.lr,
-                " ".join(f"R@{n}={recall:.1f}" for n, recall in recalls.items()),
-                speed,
-                " best" if better else "",
-            )
+            log_epoch(progress, loss, recalls, speed, better)
         if progress.not_improved >= options.patience:
-            logger.info("stopped: no better validation recall for %d epochs", options.patience)
+            logger.info("stopped early: validation recall has not improved for %d epochs", options.patience)
 
+        # Test: recall of the best model on the test split.
         best = load_checkpoint(model, folder / checkpoint.BEST)
         recalls = recall(test, recall_values=options.recall_values)
         validation = {"epochs": progress.epoch, "best_epoch": best["epoch_num"], "best_recalls": best["recalls"]}
@@ -306,97 +137,260 @@ def run(options: TrainOptions) -> dict[int, float]:
     return recalls
 
 
+def load_places(
+    options: TrainOptions, num_workers: int, device: torch.device
+) -> tuple[GSVCities, PlaceBatches, ImageLoader]:
+    """The places to train on, their batches, and what reads the images of each batch."""
+    folders = options.train_dataset_folder or (options.eval_datasets_folder / "gsv_cities",)
+    photos = [options.eval_datasets_folder / options.eval_dataset_name / "images"]
+    photos += [folder / "Images" for folder in folders]
+    run_log.require_outside(photos, save_dir=Path("logs") / options.save_dir)
+    places = GSVCities(
+        folders,
+        cities=options.cities,
+        images_per_place=options.images_per_place,
+        transform=TrainingTransform(options.train_resize, options.randaugment_ops),
+        seed=options.seed,
+    )
+    batches = PlaceBatches(places, batch_size=options.train_batch_size, place_order=options.place_order)
+    if options.place_order == "similar" and not batches.by_similarity:
+        logger.warning("--place_order similar has no effect: all %d places share a batch", len(places))
+    elif options.epochs_num == 1 and options.place_order != "fixed":
+        logger.warning("--place_order %s has no effect: it begins with the second epoch", options.place_order)
+    loader = ImageLoader(
+        places,
+        batches,
+        batch_size=max(batches.shares(0)),
+        item_bytes=options.images_per_place * 3 * math.prod(options.train_resize),
+        num_workers=num_workers,
+        device=device,
+    )
+    return places, batches, loader
+
+
+def load_splits(options: TrainOptions, places: GSVCities) -> tuple[DatabaseQueries, DatabaseQueries]:
+    """The validation and the test split; warns if file order tells the cross-image encoder what belongs together."""
+    val, test = (
+        DatabaseQueries.from_folder(options.eval_datasets_folder, options.eval_dataset_name, split)
+        for split in ("val", "test")
+    )
+    logger.info("training on %s; validation on %s", places, val)
+    if options.crossimage_encoder and distributed.is_main():
+        for split in (val, test):
+            near = split.positives(options.val_positive_dist_threshold)
+            found = alignment(split, near, options.infer_batch_size)
+            log_alignment(split, found, "eval.py's --encoder_context file_order unaligned")
+    return val, test
+
+
+def image_reader(options: TrainOptions, num_workers: int, device: torch.device, preemption: Preemption) -> ReadImages:
+    """What reads images for evaluation and initialisation; a signal ends the run before the next batch."""
+    return partial(
+        image_batches,
+        transform=evaluation_transform(options.resize, options.antialias),
+        batch_size=options.extraction_batch_size or extraction_batch_size(device),
+        num_workers=num_workers,
+        device=device,
+        stop=preemption.stop,
+    )
+
+
+def starting_checkpoint(options: TrainOptions, log: run_log.RunLog) -> Path | None:
+    """The file of --resume; for `auto` the newest checkpoint in --save_dir, which is locked. None if there is none."""
+    if options.resume != "auto":
+        return Path(options.resume) if options.resume else None
+    log.lock(Path("logs") / options.save_dir)  # so that no two runs find the same checkpoint
+    runs = run_log.runs_of(options.save_dir)
+    return distributed.on_main(lambda: checkpoint.newest(runs, read=read_file))
+
+
+def load_model(options: TrainOptions, path: Path | None, device: torch.device) -> tuple[SuperVLADNet, dict[str, Any]]:
+    """The model with the weights to start from, its frozen parts frozen, on the device.
+
+    Returns:
+        The model, and the content of the checkpoint, empty if there is none.
+    """
+    model = build_model(**options.model)
+    content: dict[str, Any] = {}
+    if path is not None:
+        content = load_checkpoint(model, path)
+        if model.projection is not None:
+            logger.warning("%s ends with a PCA: training leaves it out", path)
+            model.projection = None
+    else:
+        foundation = options.foundation_model_path
+        if foundation is None and is_published(options.backbone):
+            foundation = distributed.on_main(lambda: fetch_foundation(options.backbone))
+        if foundation is not None:
+            load_foundation(model.backbone, foundation)
+    model.backbone.freeze(options.freeze_te)
+    model.backbone.activation_checkpointing = options.activation_checkpointing
+    model.grad_cache_chunk = options.grad_cache_chunk
+    model.to(device)
+    if options.compile:
+        model.backbone.compile_blocks()
+    return model, content
+
+
+def is_published(backbone: str) -> bool:
+    """Whether there are pretrained weights of the backbone, as of all but the tiny ones."""
+    return backbone in FOUNDATION_FILES or backbone in GATED_FILES
+
+
+def build_optimization(
+    options: TrainOptions, model: SuperVLADNet, steps_per_epoch: int, encoder_retired: bool
+) -> Optimization:
+    """The optimiser and its schedule."""
+    return Optimization(
+        model,
+        optim=options.optim,
+        weight_decay=options.weight_decay,
+        lr=options.lr,
+        lr_encoder=options.lr_encoder,
+        encoder_training=options.encoder_training,
+        encoder_retired=encoder_retired,
+        steps_per_epoch=steps_per_epoch,
+        epochs=options.epochs_num,
+        lr_schedule=options.lr_schedule,
+        warmup_steps=options.warmup_steps,
+        lr_end_factor=options.lr_end_factor,
+        scale_gradients=options.precision == "fp16",
+        clip_grad_norm=options.clip_grad_norm,
+    )
+
+
+def warn_of_hours(options: TrainOptions, model: SuperVLADNet, places: GSVCities, device: torch.device) -> None:
+    """Says how long training takes on a CPU, unless the backbone is a tiny one."""
+    if device.type == "cpu" and is_published(options.backbone) and options.epochs_num:
+        seen = options.epochs_num * len(places) * options.images_per_place
+        hours = estimated_hours(model.backbone, size=options.train_resize, images=seen)
+        logger.warning("training %s on a CPU takes about %.0f hours; use a CUDA GPU", options.backbone, hours)
+
+
+def new_progress(
+    options: TrainOptions,
+    folder: Path,
+    model: SuperVLADNet,
+    optimization: Optimization,
+    places: GSVCities,
+    device: torch.device,
+) -> Progress:
+    """The position and the files of a run at its start."""
+    return Progress(
+        folder,
+        model,
+        optimization,
+        facts={"model": options.model, "encoder_training": options.encoder_training, "resize": list(options.resize)},
+        decisive={
+            **options.decisive,
+            "the number of places": len(places),
+            "the digest of GSV-Cities' tables": places.digest,
+        },
+        unless_said=options.defaults,
+        read_every=1 if device.type == "cpu" else 20,
+    )
+
+
+def log_resumed(options: TrainOptions, progress: Progress, path: Path | None) -> None:
+    """Says where a resumed run stands."""
+    if progress.finished(options.epochs_num, options.patience):
+        logger.info("%s is of a finished run: only the test split is evaluated again", path)
+    else:
+        logger.info("resuming from %s: epoch %d, step %d", path, progress.epoch + 1, progress.steps + 1)
+
+
 def initialization_images(options: TrainOptions, places: GSVCities) -> list[str]:
     """The images whose local features are clustered: the evaluation dataset's train split, else GSV-Cities."""
-    if (options.eval_datasets_folder / options.eval_dataset_name / "images" / "train").is_dir():
+    folder = options.eval_datasets_folder / options.eval_dataset_name / "images" / "train"
+    if folder.is_dir():
         train = DatabaseQueries.from_folder(options.eval_datasets_folder, options.eval_dataset_name, "train")
         return train.covered_images(10.0)
-    logger.info("no train split beside the evaluation dataset: the layer is initialised from GSV-Cities images")
+    logger.info("no train split in %s: the layer is initialised from GSV-Cities images", folder.parent)
     return places.all_image_paths()
 
 
-@torch.inference_mode()
-def order_by_similarity(
+def initialize(model: SuperVLADNet, paths: Sequence[str], read_images: ReadImages, seed: int) -> None:
+    """Sets the layer by k-means over local features of 5,000 of the images, or of all if there are fewer.
+
+    Each process reads its share of them; only the main one sets its model.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [paths[index] for index in rng.choice(len(paths), size=min(5000, len(paths)), replace=False)]
+
+    def features_of(share: slice) -> NDArray[np.float32]:
+        images = read_images(drawn[share], progress="initialisation")
+        return sample_local_features(model, images, generator=rng, skip=share.start).numpy()
+
+    features = distributed.gather_shares(len(drawn), features_of)
+    if distributed.is_main():
+        initialize_layer(model, torch.from_numpy(features))
+
+
+def recall_function(
+    options: TrainOptions, model: SuperVLADNet, read_images: ReadImages, folder: Path, device: torch.device
+) -> Callable[..., dict[int, float]]:
+    """`test.evaluate` for a split, recall values and a precision."""
+    return partial(
+        evaluate,
+        model,
+        read_images=read_images,
+        positive_distance=options.val_positive_dist_threshold,
+        infer_batch_size=options.infer_batch_size,
+        device=device,
+        folder=folder / "descriptors",
+    )
+
+
+def begin_epoch(
+    options: TrainOptions,
     model: SuperVLADNet,
     batches: PlaceBatches,
-    read_images: Callable[..., Iterator[Tensor]],
-    *,
+    progress: Progress,
+    read_images: ReadImages,
     device: torch.device,
-    precision: str,
-) -> NDArray[np.int64]:
-    """The order of an epoch in which places that the model confuses share a batch, see `similar_places`.
+) -> None:
+    """Sets the batches to the next epoch and step, in an order by similarity if --place_order asks for it."""
+    batches.epoch, batches.start = progress.epoch, len(progress.losses)
+    if batches.by_similarity and progress.epoch and progress.order is None:
+        transform = evaluation_transform(options.train_resize, antialias=True)
+        read_places = partial(read_images, transform=transform, batch_size=similar_places.TOGETHER)
+        describe = partial(describe_images, model, read_places, device=device, precision=options.val_precision)
+        progress.order = similar_places.order_by_similarity(batches, describe, device)
+    batches.mined = progress.order
 
-    It depends on seed, epoch and weights alone; each process describes its share, and no generator of training is used.
 
-    Args:
-        model: what is trained; it describes each photo by itself, in evaluation mode.
-        batches: of the epoch.
-        read_images: paths, and the name of the bar, to batches of `similar_places.TOGETHER` on the device.
-        device: where the model is, and what is searched on.
-        precision: of the backbone, a name from `utils.device.autocast`.
-    """
-    started = time.perf_counter()
-    places, epoch = batches.dataset, batches.epoch
+@torch.inference_mode()
+def describe_images(
+    model: SuperVLADNet, read_images: ReadImages, paths: Sequence[str], *, device: torch.device, precision: str
+) -> NDArray[np.float32]:
+    """Descriptors of N images, N x D; each image is described by itself, in evaluation mode."""
     model.eval()
-    rng = np.random.default_rng((places.seed, epoch, len(places)))
-    counted = 0
-
-    def nearest(described: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-        nonlocal counted
-        counted = len(described)
-        paths = [path for place in described for path in places.drawn_paths(place, similar_places.IMAGES, rng)]
-        share = distributed.shares(len(paths), similar_places.TOGETHER)[distributed.rank()]  # in the batches of one
-        rows = [np.empty((0, model.descriptor_dim), dtype=np.float32)]
-        for images in read_images(paths[share], progress="similar places"):
-            with autocast(device, precision):
-                vectors = model.cluster_vectors(images)
-            rows.append(model.describe(vectors.float(), group=1).cpu().numpy())
-        of_images = distributed.gather_rows(np.concatenate(rows))
-
-        def search_all() -> NDArray[np.int64]:
-            means = of_images.reshape(len(described), -1, of_images.shape[1]).mean(axis=1)
-            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-            return search.nearest(means, [(np.arange(len(means)), means)], k, device)[1]
-
-        return distributed.on_main(search_all)
-
-    order = similar_places.similar_order(
-        batches.order(epoch),
-        batch_size=batches.batch_size,
-        images_per_place=places.images_per_place,
-        rng=rng,
-        nearest=nearest,
-    )
-    logger.info(
-        "epoch %d: %d of %d places were described in %.1f s, and those alike share a batch",
-        epoch + 1,
-        counted,
-        len(places),
-        time.perf_counter() - started,
-    )
-    return order
+    rows = [np.empty((0, model.descriptor_dim), dtype=np.float32)]
+    for images in read_images(paths, progress="similar places"):
+        with autocast(device, precision):
+            vectors = model.cluster_vectors(images)
+        rows.append(model.describe(vectors.float(), group=1).cpu().numpy())
+    return np.concatenate(rows)
 
 
 def train_one_epoch(
+    options: TrainOptions,
     model: SuperVLADNet,
     loader: ImageLoader,
     batches: PlaceBatches,
     optimization: Optimization,
     progress: Progress,
-    *,
-    device: torch.device,
-    precision: str,
-    checkpoint_every: int,
     preemption: Preemption,
+    device: torch.device,
 ) -> str:
-    """Goes over the places once, or over what is left of them, with the multi-similarity loss on mined pairs.
+    """Takes the steps of the epoch that are left: multi-similarity loss on mined pairs, one step a batch of places.
 
     Returns:
         Images a second, share of the time spent waiting for data, and peak memory, for the log.
 
     Raises:
-        ValueError: a loss that is not finite.
-        SystemExit: a signal asked to stop; the step in hand is done and a checkpoint written.
+        ValueError: a loss is not finite.
+        SystemExit: a signal asked to stop; the step under way is finished and a checkpoint written.
     """
     criterion = MinedMultiSimilarity()
     model.train()
@@ -415,10 +409,10 @@ def train_one_epoch(
     )
     for images, labels in to_device(bar, device):
         waited += time.perf_counter() - waiting
-        counts = [places * images.shape[1] for places in batches.shares(progress.steps)]  # of each process
+        counts = [places * images.shape[1] for places in batches.shares(progress.steps)]  # images of each process
         labels = labels.repeat_interleave(images.shape[1])  # (P,) -> (P*K,)
         images = normalize(to_unit(images.flatten(0, 1)), inplace=True)  # (P, K, 3, H, W) -> (P*K, 3, H, W)
-        with autocast(device, precision):
+        with autocast(device, options.precision):
             descriptors = replica(images)
         descriptors = distributed.gather_with_gradient(descriptors.float(), counts)
         loss = criterion(descriptors, distributed.gather_with_gradient(labels, counts))
@@ -427,7 +421,8 @@ def train_one_epoch(
         optimization.backward(loss * distributed.world_size())
         if optimization.step():
             replica = distributed.replicate(model)
-        if preemption.agreed() or (checkpoint_every and progress.steps % checkpoint_every == 0):
+        due = options.checkpoint_every and progress.steps % options.checkpoint_every == 0
+        if preemption.agreed() or due:
             progress.save_last()
             preemption.stop()
         if progress.losses:
@@ -436,14 +431,32 @@ def train_one_epoch(
         waiting = time.perf_counter()
     if seen and not mined:
         logger.warning(
-            "no pair of images was mined in epoch %d, so nothing was learnt: no two places of a batch are alike to the "
-            "model; use a larger --train_batch_size or other places",
+            "no pair of images was mined in epoch %d, so nothing was learnt: the model already tells all places of a "
+            "batch apart; use a larger --train_batch_size or other places",
             progress.epoch + 1,
         )
     seconds = max(time.perf_counter() - started, 1e-9)
     speed = f"images/s={seen / seconds:.1f} data_wait={waited / seconds:.1%} peak_mem={peak_memory(device):.2f}GB"
     skipped = optimization.skipped - skipped
     return f"{speed} skipped_steps={skipped}" if skipped else speed
+
+
+def log_epoch(progress: Progress, loss: float, recalls: dict[int, float], speed: str, better: bool) -> None:
+    """Writes the line of the epoch and draws the curves so far."""
+    if distributed.is_main():
+        try:
+            report.draw_training(progress.folder)
+        except Exception as error:  # a full disk, or a table that somebody edited
+            logger.warning("cannot draw %s (%s)", progress.folder / report.TRAINING, error)
+    logger.info(
+        "epoch=%02d loss=%.4f lr=%.3g %s %s%s",
+        progress.epoch,
+        loss,
+        progress.lr,
+        " ".join(f"R@{n}={recall:.1f}" for n, recall in recalls.items()),
+        speed,
+        " best" if better else "",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,9 +23,9 @@ from datasets.database_queries import list_images
 from datasets.image_batches import image_batches
 from datasets.transforms import evaluation_transform
 from model import SuperVLADNet, build_model
+from model.loss import MinedMultiSimilarity
 from parser import BACKBONES
 from utils.device import autocast, peak_memory, pick_device, reading_workers, to_cpu, usable_cores
-from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 
 PHOTOS = Path("data/benchmark")

@@ -14,9 +14,9 @@ import time
 import torch
 
 from model import build_model
+from model.loss import MinedMultiSimilarity
 from parser import BACKBONES, freeze_te
 from utils.device import autocast, pick_device
-from utils.multi_similarity import MinedMultiSimilarity
 
 WAYS = ("plain", "activation checkpointing", "chunks", "chunks and checkpointing")
 

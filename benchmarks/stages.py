@@ -23,10 +23,10 @@ from benchmarks.photos import made_photos
 from datasets.image_batches import image_batches
 from datasets.transforms import evaluation_transform, read_pixels, transform_sizes
 from model import SuperVLADNet, build_model
+from model.loss import MinedMultiSimilarity
 from parser import BACKBONES
 from utils import search
 from utils.device import allow_tf32, autocast, peak_memory, pick_device, reading_workers, to_cpu
-from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 
 PHOTOS = Path("data/benchmark")

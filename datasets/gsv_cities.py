@@ -331,11 +331,29 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
     Attributes:
         mined: the order of the present epoch where it was made of what the model confuses, see `similar_places`.
 
+    Raises:
+        ValueError: there are no two places, or a batch holds too few of them.
+
     Of several processes each gets its share of every batch: a run of neighbours, so that the shares make up the batch
     in its order. A process whose share of a short last batch is empty gets a place that does not count, see `shares`.
     """
 
     def __init__(self, dataset: GSVCities, *, batch_size: int, place_order: str = "fixed"):
+        if len(dataset) < 2:
+            raise ValueError(
+                f"{dataset}: training needs two places or more; add cities, or lower --images_per_place to keep places "
+                "with fewer images"
+            )
+        if batch_size < distributed.world_size():
+            raise ValueError(
+                f"--train_batch_size {batch_size} is too small for {distributed.world_size()} processes, which need a "
+                "place each; use as many places or more"
+            )
+        if batch_size < 2:
+            raise ValueError(
+                f"--train_batch_size {batch_size} leaves the loss no negatives, which are the other places of a batch; "
+                "use 2 or more"
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.place_order = place_order
@@ -346,6 +364,12 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         return -(-len(self.dataset) // self.batch_size)
+
+    @property
+    def by_similarity(self) -> bool:
+        """Whether `mined` is to be set, from the second epoch on: "similar" was asked for, and there are batches to
+        tell apart."""
+        return self.place_order == "similar" and len(self) > 1
 
     def shares(self, step: int) -> list[int]:
         """How many places of an epoch's batch (counted from 0) each process has."""

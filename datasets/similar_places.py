@@ -6,11 +6,20 @@ and each batch of these is put together of cliques, a place and those nearest to
 mining, 2022); unlike there, nothing is asked of positions, and the rest of the places follows at random.
 """
 
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
+
+from utils import distributed, search
+
+from .gsv_cities import PlaceBatches
+
+logger = logging.getLogger(__name__)
 
 CLIQUE = 8  # places, at most
 IMAGES = 2  # of a place, whose mean describes it
@@ -75,3 +84,44 @@ def similar_order(
     whole = len(others) // batch_size * batch_size
     batches = np.concatenate((hard, others[:whole].reshape(-1, batch_size)))
     return np.concatenate((batches[rng.permutation(len(batches))].ravel(), others[whole:]))
+
+
+def order_by_similarity(
+    batches: PlaceBatches, describe: Callable[[Sequence[str]], NDArray[np.float32]], device: torch.device
+) -> NDArray[np.int64]:
+    """The order of the epoch at which `batches` stand, see `similar_order`; places with similar descriptors are near.
+
+    It depends on seed, epoch and weights alone. Of several processes each describes its share of the photos, and all
+    get the order.
+
+    Args:
+        batches: of the epoch.
+        describe: paths of N photos to their descriptors, N x D, by `TOGETHER` photos at a time; N may be 0.
+        device: to search on.
+    """
+    started = time.perf_counter()
+    places, epoch = batches.dataset, batches.epoch
+    rng = np.random.default_rng((places.seed, epoch, len(places)))
+
+    def nearest(described: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+        paths = [path for place in described for path in places.drawn_paths(place, IMAGES, rng)]
+        # Each process has whole batches of what one process alone would read.
+        of_photos = distributed.gather_shares(len(paths), lambda share: describe(paths[share]), TOGETHER)
+
+        def search_all() -> NDArray[np.int64]:
+            means = of_photos.reshape(len(described), -1, of_photos.shape[1]).mean(axis=1)
+            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+            return search.nearest(means, [(np.arange(len(means)), means)], k, device)[1]
+
+        return distributed.on_main(search_all)
+
+    sizes = {"batch_size": batches.batch_size, "images_per_place": places.images_per_place}
+    order = similar_order(batches.order(epoch), **sizes, rng=rng, nearest=nearest)
+    logger.info(
+        "epoch %d: %d of %d places were described in %.1f s, and similar ones share a batch",
+        epoch + 1,
+        count_described(len(places), **sizes),
+        len(places),
+        time.perf_counter() - started,
+    )
+    return order

@@ -6,7 +6,7 @@ DINOv3), D channels (768 for ViT-B), K clusters, G ghost clusters.
     images        B x 3 x H x W    dinov2.py       the backbone, or dinov3.py; vit.py is what they share
     features      B x D x h x w    supervlad.py    the aggregation
     vectors       B x K x D        cross_image.py  the encoder, optional
-    descriptors   B x K*D          unit L2 norm
+    descriptors   B x K*D          unit L2 norm; loss.py, in training
 
 The modules of this package import each other relatively and nothing else of the repository.
 """

@@ -4,6 +4,7 @@ import pickle
 import shutil
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,6 +287,35 @@ def test_similar_places_share_batches_and_the_others_keep_their_order():
     # A short last batch stays the last.
     short = similar_places.similar_order(np.arange(199), **settings, rng=np.random.default_rng(1))
     assert sorted(short) == list(range(199)) and not np.isin(short[192:], calls[-1]).any()
+
+
+def test_places_of_similar_descriptors_share_a_batch(tmp_path, monkeypatch, caplog):
+    """16 places whose descriptors point in four directions, in batches of four: each batch is of one direction."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(similar_places, "CLIQUE", 4)
+    write_table(tmp_path, "London", [(place, 4) for place in range(16)])
+    batches = PlaceBatches(places_of(tmp_path), batch_size=4, place_order="similar")
+    batches.epoch = 1
+    asked = []
+
+    def describe(paths):
+        asked.append(paths)
+        numbers = np.array([int(Path(path).name.split("_")[1]) for path in paths])
+        rng = np.random.default_rng(0)
+        return (np.eye(4)[numbers % 4] + 0.1 * rng.normal(size=(len(paths), 4))).astype(np.float32)
+
+    order = similar_places.order_by_similarity(batches, describe, torch.device("cpu"))
+    assert sorted(order) == list(range(16)) and (order.reshape(4, 4) % 4 == order[::4, None] % 4).all()
+    (paths,) = asked
+    assert len(set(paths)) == 32, "two photos of a place"
+    assert "epoch 2: 16 of 16 places were described in " in caplog.text
+    assert similar_places.order_by_similarity(batches, describe, torch.device("cpu")).tolist() == order.tolist()
+
+
+def test_an_order_by_similarity_takes_more_than_one_batch(tmp_path):
+    write_table(tmp_path, "London", [(place, 4) for place in range(9)])
+    for size, name, asked in [(8, "similar", True), (9, "similar", False), (8, "reshuffled", False)]:
+        assert PlaceBatches(places_of(tmp_path), batch_size=size, place_order=name).by_similarity == asked
 
 
 def test_similar_begins_as_the_others_do(tmp_path):

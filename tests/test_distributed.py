@@ -82,5 +82,5 @@ def test_a_preempted_and_a_killed_process_change_nothing(city, tmp_path):
 def test_a_batch_too_small_for_the_processes(city, tmp_path):
     flags = [*FLAGS, f"--eval_datasets_folder={city}", "--train_batch_size=1", f"--save_dir={tmp_path}/run"]
     run = torchrun("recorded.py", tmp_path / "steps", *flags)
-    assert run.returncode != 0 and "--train_batch_size 1 gives no place to some of 2 processes" in run.stderr
+    assert run.returncode != 0 and "--train_batch_size 1 is too small for 2 processes" in run.stderr
     assert not (tmp_path / "run").exists()

@@ -195,7 +195,7 @@ def test_initialisation_falls_back_on_gsv_cities(city, tmp_path, caplog):
     (tmp_path / "gsv_cities").symlink_to(city / "gsv_cities")
     with caplog.at_level(logging.INFO):
         train(tmp_path, tmp_path / "run", "--epochs_num=0")
-    assert "no train split beside the evaluation dataset" in caplog.text
+    assert f"no train split in {tmp_path}/toy_city/images: the layer is initialised from GSV-Cities" in caplog.text
     assert "initialised from 1280 local features" in caplog.text  # 80 photos of 16 patches
 
 
@@ -217,8 +217,8 @@ def test_options_of_training_without_a_part_are_said(city, tmp_path, capsys):
     steps = int((run_folder(tmp_path / "plain") / "metrics.csv").read_text().splitlines()[1].split(",")[1])
     assert "WARNING: --" not in capsys.readouterr().err
     for flags, told in (
-        (["--place_order=similar"], "--place_order similar has no part: it begins with the second epoch"),
-        (["--place_order=reshuffled"], "--place_order reshuffled has no part: it begins with the second epoch"),
+        (["--place_order=similar"], "--place_order similar has no effect: it begins with the second epoch"),
+        (["--place_order=reshuffled"], "--place_order reshuffled has no effect: it begins with the second epoch"),
         ([f"--warmup_steps={steps}"], f"--warmup_steps {steps} is as long as the run or longer, {steps} steps"),
         ([f"--warmup_steps={steps - 1}"], ""),
     ):
@@ -232,7 +232,7 @@ def test_where_all_places_share_a_batch_none_is_described(city, tmp_path, capsys
     for order in ("similar", "reshuffled"):
         train(city, tmp_path / order, *flags, f"--place_order={order}")
     told = capsys.readouterr().err
-    assert "--place_order similar has no part: all" in told and "were described" not in told
+    assert "--place_order similar has no effect: all" in told and "were described" not in told
     tables = [(run_folder(tmp_path / order) / "metrics.csv").read_text() for order in ("similar", "reshuffled")]
     assert tables[0] == tables[1]
 

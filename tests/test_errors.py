@@ -146,12 +146,12 @@ def test_released_encoder_training_without_adam(fails, city):
 
 def test_nothing_to_tell_a_place_from(fails, city, copied_city):
     message = fails(train_script, f"--eval_datasets_folder={city}", "--train_batch_size=1")
-    assert "--train_batch_size 1 leaves no other place to tell a place from; use 2 or more" in message
+    assert "--train_batch_size 1 leaves the loss no negatives, which are the other places of a batch; use 2" in message
     table = copied_city / "gsv_cities/Dataframes/London.csv"
     lines = table.read_text().splitlines()
     table.write_text("\n".join(line for line in lines if line.split(",")[0] in ("place_id", lines[1].split(",")[0])))
     message = fails(train_script, f"--eval_datasets_folder={copied_city}", "--cities", "London")
-    assert "(1 places, 5 images, 1 cities): there is nothing to learn from one place; add cities" in message
+    assert "(1 places, 5 images, 1 cities): training needs two places or more; add cities" in message
 
 
 @pytest.mark.parametrize("flags", [["--resume=auto"], []])

@@ -212,7 +212,7 @@ def test_a_pca_that_does_not_fit(saved, evaluated, tmp_path, capsys, city):
         f"--ghost_clusters=2 --resume={file} --epochs_num=0 --resize 56 56 --train_resize 56 56 --device=cpu "
         f"--num_workers=0 --train_batch_size=4 --save_dir={tmp_path}/trained".split()
     )
-    assert "small.safetensors ends with a PCA, which has no part in training: left out" in capsys.readouterr().err
+    assert "small.safetensors ends with a PCA: training leaves it out" in capsys.readouterr().err
     (best,) = (tmp_path / "trained").glob("*/best_model.pth")
     assert read_file(best)["model_state_dict"].keys() == model.state_dict().keys()
 

@@ -6,8 +6,8 @@ import torch
 from formula import formula_model, golden, normal
 from torch.nn import functional as F
 
+from model.loss import MinedMultiSimilarity
 from utils.device import allow_tf32
-from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 
 REFERENCE = golden("reference")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from model import build_model
-from utils.multi_similarity import MinedMultiSimilarity
+from model.loss import MinedMultiSimilarity
 
 
 def step(images, labels, *, encoder, backbone="dino_tiny", freeze_te=8, chunk=0, activation_checkpointing=False):

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import train as train_script
-from utils import multi_similarity, reading
+from datasets import similar_places
+from model import loss
+from utils import reading
 from utils.optimization import Optimization
 from utils.progress import Progress
 from utils.seed import generator_states
@@ -81,7 +83,7 @@ def test_killed_at_ten_points(flags, uninterrupted, tmp_path):
 def test_killed_while_similar_places_share_batches(flags, tmp_path, monkeypatch):
     """The second epoch's order is of the weights that it began with, which a checkpoint within it no longer has."""
     flags = [*flags, "--place_order=similar"]
-    real, kept, orders = train_script.order_by_similarity, [], []
+    real, kept, orders = similar_places.order_by_similarity, [], []
 
     def watched(*args, **kwargs):
         before = generator_states()
@@ -90,7 +92,7 @@ def test_killed_while_similar_places_share_batches(flags, tmp_path, monkeypatch)
         assert {**before, "torch": 0} == {**generator_states(), "torch": 0}
         return orders[-1]
 
-    monkeypatch.setattr(train_script, "order_by_similarity", watched)
+    monkeypatch.setattr(similar_places, "order_by_similarity", watched)
     train_script.main([*flags, f"--save_dir={tmp_path}/whole"])
     assert [sorted(order) for order in orders] == [list(range(16))] * 2 and orders[0].tolist() != orders[1].tolist()
 
@@ -328,10 +330,10 @@ def test_other_rows_of_the_same_number_of_places(flags, city, tmp_path, capsys):
 
 
 def test_an_epoch_in_which_nothing_is_mined_says_so(flags, tmp_path, monkeypatch, caplog):
-    real = multi_similarity.MultiSimilarityMiner
+    real = loss.MultiSimilarityMiner
     train_script.main([*flags, f"--save_dir={tmp_path}/mined", "--epochs_num=1"])
     assert "was mined" not in caplog.text
-    monkeypatch.setattr(multi_similarity, "MultiSimilarityMiner", lambda epsilon, distance: real(-9, distance=distance))
+    monkeypatch.setattr(loss, "MultiSimilarityMiner", lambda epsilon, distance: real(-9, distance=distance))
     train_script.main([*flags, f"--save_dir={tmp_path}/not", "--epochs_num=1"])
     assert "no pair of images was mined in epoch 1, so nothing was learnt" in caplog.text
 
@@ -385,5 +387,5 @@ def test_an_epoch_without_a_step_left_shows_no_bar(flags, uninterrupted, tmp_pat
     assert "epoch 1: 100%" in capsys.readouterr().err
     train_script.main(flags)
     shown = capsys.readouterr().err
-    assert "going on from" in shown and "epoch 1:" not in shown and "epoch 2: 100%" in shown
+    assert "resuming from" in shown and "epoch 1:" not in shown and "epoch 2: 100%" in shown
     assert_same(outcome(tmp_path), uninterrupted)

@@ -68,7 +68,7 @@ def test_a_training_job_finishes_its_step(city, tmp_path, whom, name, point, cou
     assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
     assert f"\n{name}: finishing the step under way" in job.stderr
     (folder,) = tmp_path.glob("*/")
-    last = f"stopped by {name}: all that was trained is in {folder}/last_model.pth; the same command goes on"
+    last = f"stopped by {name}: training is saved in {folder}/last_model.pth; run the same command to resume it"
     assert last in job.stderr and last in (folder / "info.log").read_text()
 
 
@@ -77,7 +77,7 @@ def test_torchrun_alone_is_signalled(city, tmp_path):
     job, left = run_signalled("parent", "SIGTERM", "step", 3, "train", *flags, torchrun=True)
     assert job.returncode != 0 and not left
     assert steps_in(tmp_path) == (0, 3)
-    assert "killed by signal" not in job.stderr and job.stderr.count("stopped by SIGTERM: all that was trained") == 1
+    assert "killed by signal" not in job.stderr and job.stderr.count("stopped by SIGTERM: training is saved") == 1
 
 
 @pytest.mark.parametrize(("name", "workers"), [("SIGTERM", 2), ("SIGINT", 1)])
@@ -173,7 +173,7 @@ def test_one_process_that_stops_in_validation_ends_the_others_without_a_tracebac
         "self", "SIGTERM", "batch", 2, "train", *flags, "--extraction_batch_size=1", torchrun=True
     )
     assert job.returncode != 0 and steps_in(tmp_path) == (0, 4) and not left
-    assert "stopped by SIGTERM: all that was trained" in job.stderr and "[rank1]" not in job.stderr
+    assert "stopped by SIGTERM: training is saved" in job.stderr and "[rank1]" not in job.stderr
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_lost_terminal_costs_nothing(city, tmp_path, lost):
     assert job.wait(120) == 128 + signal.SIGHUP
     assert steps_in(tmp_path) == (1, 2)
     (log,) = tmp_path.glob("*/info.log")
-    assert "stopped by SIGHUP: all that was trained is in" in log.read_text()
+    assert "stopped by SIGHUP: training is saved in" in log.read_text()
 
 
 def test_a_reading_process_that_is_killed_is_one_line(city, tmp_path, monkeypatch, capsys):

@@ -51,3 +51,12 @@ def test_the_scripts_start_without_what_only_some_runs_need():
     done, imported = run("-c", "import eval, model.export")
     assert done.returncode == 0 and {"torch", "faiss"} <= imported
     assert not imported & {"sklearn", "scipy", "matplotlib", "pytorch_metric_learning", "onnx", "safetensors"}
+
+
+def test_the_models_of_torch_hub_take_no_metric_learning():
+    """Nor anything else that only training and evaluation need: hubconf.py declares torch and numpy alone."""
+    load = "import torch; torch.hub.load('.', 'supervlad', source='local', pretrained=False, backbone='dino_tiny')"
+    done, imported = run("-c", f"{load}; from model import build_model; build_model(backbone='dino_tiny')")
+    assert done.returncode == 0, done.stderr
+    assert {"torch", "_supervlad_model", "model"} <= imported
+    assert not imported & {"pytorch_metric_learning", "faiss", "sklearn", "matplotlib"}

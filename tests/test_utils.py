@@ -19,12 +19,12 @@ from torch.optim import lr_scheduler
 from tqdm import tqdm
 
 from model import build_model
+from model.loss import MinedMultiSimilarity
 from model.weights import read_file
 from utils import checkpoint, distributed, metrics, report, run_log
 from utils.descriptor_store import DescriptorStore, digest
 from utils.device import estimated_hours, pick_device
 from utils.index_trial import require_index
-from utils.multi_similarity import MinedMultiSimilarity
 from utils.optimization import Optimization
 from utils.search import merge_crops, nearest, nearest_by_index, recall_at
 from utils.seed import generator_states, restore_generators, seed_everything
@@ -759,3 +759,13 @@ def test_shares_are_neighbours_and_keep_units_whole(monkeypatch):
     assert distributed.shares(0) == 3 * [slice(0, 0)]
     assert distributed.shares(70, unit=16) == [slice(0, 32), slice(32, 64), slice(64, 70)]
     assert distributed.shares(10, unit=16) == [slice(0, 10), slice(10, 10), slice(10, 10)]
+
+
+@pytest.mark.parametrize(
+    ("rank", "unit", "own"), [(0, 1, [0, 1, 2, 3]), (1, 1, [4, 5, 6]), (1, 4, [4, 5, 6]), (1, 7, [])]
+)
+def test_each_process_computes_the_rows_of_its_share(monkeypatch, rank, unit, own):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "gather_rows", lambda rows: rows)  # as it does in all but the main process
+    assert distributed.gather_shares(7, lambda share: np.arange(7)[share], unit).tolist() == own

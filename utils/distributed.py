@@ -131,6 +131,17 @@ def gather_rows(rows: NDArray[Number]) -> NDArray[Number]:
     return gathered
 
 
+def gather_shares(count: int, rows_of: Callable[[slice], NDArray[Number]], unit: int = 1) -> NDArray[Number]:
+    """The rows of `count` items, of which each process computes its share; as `gather_rows` hands them out.
+
+    Args:
+        count: items.
+        rows_of: the rows of the items in a slice, perhaps an empty one.
+        unit: items that are not split up, see `shares`.
+    """
+    return gather_rows(rows_of(shares(count, unit)[rank()]))
+
+
 def gather_with_gradient(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """All processes' rows below each other, for all; a process's gradient flows into its own.
 

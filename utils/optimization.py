@@ -48,6 +48,12 @@ def schedule(
             "fewer, or more --epochs_num"
         )
 
+    if name == "halving" and 0 < total_steps <= warmup_steps:
+        logger.warning(
+            "--warmup_steps %d is as long as the run or longer, %d steps: learning rates do not reach their full value",
+            *(warmup_steps, total_steps),
+        )
+
     def half_wave(step: int) -> float:  # CosineAnnealingLR would take every group to one and the same rate
         return end_factor + (1 - end_factor) * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2
 

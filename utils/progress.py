@@ -72,6 +72,10 @@ class Progress:
         """Steps taken in the epoch under way."""
         return len(self.losses) + len(self._unread)
 
+    def finished(self, epochs: int, patience: int) -> bool:
+        """Whether all `epochs` are done, or the best of them is `patience` epochs old."""
+        return self.epoch >= epochs or self.not_improved >= patience
+
     def record_step(self, loss: Tensor) -> None:
         """Counts a step by its scalar loss.
 

@@ -1,5 +1,7 @@
-"""The training loss."""
+"""The training loss. Only training imports this module: a model that is loaded or exported needs no metric learning."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -7,8 +9,6 @@ from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimila
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from torch import Tensor, nn
-
-from .device import without_tf32
 
 
 class MinedMultiSimilarity(nn.Module):
@@ -43,13 +43,25 @@ class MinedMultiSimilarity(nn.Module):
         return self.loss(descriptors, labels, pairs)
 
 
+@contextmanager
+def _full_fp32(device_type: str) -> Iterator[None]:
+    """Neither autocast nor TF32 within the block."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 class _WithItsGradient(torch.autograd.Function):
     """A loss in full fp32, its gradient computed beside it: by the time of `backward` other settings would hold."""
 
     @staticmethod
     def forward(ctx: Any, descriptors: Tensor, labels: Tensor, loss: Any) -> Tensor:  # type: ignore[override]
         exact = descriptors.detach().float().requires_grad_(descriptors.requires_grad)
-        with torch.enable_grad(), torch.autocast(exact.device.type, enabled=False), without_tf32():
+        with torch.enable_grad(), _full_fp32(exact.device.type):
             value = loss(exact, labels)
             if exact.requires_grad:
                 value.backward()
