@@ -738,15 +738,23 @@ class _Parser(argparse.ArgumentParser):
         """Whether another process of this machine says the same."""
         return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
-    def print_help(self, file: Any = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:  # --help, --version and errors come here
         if not self.silent:
-            super().print_help(file)
+            super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
         if self.silent:
             time.sleep(5)  # torchrun ends all once one has left, and the one that speaks should come to it
             self.exit(2)
         super().error(message)
+
+
+def version() -> str:
+    """The version of this repository; "unknown" where the file that holds it was left behind."""
+    try:
+        return (Path(__file__).parent / "VERSION").read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 def _is_path(value: Any) -> bool:
@@ -792,7 +800,8 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
         allow_abbrev=False,
         usage="%(prog)s [--option value ...]; %(prog)s --help lists all options",
     )
-    flags, several = ["--help"], []
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}", help="print it and exit")
+    flags, several = ["--help", "--version"], []
     for entry in fields(options_class):
         if not entry.metadata:
             continue

@@ -27,6 +27,7 @@ from .descriptor_store import warn_of_leftovers
 from .lock import FolderLock
 from .outputs import whole
 from .reading import end_of_a_worker
+from .version import version
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +265,7 @@ def _make_folder(parent: Path) -> Path:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a figure depends on besides the options: versions, device, git revision."""
+    """What a figure depends on besides the options: versions, device, this repository's version and git revision."""
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -274,6 +275,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "pillow": PIL.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": str(distributed.world_size()),
+        "version": version(),
         "git": git_revision(),
     }
 
