@@ -75,6 +75,8 @@ def test_every_place_has_the_same_version(monkeypatch, tmp_path):
     number = (ROOT / "VERSION").read_text().strip()
     assert re.fullmatch(r"\d+\.\d+\.\d+", number)
     assert re.findall(r"^version: (.*)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [number]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## \[?([\d.]+)\]? - \d{4}-\d\d-\d\d$", changes, re.MULTILINE)[0] == number
     assert parser.version() == version.version() == export.version() == number
     assert run_log.environment(torch.device("cpu"))["version"] == number
     for module, path in (
