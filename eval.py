@@ -146,6 +146,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
             options = completed(options, model_of(options.resume, content), content)
         else:
             options = as_the_map_was_made(asked, options, model_of(options.resume, content))
+        run_log.compare_with_record(asdict(options), device)
         model = build_model(**options.model)
         pca_paths = pca_images(options, model.descriptor_dim)
         with nullcontext() if asked is None else asked.fitting(str(options.resume)):
