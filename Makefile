@@ -35,7 +35,7 @@ demo: $(DEMO)/toy_city
 		echo "$$run training: $$(sed -n 's/.*INFO Recalls/Recalls/p' $$folder/info.log), in $$folder"; \
 	done; echo "open in a browser: file://$(CURDIR)/$(call NEWEST,matches)/matches/index.html"
 
-$(DEMO)/toy_city: datasets/toy_city.py | .venv/ready
+$(DEMO)/toy_city: $(wildcard datasets/toy_city/*.py) | .venv/ready
 	$(VENV) -m datasets.toy_city --output $(DEMO) --overwrite
 
 # One thread a process: tests are many and small, and threads would wait for each other.

@@ -58,6 +58,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
 
         # The model, and all that can be said before it looks at a photo.
         model, options, weights, pca_paths = load(options, place_map)
+        run_log.compare_with_record(asdict(options), device)
         evaluator = Evaluator(
             model,
             options.part(Settings),

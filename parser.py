@@ -4,9 +4,11 @@ The scripts read them before they import torch and the rest, which takes seconds
 """
 
 import argparse
+import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -95,7 +97,12 @@ class Options:
     )
     recall_values: tuple[int, ...] = option((1, 5, 10, 20), "the N of recall@N", nargs="+", type=int)
 
-    given: tuple[str, ...] = field(default=(), compare=False, repr=False)  # the options that were set
+    options: Path | None = option(
+        None, "results.json of a run to repeat: what it was given holds where the command line says nothing", type=Path
+    )
+    given: tuple[str, ...] = field(default=(), compare=False, repr=False)  # the options that were set, there too
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)  # for the log: what was taken from there
+    started_in: str = field(default="", compare=False, repr=False)  # the folder in which relative paths begin
 
     device: str = option("auto", "auto is cuda where there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
     num_workers: int | None = option(
@@ -689,7 +696,7 @@ class TrainOptions(Options):
         free |= {"extraction_batch_size", "mixed_precision"}
         # These only round differently.
         free |= {"activation_checkpointing", "grad_cache_chunk", "compile", "deterministic"}
-        free |= {"given"}
+        free |= {"options", "given", "notes", "started_in"}
         if self.lr_schedule != "halving":  # it ends with the last epoch
             free -= {"epochs_num"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}
@@ -823,22 +830,36 @@ def _require_positive(options: Options, *names: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Speaks once for all the processes that torchrun started on a machine."""
+    """Speaks once for all the processes that torchrun started on a machine.
+
+    Attributes:
+        source: where what is read now comes from, where that is not the command line.
+    """
+
+    source = ""
 
     @property
     def silent(self) -> bool:
         """Whether another process of this machine says the same."""
         return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
-    def print_help(self, file: Any = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:  # --help, --version and errors come here
         if not self.silent:
-            super().print_help(file)
+            super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
         if self.silent:
             time.sleep(5)  # torchrun ends all once one has left, and the one that speaks should come to it
             self.exit(2)
-        super().error(message)
+        super().error(self.source + message)
+
+
+def version() -> str:
+    """The version of this repository; "unknown" where the file that holds it was left behind."""
+    try:
+        return (Path(__file__).parent / "VERSION").read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 def _is_path(value: Any) -> bool:
@@ -877,6 +898,174 @@ def _split_values(word: str, argv: Sequence[str], several: Sequence[str]) -> str
     return f"{flag}={first} {word}: behind = there is one value only; write {flag} {first} {word}"
 
 
+def _names(options_class: type[Options]) -> dict[str, Any]:
+    """The options that a run can be given, with their defaults as a results.json has them."""
+    defaults = {
+        entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
+        for entry in fields(options_class)
+        if entry.metadata and entry.name != "options"
+    }
+    return dict(json.loads(json.dumps(defaults, default=str)))
+
+
+def _read_results(file: Path, options_class: type[Options]) -> tuple[dict[str, Any], str]:
+    """The options in a results.json, and the version that wrote it, in words.
+
+    Raises:
+        ValueError: it is none, or another script's.
+    """
+    named = f"--options {file}"
+    remedy = "name the results.json of an earlier run"
+    try:
+        if not file.is_file():
+            raise ValueError(f"{named} is {'a folder' if file.is_dir() else 'no file'}; {remedy}")
+        text = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{named} cannot be read ({error.strerror}); {remedy}") from error
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{named} is damaged, or no JSON ({error}); {remedy}") from error
+    recorded = content.get("options") if isinstance(content, dict) else None
+    mine, others = (set(_names(of)) for of in (TrainOptions, EvalOptions))
+    here, there = "train.py", "eval.py"
+    if options_class is not TrainOptions:
+        mine, others, here, there = others, mine, there, here
+    if not isinstance(recorded, dict) or not recorded.keys() & (mine ^ others):
+        raise ValueError(f"{named} holds no options of train.py or eval.py; {remedy}")
+    if len(recorded.keys() & (others - mine)) > len(recorded.keys() & (mine - others)):
+        raise ValueError(f"{named} is of {there}, whose options {here} does not take; {remedy} of {here}")
+    written = content.get("environment")
+    written = written if isinstance(written, dict) else {}
+    return recorded, "version {} ({})".format(*(written.get(name, "unknown") for name in ("version", "git")))
+
+
+def _words(name: str, value: Any, action: argparse.Action) -> list[str]:
+    """An option of a results.json as it is written on a command line.
+
+    Raises:
+        ValueError: it cannot have this value.
+    """
+    switch, several = action.nargs == 0, action.nargs not in (None, 0)
+    values = value if several and isinstance(value, list) else [value]
+    kinds: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), freeze_te: (int, type(None))}
+    allowed = (bool,) if switch else kinds.get(action.type, (str,))
+    counted = len(values) > 0 if action.nargs == "+" else len(values) == (action.nargs or 1)
+    typed = all(isinstance(of, allowed) and isinstance(of, bool) == switch for of in values)
+    flags = [of for of in values if isinstance(of, str) and of.startswith("-")] if len(values) > 1 else []
+    if isinstance(value, list) != several or not counted or not typed or flags:
+        raise ValueError(
+            f"--{name} is {json.dumps(value)[:60]} there, which is no value of it; give --{name} on the command line"
+        )
+    if switch:
+        return [flag for flag in (f"--{name}" if value else f"--no-{name}",) if flag in action.option_strings]
+    words = ["none" if of is None else str(of) for of in values]
+    return [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
+
+
+def _given_in(recorded: dict[str, Any], options_class: type[Options], written_by: str) -> list[str]:
+    """The options that a recorded run was given; where a file is too old to say, those that are not the default.
+
+    Raises:
+        ValueError: the file is damaged, or names some that this version does not have.
+    """
+    defaults = _names(options_class)
+    if "given" not in recorded:
+        return [
+            name
+            for name, default in defaults.items()
+            if name in recorded and recorded[name] != default and (recorded[name] is not None or name == "freeze_te")
+        ]
+    names = recorded["given"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError('"given" is no list of options there; name the file as it was written')
+    if unknown := [json.dumps(name) for name in names if name not in defaults]:
+        raise ValueError(
+            f"that run, of {written_by}, was given {', '.join(unknown)}, which is no option of this version, "
+            f'{version()}; take it out of "given" there'
+        )
+    if missing := [name for name in names if name not in recorded]:
+        raise ValueError(f"--{missing[0]} was given, and has no value there; name the file as it was written")
+    return list(dict.fromkeys(names))
+
+
+def _taken(
+    parser: _Parser,
+    actions: dict[str, argparse.Action],
+    options_class: type[Options],
+    file: Path,
+    said: Sequence[str],
+) -> tuple[dict[str, Any], list[str]]:
+    """What --options takes from a results.json, and lines for the log about it.
+
+    Only what that run was given is taken: the rest follows from it, the defaults and the checkpoint as it did then, and
+    an option that nobody gave stands in nobody's way.
+
+    Args:
+        said: the options that the command line gives.
+
+    Raises:
+        ValueError: see `_read_results`, `_given_in` and `_words`.
+    """
+    recorded, written_by = _read_results(file, options_class)
+    parser.source = f"--options {file}: "
+    names = _given_in(recorded, options_class, written_by)
+    others = [f"--{name}" for name in names if name in said]
+    names = [name for name in names if name not in said]
+    started_in = recorded.get("started_in")
+    started_in = started_in if isinstance(started_in, str) else ""
+    notes = []
+    if options_class is TrainOptions and "resume" in names and isinstance(recorded["resume"], str):
+        checkpoint = Path(started_in, recorded["resume"])
+        if recorded["resume"] == "auto" or os.path.realpath(checkpoint.parent) == os.path.realpath(file.parent):
+            names.remove("resume")
+            notes.append(
+                f"--resume {recorded['resume']} is left out: it went on with that run itself, which is repeated from "
+                "its start; --resume=auto goes on, and if the run began with other weights, --resume names them"
+            )
+    words = [word for name in names for word in _words(name, recorded[name], actions[name])]
+    found, rest = parser.parse_known_args(words)
+    assert not rest, rest
+    taken = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()}
+    parser.source = ""
+
+    line = f"options from {file}, of {written_by}: {' '.join(f'--{name}' for name in taken) or 'none'}"
+    line += ", those that are not the default, since it does not say what was given" * ("given" not in recorded)
+    notes.insert(0, line + f"; the command line has the last word on {' '.join(others)}" * bool(others))
+    relative = [name for name, value in taken.items() if _is_relative(name, value)]
+    if relative and not os.path.isdir(started_in):
+        where = f"{started_in}, where that run was started, is not here" if started_in else "it names no folder"
+        notes.append(f"{where}: its relative paths begin in this one")
+    elif relative and not os.path.samefile(started_in, "."):
+        notes.append(f"its relative paths begin in {started_in}, where that run was started")
+        taken |= {name: _from(started_in, taken[name]) for name in relative}
+    return taken, notes
+
+
+def _is_relative(name: str, value: Any) -> bool:
+    """Whether an option is a path, or several, that begins in the folder in which a run is started."""
+    if name in ("save_dir", "pca_dataset_folder"):  # below logs/, below --eval_datasets_folder
+        return False
+    if isinstance(value, tuple):
+        return any(_is_relative(name, of) for of in value)
+    if name == "resume":  # which may be a name
+        value = Path(value)
+        return not value.is_absolute() and (value.suffix != "" or len(value.parts) > 1)
+    return isinstance(value, Path) and not value.is_absolute()
+
+
+def _from(folder: str, value: Any) -> Any:
+    """A path, or each of several, relative to a folder."""
+    return tuple(_from(folder, of) for of in value) if isinstance(value, tuple) else type(value)(Path(folder, value))
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return ""
+
+
 def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) -> AnyOptions:
     """Reads the command line (`sys.argv` when None); bad options print one message and exit with status 2."""
     parser = _Parser(
@@ -884,7 +1073,8 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
         allow_abbrev=False,
         usage="%(prog)s [--option value ...]; %(prog)s --help lists all options",
     )
-    flags, several = ["--help"], []
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}", help="print it and exit")
+    flags, several, actions = ["--help", "--version"], [], {}
     for entry in fields(options_class):
         if not entry.metadata:
             continue
@@ -899,7 +1089,9 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
                 settings.setdefault("type", type(default))
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             settings["help"] += f" (default: {shown})" if shown not in (None, "") else ""
-        flags += parser.add_argument(f"--{entry.name}", default=argparse.SUPPRESS, **settings).option_strings
+        action = parser.add_argument(f"--{entry.name}", default=argparse.SUPPRESS, **settings)
+        actions[entry.name] = action
+        flags += action.option_strings
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         if split := _split_values(unknown[0], sys.argv[1:] if argv is None else argv, several):
@@ -912,7 +1104,17 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
     values = {name: _at_home(value) for name, value in values.items()}
     if isinstance(values.get("resume"), str):
         values["resume"] = os.path.expanduser(values["resume"])
+    file, taken, notes = values.pop("options", None), dict[str, Any](), list[str]()
     try:
-        return options_class(**values, given=tuple(values))
+        if file is not None:
+            taken, notes = _taken(parser, actions, options_class, file, tuple(values))
+            values = {**taken, **values}
+        return options_class(**values, options=file, given=tuple(values), notes=tuple(notes), started_in=_here())
     except ValueError as error:
-        parser.error(str(error))
+        of_file = [f"--{name}" for name in taken if re.search(rf"--{name}\b", str(error))]
+        of_file = [flag for flag in of_file if flag.removeprefix("--") not in given]
+        parser.error(
+            str(error)
+            + f' ({" ".join(of_file)}: from --options {file}; to go without, leave it out of "given" in a copy)'
+            * bool(of_file)
+        )

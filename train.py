@@ -70,6 +70,7 @@ def run(options: TrainOptions) -> dict[int, float]:
     with distributed.processes(), run_log.RunLog() as log, Preemption() as preemption:
         device = pick_device(options.device)
         run_log.log_header(asdict(options), device, given=options.given)
+        run_log.compare_with_record(asdict(options), device)
         seed_everything(options.seed)
         allow_tf32(options.precision == "tf32")
         require_determinism(options.deterministic)

@@ -31,6 +31,14 @@ from typing import Any
 from .sizes import BACKBONES, require_patches
 
 
+def version() -> str:
+    """The version of this repository; "unknown" where the file that holds it was left behind."""
+    try:
+        return (Path(__file__).parents[1] / "VERSION").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; a mistake in it ends the program with status 2."""
     parser = argparse.ArgumentParser(
@@ -42,6 +50,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     either = argparse.BooleanOptionalAction
     added = [
+        parser.add_argument(
+            "--version", action="version", version=f"%(prog)s {version()}", help="print this repository's and exit"
+        ),
         parser.add_argument("--resume", type=Path, help="checkpoint: a file, or the name of a released one"),
         parser.add_argument("--output", type=Path, help="file to write, .onnx or .safetensors"),
         parser.add_argument(

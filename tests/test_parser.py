@@ -274,7 +274,7 @@ def test_one_process_a_machine_speaks(capsys, caplog, monkeypatch):
         monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
         if launched:
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", launched)
-        for flags, status in (("--resum=x", 2), ("", 2), ("--help", 0)):
+        for flags, status in (("--resum=x", 2), ("", 2), ("--help", 0), ("--version", 0)):
             with pytest.raises(SystemExit) as exit_:
                 parse(EvalOptions, flags.split())
             assert exit_.value.code == status

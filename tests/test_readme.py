@@ -19,7 +19,7 @@ from parser import EvalOptions, TrainOptions, parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "REPRODUCE.md", ROOT / "MODELS.md", ROOT / "benchmarks" / "README.md"]
-PAGES += [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language):
@@ -52,11 +52,12 @@ def test_commands_are_understood(command):
     elif script == "eval.py":
         parse(EvalOptions, ["--eval_datasets_folder=data", "--resume=file.pth", *flags])
     else:
-        path = ROOT / (flags[0].replace(".", "/") + ".py")
-        assert path.is_file()
+        path = ROOT / flags[0].replace(".", "/")
+        files = sorted(path.glob("*.py")) if (path / "__main__.py").is_file() else [path.with_suffix(".py")]
+        text = "".join(file.read_text() for file in files)
         for flag in flags[1:]:
             if flag.startswith("--"):
-                assert f'"{flag.split("=")[0]}"' in path.read_text()
+                assert f'"{flag.split("=")[0]}"' in text
 
 
 def test_the_table_of_protocols_is_that_of_the_code():

@@ -1,10 +1,17 @@
 """What a user waits for before anything happens."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import parser
+from datasets import check, to_gsv_cities
+from model import export
+from utils import run_log, version
 
 ROOT = Path(__file__).parents[1]
 SLOW = {"torch", "torchvision", "faiss", "sklearn", "scipy", "matplotlib", "pytorch_metric_learning"}
@@ -45,6 +52,40 @@ def test_a_mistake_is_answered_before_anything_slow_is_imported(command, status,
     shown = done.stdout if status == 0 else done.stderr
     assert shown.startswith("usage: ") and "--help lists all options\n" in shown
     assert status == 0 or len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "-m model.export", "-m datasets.check"])
+def test_the_version_is_printed_before_anything_slow_is_imported(program):
+    done, imported = run(*program.split(), "--version", "--no_such_option")
+    assert (done.returncode, done.stderr) == (0, "") and not imported & {*SLOW, "numpy"}
+    assert done.stdout == f"{program.replace('-m', 'python -m')} {(ROOT / 'VERSION').read_text()}"
+
+
+@pytest.mark.parametrize("command_line", [check.command_line, to_gsv_cities.command_line])
+def test_programs_of_the_data_have_the_version_too(command_line, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command_line().parse(["--version"])
+    program, number = capsys.readouterr().out.rsplit(maxsplit=1)
+    assert exit_.value.code == 0 and program.startswith("python -m datasets.")
+    assert number == (ROOT / "VERSION").read_text().strip()
+
+
+def test_every_place_has_the_same_version(monkeypatch, tmp_path):
+    """The citation, the first heading of the changelog, the programs, the log and results.json."""
+    number = (ROOT / "VERSION").read_text().strip()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", number)
+    assert re.findall(r"^version: (.*)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [number]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## \[?([\d.]+)\]? - \d{4}-\d\d-\d\d$", changes, re.MULTILINE)[0] == number
+    assert parser.version() == version.version() == export.version() == number
+    assert run_log.environment(torch.device("cpu"))["version"] == number
+    for module, path in (
+        (parser, "parser.py"),
+        (version, "utils/version.py"),
+        (export, "model/export.py"),
+    ):  # copied without the file
+        monkeypatch.setattr(module, "__file__", str(tmp_path / path))
+        assert module.version() == "unknown"
 
 
 def test_the_scripts_start_without_what_only_some_runs_need():

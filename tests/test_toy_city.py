@@ -1,6 +1,9 @@
 """Tests of the made city: its files, its layouts, and that it takes more than a thumbnail to recognise a place."""
 
 import csv
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ from PIL import Image
 
 from datasets.toy_city import Camera, Strip, main, warp, write_toy_city
 
+ROOT = Path(__file__).parents[1]
 TINY_OPTIONS = [
     "--train_streets=1", "--places=1", "--visits=1", "--test_streets=1", "--val_streets=1", "--cluster_streets=1",
     "--spots=1",
@@ -128,6 +132,36 @@ def test_existing_folder_is_kept_without_overwrite(tmp_path: Path, capsys: pytes
     main(["--output", str(tmp_path), "--overwrite", *TINY_OPTIONS])
     assert not kept.exists() and neighbour.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gsv_cities", "other.txt", "toy_city"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="takes make")
+def test_make_draws_the_demos_city_again_only_when_a_file_of_the_package_is_newer(tmp_path: Path) -> None:
+    names = [path.name for path in (ROOT / "datasets" / "toy_city").glob("*.py")]
+    assert len(names) > 1
+    sources = [tmp_path / "datasets" / "toy_city" / name for name in names]
+    for path in [*sources, tmp_path / "datasets" / "transforms.py", tmp_path / ".venv" / "ready"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy2(ROOT / name, tmp_path)
+    city = tmp_path / "data" / "demo" / "toy_city"
+
+    def is_drawn_again() -> bool:
+        return (
+            subprocess.run(["make", "--question", "data/demo/toy_city"], cwd=tmp_path, capture_output=True).returncode
+            == 1
+        )
+
+    assert is_drawn_again()
+    city.mkdir(parents=True)
+    newer = city.stat().st_mtime + 10
+    assert not is_drawn_again()
+    for path in sources:
+        os.utime(path, (newer, newer))
+        assert is_drawn_again(), path
+        os.utime(path, (newer - 20, newer - 20))
+    os.utime(tmp_path / "datasets" / "transforms.py", (newer, newer))
+    assert not is_drawn_again()
 
 
 @pytest.mark.parametrize("options", [["--visits", "0"], ["--size", "0", "48"], ["--cities", "Atlantis"]])

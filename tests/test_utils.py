@@ -706,7 +706,7 @@ def test_results_hold_what_they_depend_on(tmp_path):
     run_log.write_results(tmp_path, {"recalls": {1: 27.0}}, {"seed": 0, "path": tmp_path}, torch.device("cpu"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["recalls"] == {"1": 27.0} and results["options"] == {"seed": 0, "path": str(tmp_path)}
-    assert {"torch", "faiss", "device", "git"} <= results["environment"].keys()
+    assert {"torch", "faiss", "device", "version", "git"} <= results["environment"].keys()
 
 
 def test_seeding_covers_every_generator():

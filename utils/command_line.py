@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from .version import version
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that names the option which a misspelt one may stand for, and takes no abbreviations."""
@@ -12,6 +14,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any):
         self._flags: list[str] = []
         super().__init__(allow_abbrev=False, **settings)
+        self.add_argument("--version", action="version", version=f"%(prog)s {version()}", help="print it and exit")
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
         """As argparse's."""

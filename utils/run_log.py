@@ -27,6 +27,7 @@ from .descriptor_store import warn_of_leftovers
 from .lock import FolderLock
 from .outputs import whole
 from .reading import end_of_a_worker
+from .version import version
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +265,7 @@ def _make_folder(parent: Path) -> Path:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a figure depends on besides the options: versions, device, git revision."""
+    """What a figure depends on besides the options: versions, device, this repository's version and git revision."""
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -274,6 +275,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "pillow": PIL.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": str(distributed.world_size()),
+        "version": version(),
         "git": git_revision(),
     }
 
@@ -295,11 +297,53 @@ def log_header(settings: dict[str, Any], device: torch.device, *, given: Sequenc
         settings: every option by its name; for debug.log.
         device: what is computed on.
         given: names of the options that were set, which are what a reader wants to see.
+
+    Where some of them come from --options, `settings["notes"]` says so.
     """
     logger.info("command: %s", " ".join([Path(sys.executable).name, *sys.argv]))
     logger.info("options given: %s", " ".join(as_flag(name, settings[name]) for name in given) or "none")
+    for note in settings.get("notes", ()):
+        logger.info("%s", note)
     logger.debug("options: %s", json.dumps(settings, default=str))
     logger.info("environment: %s", json.dumps(environment(device)))
+
+
+def compare_with_record(settings: dict[str, Any], device: torch.device) -> None:
+    """Says in what a run differs from the one whose results.json --options names, where nobody asked for that.
+
+    Args:
+        settings: every option by its name, once the checkpoint has had its say.
+        device: what is computed on.
+    """
+    if settings["options"] is None or not distributed.is_main():
+        return
+    content = {}
+    with suppress(OSError, ValueError):  # it has been read before, and may be gone
+        content = json.loads(Path(settings["options"]).read_bytes())
+    now = json.loads(json.dumps(settings, default=str))
+    asked = {*settings["given"], "options", "given", "notes", "started_in"}
+    asked |= {"resume"}  # the header says where that is left out
+    there = content.get("options", {})
+    changed = [name for name in now if name in there and name not in asked and now[name] != there[name]]
+    if changed:
+        logger.warning(
+            "not as in %s, by another checkpoint, version or option: %s",
+            settings["options"],
+            ", ".join(f"{as_flag(name, now[name])} ({as_flag(name, there[name])} there)" for name in changed),
+        )
+    if unknown := [as_flag(name, value) for name, value in there.items() if name not in now]:
+        logger.warning(
+            "%s records options that this version does not have: %s", settings["options"], ", ".join(unknown)
+        )
+    here, there = environment(device), content.get("environment")
+    there = there if isinstance(there, dict) else {}
+    changed = [name for name in here if name in there and here[name] != there[name]]
+    if changed:
+        logger.info(
+            "another environment than in %s: %s",
+            settings["options"],
+            ", ".join(f"{name} {here[name]} ({there[name]} there)" for name in changed),
+        )
 
 
 def as_flag(name: str, value: Any) -> str:

@@ -1,0 +1,211 @@
+"""The made city on disk: which streets there are, where they lie, and the names and tables of their photos."""
+
+import csv
+import shutil
+import tempfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+from tqdm import tqdm
+
+from utils.signals import mapped, process_pool
+
+from .facades import draw_facades
+from .views import Camera, Difficulty, draw_camera, render_view
+
+Row = dict[str, Any]
+
+STRIP_MARGIN = 20.0
+
+# The reference points (latitude, longitude) of the training cities: their names are GSV-Cities', their streets are not.
+CITIES = {"London": (51.5, -0.12), "Boston": (42.36, -71.06), "Madrid": (40.42, -3.7), "Chicago": (41.88, -87.63)}
+
+# The evaluation streets lie on the equator near the central meridian of UTM zone 31, where no real city is and where
+# UTM is within centimetres of a plain scaling of longitude and latitude.
+UTM_ZONE, UTM_LETTER, UTM_CENTRAL_MERIDIAN = 31, "N", 3.0
+UTM_SCALE, EQUATOR_RADIUS, EQUATOR_MERIDIAN_RADIUS = 0.9996, 6378137.0, 6335439.3
+METRES_PER_DEGREE = 111320.0
+FIRST_EASTING, STREET_GAP = 500000.0, 300.0
+SPLIT_NORTHING = {"train": 1000.0, "val": 2000.0, "test": 3000.0}
+
+
+@dataclass(frozen=True)
+class Street:
+    """One street to render: everything a worker process needs.
+
+    Attributes:
+        group: training city, or evaluation split.
+        index: number of the street in its group.
+        places: number of places along it.
+        spacing: metres between two places.
+        visits: images of each place; an evaluation place has a database visit and a query visit.
+        folder: where the images of the group go.
+    """
+
+    group: str
+    index: int
+    places: int
+    spacing: float
+    visits: int
+    folder: Path
+    seed: int
+    size: tuple[int, int]
+    difficulty: Difficulty
+
+    @property
+    def training(self) -> bool:
+        return self.group in CITIES
+
+
+def training_row(street: Street, place: int, camera: Camera, rng: Generator) -> Row:
+    """Return the dataframe row of one visit."""
+    lat, lon = CITIES[street.group]
+    east, north = camera.x, street.index * STREET_GAP - camera.distance
+    return {
+        "place_id": street.index * street.places + place,
+        "year": int(rng.integers(2008, 2022)),
+        "month": int(rng.integers(1, 13)),
+        "northdeg": round(camera.heading) % 360,
+        "city_id": street.group,
+        "lat": round(lat + north / METRES_PER_DEGREE, 7),
+        "lon": round(lon + east / (METRES_PER_DEGREE * np.cos(np.radians(lat))), 7),
+        "panoid": panorama_name(rng),
+    }
+
+
+def training_name(row: Row) -> str:
+    """Return the image file name that GSV-Cities derives from a dataframe row."""
+    return "{city_id}_{place_id:07d}_{year:04d}_{month:02d}_{northdeg:03d}_{lat}_{lon}_{panoid}.jpg".format(**row)
+
+
+def panorama_name(rng: Generator) -> str:
+    """Draw a 22-letter panorama name."""
+    return "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), 22))
+
+
+def evaluation_name(easting: float, northing: float, camera: Camera, rng: Generator) -> str:
+    """Return the file name of an evaluation image, which holds where its camera stood, in UTM metres."""
+    lat = np.degrees(northing / (UTM_SCALE * EQUATOR_MERIDIAN_RADIUS))
+    lon = UTM_CENTRAL_MERIDIAN + np.degrees((easting - FIRST_EASTING) / (UTM_SCALE * EQUATOR_RADIUS))
+    date = f"{rng.integers(2008, 2022)}{rng.integers(1, 13):02d}"
+    fields = (f"{easting:.2f}", f"{northing:.2f}", UTM_ZONE, UTM_LETTER, f"{lat:.7f}", f"{lon:.7f}", panorama_name(rng),
+              "", f"{camera.heading % 360:.2f}", f"{camera.pitch:.2f}", f"{camera.roll:.2f}", f"{camera.height:.2f}",
+              date, "")  # fmt: skip
+    return "@" + "@".join(map(str, fields)) + "@.jpg"
+
+
+def render_street(street: Street) -> list[Row]:
+    """Render all visits of a street into its folder and return the dataframe rows, none for an evaluation street."""
+    rng = np.random.default_rng([street.seed, zlib.crc32(street.group.encode()), street.index])
+    length = (street.places - 1) * street.spacing + 2 * STRIP_MARGIN
+    facades = draw_facades(rng, length)
+    rows = []
+    for place in range(street.places):
+        for visit in range(street.visits):
+            camera = draw_camera(rng, STRIP_MARGIN + place * street.spacing, street.difficulty)
+            image = render_view(facades, camera, rng, street.difficulty, street.size)
+            if street.training:
+                rows.append(training_row(street, place, camera, rng))
+                path = street.folder / training_name(rows[-1])
+            else:
+                block = FIRST_EASTING + street.index * (length + STREET_GAP)
+                name = evaluation_name(block + camera.x, SPLIT_NORTHING[street.group] - camera.distance, camera, rng)
+                path = street.folder / ("database" if visit == 0 else "queries") / name
+            image.save(path, quality=int(rng.integers(55, 93)))
+    return rows
+
+
+def write_toy_city(
+    output: Path,
+    *,
+    seed: int = 0,
+    cities: Sequence[str] = ("London", "Boston"),
+    train_streets: int = 72,
+    places: int = 8,
+    visits: int = 5,
+    test_streets: int = 22,
+    val_streets: int = 10,
+    cluster_streets: int = 12,
+    spots: int = 10,
+    size: tuple[int, int] = (160, 120),
+    difficulty: Difficulty | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> tuple[Path, Path]:
+    """Render a made city and write it in the layouts of GSV-Cities and of the evaluation trees.
+
+    The files depend on the seed and the sizes, never on the number of workers.
+
+    Args:
+        output: folder that receives `gsv_cities` and `toy_city`.
+        seed: source of every random number.
+        cities: training cities, names from `CITIES`.
+        train_streets: streets of each training city.
+        places: places along a training street, 25 metres apart.
+        visits: images of each training place.
+        test_streets, val_streets, cluster_streets: streets of the splits test, val and train, the last of which only
+            serves to initialise the cluster centres.
+        spots: places along an evaluation street, 10 metres apart, with one database image and one query each.
+        size: width and height of the images in pixels.
+        difficulty: how much two visits differ; by default `Difficulty()`.
+        workers: processes to render with; by default one for each core.
+        overwrite: replace the two folders if they exist.
+        progress: show a progress bar.
+
+    Returns:
+        The two folders written.
+
+    Raises:
+        FileExistsError: a folder exists, is not empty, and `overwrite` is False.
+        ValueError: a size is below 1 or a city is unknown.
+    """
+    if min(train_streets, places, visits, test_streets, val_streets, cluster_streets, spots, *size) < 1:
+        raise ValueError("all sizes must be at least 1")
+    if unknown := sorted(set(cities) - set(CITIES)):
+        raise ValueError(f"unknown cities {', '.join(unknown)}: choose from {', '.join(CITIES)}")
+    targets = output / "gsv_cities", output / "toy_city"
+    for target in targets:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+            raise FileExistsError(f"{target} exists and is not empty: pass --overwrite to replace it")
+
+    output.mkdir(parents=True, exist_ok=True)
+    difficulty = difficulty or Difficulty()
+    # Everything is written beside its destination and renamed at the end, so a killed run leaves no half-written city.
+    with tempfile.TemporaryDirectory(prefix=".toy_city_", dir=output) as name:
+        gsv, trees = Path(name, "gsv_cities"), Path(name, "toy_city")
+        (gsv / "Dataframes").mkdir(parents=True)
+        (gsv / "MADE.txt").write_text(f"Drawn by datasets.toy_city, seed {seed}; nothing of GSV-Cities is here.\n")
+        streets = []
+        for city in cities:
+            folder = gsv / "Images" / city
+            folder.mkdir(parents=True)
+            streets += [
+                Street(city, i, places, 25.0, visits, folder, seed, size, difficulty) for i in range(train_streets)
+            ]
+        for split, count in (("train", cluster_streets), ("val", val_streets), ("test", test_streets)):
+            folder = trees / "images" / split
+            for kind in ("database", "queries"):
+                (folder / kind).mkdir(parents=True)
+            streets += [Street(split, i, spots, 10.0, 2, folder, seed, size, difficulty) for i in range(count)]
+
+        rows: dict[str, list[Row]] = {city: [] for city in cities}
+        with mapped(process_pool(workers), render_street, streets) as rendered:
+            done = tqdm(rendered, total=len(streets), unit="street", disable=not progress)
+            for street, street_rows in zip(streets, done, strict=True):
+                rows.setdefault(street.group, []).extend(street_rows)
+        for city in cities:
+            with open(gsv / "Dataframes" / f"{city}.csv", "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[city][0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows[city])
+        for source, target in zip((gsv, trees), targets, strict=True):
+            if target.exists():
+                shutil.rmtree(target)
+            source.rename(target)
+    return targets

@@ -1,0 +1,235 @@
+"""Camera and light: what a visit sees of a street, from where it stands, in its light and weather, as a photograph."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image, ImageDraw, ImageFilter
+
+from .facades import draw_cars, draw_people
+from .strip import PIXELS_PER_METRE, Strip, shade
+
+PAVEMENT_WIDTH = 3.0
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How much two visits of a place differ.
+
+    Lengths are in metres and angles in degrees; a jitter is the half width of a uniform distribution. `lighting`
+    scales what happens in the street (sunlight against sky, cast shadows, fog, lit windows), `exposure` what happens
+    in the camera (exposure, white balance, contrast, saturation, noise, blur). `occluders` is the mean number of
+    people and of half as many cars in front of the camera. `times` are the probabilities of day, golden hour, dusk and
+    night, `weathers` those of clear, overcast, fog and rain.
+    """
+
+    position_jitter: float = 2.5
+    distance_jitter: float = 1.2
+    heading_jitter: float = 7.0
+    tilt_jitter: float = 1.0
+    fov_jitter: float = 3.0
+    lighting: float = 0.6
+    exposure: float = 0.2
+    occluders: float = 1.0
+    times: tuple[float, float, float, float] = (0.70, 0.15, 0.13, 0.02)
+    weathers: tuple[float, float, float, float] = (0.50, 0.30, 0.08, 0.12)
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole camera: position in metres, angles and the horizontal field of view in degrees."""
+
+    x: float
+    height: float
+    distance: float
+    heading: float
+    pitch: float
+    roll: float
+    fov: float
+
+    def rays(self, size: tuple[int, int]) -> np.ndarray:
+        """Return the 3 x 3 matrix that takes homogeneous pixel coordinates (u, v, 1) to world directions."""
+        width, height = size
+        yaw, pitch, roll, fov = np.radians([self.heading, self.pitch, self.roll, self.fov])
+        focal = width / 2 / np.tan(fov / 2)
+        inverse_intrinsics = np.array([[1, 0, -width / 2], [0, -1, height / 2], [0, 0, focal]]) / focal
+        turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
+        tilt = np.array([[1, 0, 0], [0, np.cos(pitch), np.sin(pitch)], [0, -np.sin(pitch), np.cos(pitch)]])
+        lean = np.array([[np.cos(roll), -np.sin(roll), 0], [np.sin(roll), np.cos(roll), 0], [0, 0, 1]])
+        rotation: np.ndarray = turn @ tilt @ lean @ inverse_intrinsics
+        return rotation
+
+
+def draw_camera(rng: Generator, x: float, difficulty: Difficulty) -> Camera:
+    """Draw the pose of a visit to the place at `x` metres along a street."""
+
+    def around(centre: float, half_width: float) -> float:
+        return float(rng.uniform(centre - half_width, centre + half_width))
+
+    return Camera(
+        x=around(x, difficulty.position_jitter),
+        height=around(2.3, 0.3),
+        distance=around(11.0, difficulty.distance_jitter),
+        heading=around(0.0, difficulty.heading_jitter),
+        pitch=around(13.0, difficulty.tilt_jitter),
+        roll=around(0.0, difficulty.tilt_jitter),
+        fov=around(66.0, difficulty.fov_jitter),
+    )
+
+
+def warp(
+    plane: Strip, image: Image.Image, left: float, depth: float, camera: Camera, size: tuple[int, int]
+) -> np.ndarray:
+    """Project the texture of an upright plane into the camera.
+
+    Args:
+        plane: the plane, for its height.
+        image: its RGBA texture, whose left edge is at `left` metres along the street.
+        depth: distance of the plane from the camera in metres.
+
+    Returns:
+        float32 array, 4 x height x width: red, green, blue and alpha in 0..1.
+    """
+    rays = camera.rays(size)
+    columns = (camera.x - left) * rays[2] + depth * rays[0]
+    rows = (plane.height - camera.height) * rays[2] - depth * rays[1]
+    homography = np.stack([columns * PIXELS_PER_METRE, rows * PIXELS_PER_METRE, rays[2]]) / rays[2, 2]
+    coefficients = tuple(homography.ravel()[:8])
+    warped = image.transform(size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR)
+    return np.asarray(warped).transpose(2, 0, 1).astype(np.float32, order="C") / 255
+
+
+@dataclass(frozen=True)
+class Look:
+    """The light and weather of one visit; `light`, `zenith` and `horizon` are 3 x 1 x 1 red, green, blue values."""
+
+    light: np.ndarray
+    zenith: np.ndarray
+    horizon: np.ndarray
+    sunny: bool
+    fog: float
+    rain: bool
+    lit_windows: float
+
+
+def draw_look(rng: Generator, difficulty: Difficulty) -> Look:
+    """Draw the light and weather of one visit."""
+    time = rng.choice(4, p=difficulty.times)
+    weather = rng.choice(4, p=difficulty.weathers)
+    light = np.array([(1, 1, 1), (1.12, 0.92, 0.7), (0.5, 0.52, 0.66), (0.3, 0.28, 0.3)][time])
+    zenith = np.array([(0.32, 0.52, 0.86), (0.42, 0.5, 0.72), (0.2, 0.22, 0.4), (0.03, 0.03, 0.07)][time])
+    horizon = np.array([(0.75, 0.85, 0.95), (0.98, 0.78, 0.52), (0.6, 0.42, 0.42), (0.12, 0.1, 0.12)][time])
+    if weather > 0:
+        grey = (0.85, 0.25)[int(time >= 2)] * rng.uniform(0.75, 1.1)
+        zenith, horizon = np.full(3, grey * 0.92), np.full(3, grey)
+        light = light * np.array([0.82, 0.85, 0.9])
+    fog = rng.uniform(0.2, 0.45) * difficulty.lighting if weather == 2 else 0.0
+    lit = (0.1, 0.2, 0.5, 0.5)[time]
+    # Facades against the light are darker than the sky, sunlit ones under clouds brighter: only the outline stays.
+    light = light * 2 ** (difficulty.lighting * rng.uniform(-0.8, 0.6))
+    veil = 2 ** (difficulty.lighting * rng.uniform(-1.2, 0.2))
+    zenith, horizon = zenith * veil, horizon * veil
+    light, zenith, horizon = np.stack([light, zenith, horizon]).astype(np.float32)[..., None, None]
+    return Look(light, zenith, horizon, bool(weather == 0 and time < 2), min(fog, 0.8), bool(weather == 3), lit)
+
+
+def draw_background(camera: Camera, rays: np.ndarray, look: Look, rng: Generator, strength: float) -> np.ndarray:
+    """Return the sky above the horizon and the pavement and road below it, 3 x height x width in 0..1."""
+    ray_x, ray_y, ray_z = rays
+    rgb = look.horizon + (look.zenith - look.horizon) * np.clip(ray_y / ray_z, 0, 1)
+    if look.sunny:
+        clouds = Image.fromarray(rng.uniform(-1, 1, (4, 6)).astype(np.float32))
+        cover = np.asarray(clouds.resize(ray_x.shape[::-1], Image.Resampling.BICUBIC)) * 1.5 * strength
+        rgb = rgb + (look.horizon * 1.05 - rgb) * np.clip(cover, 0, 1)
+
+    to_ground = camera.height / np.maximum(-ray_y, 1e-3)
+    x, z = camera.x + to_ground * ray_x, to_ground * ray_z - camera.distance
+    slabs = np.where((x % 1.5 < 0.06) | (z % 1.0 < 0.05), np.float32(0.48), np.float32(0.58))
+    road = np.where(z > -PAVEMENT_WIDTH - 0.25, np.float32(0.72), np.float32(0.3))
+    ground = np.where(z > -PAVEMENT_WIDTH, slabs, road) * (0.8 if look.rain else 1.0)
+    return np.where(ray_y < 0, ground * look.light, rgb)
+
+
+def visit_texture(street: Strip, first: int, last: int, look: Look, rng: Generator, strength: float) -> Image.Image:
+    """Return the facades between two pixel columns with lamps, reflections or curtains in some of the windows."""
+    texture = street.image.crop((first, 0, last, street.image.height))
+    pen = ImageDraw.Draw(texture)
+    glow = (255, 214, 140) if look.lit_windows > 0.3 else (190, 200, 205)
+    for left, top, right, bottom in street.panes:
+        if left < last and right > first and rng.random() < look.lit_windows * min(strength, 1.5):
+            pen.rectangle((left - first, top, right - first, bottom), fill=shade(glow, rng.uniform(0.7, 1.0)))
+    return texture
+
+
+def cast_shadow(x: np.ndarray, y: np.ndarray, rng: Generator) -> np.ndarray:
+    """Return where (x, y), in metres on the facades, lies in the shadow of the houses across the street."""
+    slant, edges = rng.uniform(-0.8, 0.8), np.cumsum(rng.uniform(3, 9, 12)) - 30
+    heights = rng.uniform(-2, 8, 13)
+    return np.less(y, heights[np.searchsorted(edges, x - x.mean() + slant * y)])
+
+
+def render_view(
+    street: Strip, camera: Camera, rng: Generator, difficulty: Difficulty, size: tuple[int, int]
+) -> Image.Image:
+    """Render one visit: what `camera` sees of `street` in a light, weather and traffic drawn from `rng`.
+
+    Args:
+        street: the facades; the camera must stand within its length.
+        size: width and height of the image in pixels.
+
+    Returns:
+        RGB image of `size`.
+    """
+    look, strength = draw_look(rng, difficulty), difficulty.lighting
+    width, height = size
+    pixels = np.ones((3, height, width), dtype=np.float32)
+    pixels[0], pixels[1] = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
+    rays = np.tensordot(camera.rays(size).astype(np.float32), pixels, axes=1)
+    rgb = draw_background(camera, rays, look, rng, strength)
+
+    reach = camera.distance * 1.6
+    first = max(0, round((camera.x - reach) * PIXELS_PER_METRE))
+    last = round((camera.x + reach) * PIXELS_PER_METRE)
+    texture = visit_texture(street, first, last, look, rng, strength)
+    facade = warp(street, texture, first / PIXELS_PER_METRE, camera.distance, camera, size)
+    light = look.light
+    if look.sunny:
+        x = camera.x + camera.distance * rays[0] / rays[2]
+        y = camera.height + camera.distance * rays[1] / rays[2]
+        dim = 1 - np.array([0.62, 0.58, 0.5], dtype=np.float32)[:, None, None] * min(strength, 1.5)
+        light = np.where(cast_shadow(x, y, rng), light * dim, light)
+    rgb = rgb + (facade[:3] * light - rgb) * facade[3]
+
+    for plane, depth in (
+        (draw_people(rng, 2 * reach, difficulty.occluders), camera.distance - rng.uniform(0.5, 2.5)),
+        (draw_cars(rng, 2 * reach, difficulty.occluders / 2), camera.distance - PAVEMENT_WIDTH - 1.0),
+    ):
+        if plane.image.getbbox() is not None:
+            figures = warp(plane, plane.image, camera.x - reach, depth, camera, size)
+            rgb = rgb + (figures[:3] * look.light - rgb) * figures[3]
+
+    rgb = rgb + (look.horizon - rgb) * look.fog
+    # One side of the street lies brighter than the other.
+    rgb = rgb * (1 + strength * rng.uniform(-0.5, 0.5) * np.linspace(-1, 1, width, dtype=np.float32))
+    return photograph(rgb, look, rng, difficulty.exposure)
+
+
+def photograph(rgb: np.ndarray, look: Look, rng: Generator, strength: float) -> Image.Image:
+    """Turn a 3 x height x width scene in 0..1 into a photograph: exposure, white balance, rain, blur and noise."""
+    _, height, width = rgb.shape
+    if look.rain:
+        streaks = (rng.random((height // 6 + 1, width)) < 0.03).repeat(6, axis=0)[:height]
+        rgb = rgb + np.float32(0.2) * streaks
+    # A camera's automatic exposure keeps most pictures readable but never quite evens them out.
+    metered = (0.42 / max(float(rgb.mean()), 0.02)) ** 0.75
+    white_balance = rng.normal(0, 0.14, (3, 1, 1)).astype(np.float32)
+    gain = metered * 2 ** (strength * (rng.uniform(-0.6, 0.6) + white_balance))
+    grey = rgb.mean(axis=0)
+    rgb = grey + (rgb - grey) * (1 + strength * rng.uniform(-0.6, 0.25))
+    rgb = np.clip(rgb * gain, 0, 1) ** (2 ** (strength * rng.uniform(-0.45, 0.45)))
+    rgb = (rgb - 0.5) * (1 + strength * rng.uniform(-0.25, 0.2)) + 0.5
+    noise = rng.standard_normal(rgb.shape, dtype=np.float32)
+    rgb = rgb + noise * strength * rng.uniform(0.005, 0.035)
+    pixels = (np.clip(rgb, 0, 1) * 255).astype(np.uint8)
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return image.filter(ImageFilter.GaussianBlur(strength * rng.uniform(0.2, 0.9)))
