@@ -162,8 +162,11 @@ class Definitions:
 
     def differences(self, root: Path) -> Iterator[str]:
         """A line for each table and each figure in a sentence that is not what the records say."""
-        for path in pages(root):
-            text, name = path.read_text(), path.relative_to(root).as_posix()
+        names = {path.relative_to(root).as_posix(): path for path in pages(root)}
+        for missing in self.prose.keys() - names.keys():
+            yield f"{missing}: there is no such page, but {DEFINITIONS} has figures of its sentences"
+        for name, path in names.items():
+            text = path.read_text()
             for now, right in zip(marked(path, text), marked(path, self.page(path, text)), strict=True):
                 if now[4] != right[4]:
                     yield f"{name}: the table {now[3]} is not that of its records; run python -m benchmarks.tables"

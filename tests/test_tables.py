@@ -123,6 +123,14 @@ def test_a_sentence_is_checked_and_left_to_its_writer(page, figure, other, copy,
         assert line.startswith(f"{page}: no sentence says ") and other in (copy / page).read_text()
 
 
+def test_sentences_of_a_page_that_is_gone_are_missed(copy, capsys):
+    (copy / "docs/programs.md").rename(copy / "docs/robots.md")
+    status, lines = check(copy, capsys)
+    assert status == 1 and lines == [
+        "docs/programs.md: there is no such page, but benchmarks/tables.md has figures of its sentences"
+    ]
+
+
 @pytest.mark.parametrize("flags", RECALLS)
 def test_records_on_real_photos_are_the_released_codes_recalls(flags):
     name = "encoder" if "encoder" in flags else "plain" if "s=4" in flags else "one_cluster"
