@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages = ("input", "forward", "layer", "lookup", "start", "backbones")
     parser.add_argument("--only", nargs="+", choices=stages, default=stages)
     parser.add_argument("--photos", type=Path, help="JPEGs to read instead of made ones (searched below, 48 of them)")
-    parser.add_argument("--no_record", action="store_true", help="do not add to results.jsonl")
+    parser.add_argument("--no_record", action="store_true", help="leave no results.json")
     settings = parser.parse_args(argv)
     figures: dict[str, float] = {}
     if "input" in settings.only:

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="compile our backbone")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--photos", type=Path, help="JPEGs to read instead of made ones, searched below")
-    parser.add_argument("--no_record", action="store_true", help="do not add to results.jsonl")
+    parser.add_argument("--no_record", action="store_true", help="leave no results.json")
     settings = parser.parse_args(argv)
     settings.size = settings.size or [BACKBONES[settings.backbone].side] * 2
     device = pick_device(settings.device)
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, value in figures.items():
         print(f"{name:40} {value:12.4g}" if isinstance(value, float) else f"{name}: {value}")
     if not settings.no_record:
-        record("end to end", figures, device)
+        record("end_to_end", figures, device)
 
 
 def step(model: SuperVLADNet, optimization: Optimization, images: Tensor, labels: Tensor, precision: str) -> None:

@@ -26,6 +26,7 @@ from utils.binary_codes import codes_of, exact_distances
 from utils.descriptor_store import DescriptorStore
 from utils.extraction import EncoderContext, descriptors
 
+from .measuring import record
 from .search_memory import Plain, blocks
 
 FACTORS = 64
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp"))
     parser.add_argument("--indices", nargs="*", default=["IVF4096,PQ64", "IVF4096,PQ384"])
     parser.add_argument("--parameters", default="nprobe=32", help="of the search in FAISS's indices")
+    parser.add_argument("--no_record", action="store_true", help="leave no results.json")
     settings = parser.parse_args()
     folder = settings.folder / "indices"
     count, dim = settings.database, settings.dim
@@ -76,6 +78,12 @@ def main() -> None:
     print(f"{count} descriptors of {dim} numbers, {settings.queries} queries; reading {reading:.0f} s", flush=True)
     print("index | bytes an image | build | search | nearest | first 20", flush=True)
     whole = exact_seconds - reading
+    figures: dict[str, object] = {
+        "database": count,
+        "queries": settings.queries,
+        "dim": dim,
+        "exact": {"seconds": whole, "reading, seconds": reading},
+    }
     print(
         f"exact, from disk | 0 | | 1.00 ({whole:.0f} s) | 100 | 100; right {(exact[:, 0] == near).mean():.3f}",
         flush=True,
@@ -86,6 +94,13 @@ def main() -> None:
         nearest = (predictions == exact[:, :1]).any(axis=1).mean()
         shares = f"{100 * nearest:.1f} | {100 * first_k:.1f}"
         print(f"{name} | {size:.0f} | {build / whole:.2f} | {seconds / whole:.2f} | {shares}", flush=True)
+        figures[name] = {
+            "bytes": size,
+            "building": build / whole,
+            "searching": seconds / whole,
+            "nearest": 100 * float(nearest),
+            "first 20": 100 * float(first_k),
+        }
 
     binary = faiss.IndexBinaryFlat(dim)
     build, _ = timed(lambda: [binary.add(codes_of(rows)) for _, rows in chunks()])
@@ -115,6 +130,8 @@ def main() -> None:
         path.unlink()
         del index
     shutil.rmtree(folder)
+    if not settings.no_record:
+        record("indices", figures, torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from utils.outputs import whole
 from utils.run_log import environment
 
-RESULTS = Path(__file__).with_name("results.jsonl")
+RESULTS = Path("logs/benchmarks")  # not in the tree itself: the next benchmark would find its revision dirty
 
 
 def synchronize(device: torch.device) -> None:
@@ -70,15 +71,18 @@ class PeakGrowth:
 
 
 def record(benchmark: str, figures: Mapping[str, Any], device: torch.device) -> None:
-    """Appends a line to `results.jsonl`: the figures, and the device and versions that they hold for."""
-    line = {
+    """Writes `logs/benchmarks/<benchmark>/<time>/results.json`: the figures, the device and versions they hold for."""
+    content = {
         "date": time.strftime("%Y-%m-%d"),
         "benchmark": benchmark,
         **figures,
         "environment": {**environment(device), "processor": processor(), "threads": torch.get_num_threads()},
     }
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    path = RESULTS / benchmark / time.strftime("%Y-%m-%d_%H-%M-%S") / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    print(f"in {path}; python -m benchmarks.tables --add {path} --name {benchmark} makes it a record")
 
 
 def processor() -> str:

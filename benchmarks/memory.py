@@ -13,6 +13,7 @@ import time
 
 import torch
 
+from benchmarks.measuring import record
 from model import build_model
 from model.loss import MinedMultiSimilarity
 from parser import BACKBONES, freeze_te
@@ -61,16 +62,22 @@ def main() -> None:
     parser.add_argument("--freeze_te", type=freeze_te, default=8)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--no_record", action="store_true", help="leave no results.json")
     settings = parser.parse_args()
     size = " x ".join(map(str, settings.size))
     print(f"{settings.images} images, {size}, {settings.backbone}, {settings.precision}, chunks of {settings.chunk}")
     print(f"{'way':28} {'peak memory':>12} {'ratio':>6} {'time ratio':>11}")
     plain: tuple[float, float] | None = None
+    figures = {}
     for way in WAYS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             memory, seconds = pool.apply(measure, (way, settings))
         plain = plain or (memory, seconds)
+        figures[way] = {"GB": memory, "time": seconds / plain[1]}
         print(f"{way:28} {memory:9.2f} GB {memory / plain[0]:6.2f} {seconds / plain[1]:11.2f}", flush=True)
+    if not settings.no_record:
+        facts = {name: value for name, value in vars(settings).items() if name != "no_record"}
+        record("memory", {"settings": facts, **figures}, pick_device(settings.device))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import faiss
 import numpy as np
 import torch
 
+from benchmarks.measuring import record
 from utils import search
 from utils.descriptor_store import DescriptorStore
 from utils.extraction import EncoderContext, descriptors
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--dim", type=int, default=3072)
     parser.add_argument("--folder", type=Path, default=Path("/tmp"))
+    parser.add_argument("--no_record", action="store_true", help="leave no results.json")
     settings = parser.parse_args()
     folder = settings.folder / "search_memory"
     count, dim = settings.database, settings.dim
@@ -81,7 +83,8 @@ def main() -> None:
     near = rng.integers(count, size=settings.queries)
     queries = made(near, dim) + 0.5 * made(near + count, dim)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    print(f"written: {store.path.stat().st_size / 1e9:.2f} GB", flush=True)
+    size = store.path.stat().st_size / 1e9
+    print(f"written: {size:.2f} GB", flush=True)
 
     chunks = descriptors(Plain(), store, EncoderContext(16), device=torch.device("cpu"))
     with PeakMemory() as anonymous, PeakMemory("VmRSS") as resident:
@@ -111,6 +114,18 @@ def main() -> None:
     flat = time.perf_counter() - started
     print(f"in memory, a tenth of it: {flat:.1f} s; ratio {seconds / flat:.1f}")
     shutil.rmtree(folder)
+    if not settings.no_record:
+        figures = {
+            "database": count,
+            "queries": settings.queries,
+            "dim": dim,
+            "on disk, GB": size,
+            "anonymous memory, GB": anonymous.peak,
+            "resident memory, GB": resident.peak,
+            "seconds": seconds,
+            "ratio to FAISS's flat search of a tenth": seconds / flat,
+        }
+        record("search_memory", figures, torch.device("cpu"))
 
 
 if __name__ == "__main__":

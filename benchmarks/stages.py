@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--num_workers", type=int, help="threads that read images (train.py's and eval.py's default)")
     parser.add_argument("--compile", action="store_true", help="compile the backbone")
-    parser.add_argument("--no_record", action="store_true", help="do not add to results.jsonl")
+    parser.add_argument("--no_record", action="store_true", help="leave no results.json")
     settings = parser.parse_args(argv)
     settings.size = settings.size or [BACKBONES[settings.backbone].side] * 2
     device = pick_device(settings.device)
