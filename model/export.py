@@ -61,19 +61,21 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(
             "--pca", type=Path, help="pca.pth of an evaluation with --pca_dim, to add as the last part of the model"
         ),
-        parser.add_argument("--backbone", choices=tuple(BACKBONES), help="by default as the file says, else dino"),
+        parser.add_argument(
+            "--backbone", choices=tuple(BACKBONES), help="backbone; by default as the file says, else dino"
+        ),
         parser.add_argument(
             "--backbone_blocks",
             type=int,
             help="number of backbone blocks, counted from the first; by default as the file says, else all",
         ),
-        parser.add_argument("--supervlad_clusters", type=int, help="by default as the file says, else 4"),
-        parser.add_argument("--ghost_clusters", type=int, help="by default as the file says, else 1"),
+        parser.add_argument("--supervlad_clusters", type=int, help="clusters K; by default as the file says, else 4"),
+        parser.add_argument("--ghost_clusters", type=int, help="ghost clusters; by default as the file says, else 1"),
         parser.add_argument(
             "--crossimage_encoder",
             action="store_true",
             default=None,
-            help="give it if the model has the encoder and the file does not say so",
+            help="the model has the encoder across the batch; only needed if the file does not say so",
         ),
     ]
     found, unknown = parser.parse_known_args(argv)
