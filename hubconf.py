@@ -1,10 +1,10 @@
 """torch.hub entry points: `torch.hub.load("<folder or owner/name>", "supervlad")`.
 
-`prepare` gives the function that turns a photo into an image, and `place_map` a map that eval.py wrote, to ask where a
-photo was taken. Each of the others gives a model in evaluation mode that turns images, B x 3 x H x W in [0, 1] with
-ImageNet's mean and standard deviation taken out and sides that are multiples of the backbone's patch (14 pixels,
-DINOv3's 16), into descriptors B x K*D of unit L2 norm. With the cross-image encoder, those depend on what shares the
-batch.
+`prepare` returns the function that turns a photo into an image tensor, and `place_map` a map written by eval.py, which
+finds where a photo was taken. The others return a model in evaluation mode. It turns images into descriptors B x K*D of
+unit L2 norm; images are B x 3 x H x W in [0, 1], normalised by ImageNet's mean and standard deviation, with sides that
+are multiples of the patch size (14 pixels; DINOv3: 16). With the cross-image encoder, a descriptor depends on the other
+images in the batch.
 """
 
 import importlib.util
@@ -16,13 +16,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Of the models; `prepare` takes torchvision and Pillow too, and `place_map` these and FAISS.
+# For the models; `prepare` also needs torchvision and Pillow, and `place_map` these and FAISS.
 dependencies = ["torch", "numpy"]
 
 
 def _ours(folder: str, module: str = "") -> ModuleType:
-    """A package of this repository, or a module of it, which imports nothing of ours but relatively."""
-    name = f"_supervlad_{folder}"  # not `model`, a name that the caller's own code may have
+    """Imports a package of this repository, or a module in it; these import our code relatively only."""
+    name = f"_supervlad_{folder}"  # not `model`, since the caller's code may have a module of that name
     if name not in sys.modules:
         path = Path(__file__).parent / folder
         spec = importlib.util.spec_from_file_location(
@@ -36,7 +36,7 @@ def _ours(folder: str, module: str = "") -> ModuleType:
 
 
 def _without_flags(error: ValueError) -> ValueError:
-    """The same error without the form that its remedies have on a command line."""
+    """The same error with option names instead of command-line flags."""
     return ValueError(re.sub(r"(?<!\S)--(?=[a-z])", "", str(error)))
 
 
@@ -48,7 +48,7 @@ def _released(name: str, pretrained: bool, backbone: str = "dino", backbone_bloc
         )
         if pretrained:
             weights.load_checkpoint(model, weights.fetch_released(name, asked=name))
-    except ValueError as error:  # whose remedies are options of a command line
+    except ValueError as error:  # its remedies are command-line flags
         raise _without_flags(error) from error
     return model.eval()
 
@@ -56,19 +56,19 @@ def _released(name: str, pretrained: bool, backbone: str = "dino", backbone_bloc
 def prepare(
     resize: tuple[int, int] | None = None, antialias: bool = True, upright: bool = True, backbone: str = "dino"
 ) -> Any:
-    """The function that turns a photo, a path or a Pillow image, into an image 3 x H x W for the models.
+    """Returns the function that turns a photo (a path or a Pillow image) into an image 3 x H x W for the models.
 
-    The defaults are what eval.py does with plain folders; benchmarks are published without antialiasing and turning.
+    The defaults are those of eval.py for plain folders; published benchmarks neither antialias nor turn photos.
 
     Args:
-        resize: height and width in pixels, multiples of the backbone's patch; by default (322, 322), at which the
-            released models were validated, and for DINOv3 (320, 320).
+        resize: height and width in pixels, multiples of the patch size; by default (322, 322), the size at which the
+            released models were validated, or (320, 320) for DINOv3.
         antialias: whether the resize is antialiased.
         upright: whether the photo is turned as its EXIF data says.
         backbone: a name from `model.BACKBONES`.
 
     Raises:
-        ValueError: an unknown backbone, or `resize` is not two multiples of its patch, from one patch on.
+        ValueError: the backbone is unknown, or `resize` is not two positive multiples of its patch size.
     """
     transforms, sizes = _ours("datasets", "transforms"), _ours("model", "sizes").BACKBONES
     if backbone not in sizes:
@@ -80,20 +80,20 @@ def prepare(
 
 
 def place_map(path: str | Path, resume: str | Path, accept: float | None = None, device: str = "cpu") -> Any:
-    """A map that eval.py wrote by --save_map, with the model that it was made with: `map.locate(photo)`.
+    """Loads a map that eval.py wrote with --save_map, and the model that it was made with: `map.locate(photo)`.
 
-    `locate` takes a photo as a NumPy array, H x W x 3 bytes, red, green and blue, prepares it as the map's photos were,
-    and gives `(path, position, distance, accepted)`, see `utils.place_map.Place`. The model computes in fp32.
+    `locate` takes a photo as a NumPy array of H x W x 3 bytes in RGB order, prepares it as the map's photos were, and
+    returns `(path, position, distance, accepted)`, see `utils.place_map.Place`. The model runs in fp32.
 
     Args:
-        path: of the map.
-        resume: the checkpoint that it was made with, or the name of a released one.
-        accept: squared distance of the descriptors up to which an answer is accepted, instead of the map's own.
-        device: where the model is; the search is on the CPU.
+        path: path of the map.
+        resume: the checkpoint that the map was made with, or the name of a released one.
+        accept: squared descriptor distance up to which an answer is accepted, instead of the map's own.
+        device: device of the model; the search runs on the CPU.
 
     Raises:
-        FileNotFoundError: one of the files is not there.
-        ValueError: one is damaged, or the map was made with another model.
+        FileNotFoundError: the map or the checkpoint is missing.
+        ValueError: a file is damaged, or the map was made with another model.
     """
     import torch
 
@@ -130,23 +130,23 @@ def supervlad(
     backbone: str = "dino",
     backbone_blocks: int | None = None,
 ) -> Any:
-    """SuperVLAD, 4 clusters.
+    """SuperVLAD with 4 clusters, 3072-dimensional for ViT-B.
 
     Args:
-        pretrained: the released weights, fetched once; else random ones.
-        crossimage_encoder: with the encoder across the images of a batch, which makes a descriptor depend on them.
+        pretrained: load the released weights, downloaded once; False gives random weights.
+        crossimage_encoder: add the encoder across the images of a batch, so that a descriptor depends on them all.
         backbone: a name from `model.BACKBONES`; released weights exist for "dino".
-        backbone_blocks: how many of its blocks are kept, the first ones; None keeps all, as the released weights do.
+        backbone_blocks: number of blocks to keep, counted from the first; None keeps all, as the released weights do.
     """
     name = "SuperVLAD-CrossImage" if crossimage_encoder else "SuperVLAD"
     return _released(name, pretrained, backbone, backbone_blocks)
 
 
 def supervlad_crossimage(pretrained: bool = True, backbone: str = "dino", backbone_blocks: int | None = None) -> Any:
-    """SuperVLAD with the encoder across the images of a batch; arguments as of `supervlad`."""
+    """SuperVLAD with the encoder across the images of a batch; same arguments as `supervlad`."""
     return _released("SuperVLAD-CrossImage", pretrained, backbone, backbone_blocks)
 
 
 def vlad_1cluster(pretrained: bool = True, backbone: str = "dino", backbone_blocks: int | None = None) -> Any:
-    """1-cluster VLAD, 768 numbers; arguments as of `supervlad`."""
+    """1-cluster VLAD, 768-dimensional for ViT-B; same arguments as `supervlad`."""
     return _released("1-ClusterVLAD", pretrained, backbone, backbone_blocks)

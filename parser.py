@@ -1,6 +1,7 @@
-"""The options of train.py and eval.py. Their defaults are the recipe of the paper; argparse ends in this file.
+"""The options of train.py and eval.py; the defaults are the recipe of the paper. Only this file uses argparse.
 
-The scripts read them before they import torch and the rest, which takes seconds: nothing but the standard library here.
+The scripts read the options before they import torch and the rest, which takes seconds, so this file imports only the
+standard library.
 """
 
 import argparse
@@ -24,8 +25,8 @@ Part = TypeVar("Part")
 TEST_METHODS = ("hard_resize", "single_query", "central_crop", "five_crops", "nearest_crop", "maj_voting")
 CONTEXTS = ("file_order", "unaligned", "shuffled", "paired", "independent")
 DRAWN_CONTEXTS = ("shuffled", "paired")  # in random orders
-SUBMITTED = 20  # images a query at least: the MSLS challenge scores the first 1, 5, 10 and 20
-# The options that have a part in asking a map; those of the model and of the size have to be the map's.
+SUBMITTED = 20  # least images per query: the MSLS challenge scores the first 1, 5, 10 and 20
+# The options allowed with --map; those of the model and of the image size must equal the map's.
 ASKING_A_MAP = frozenset(
     """
     map queries_folder resume eval_datasets_folder save_dir device num_workers compile seed precision
@@ -37,12 +38,12 @@ ASKING_A_MAP = frozenset(
 
 
 class Backbone(NamedTuple):
-    """What the options take from a backbone; model/sizes.py has the rest, and a test compares the two.
+    """What the options need to know about a backbone; model/sizes.py has the rest, and a test compares the two.
 
     Attributes:
         patch_size: side of a patch in pixels; the sides of images are multiples of it.
-        side: of an evaluated image in pixels, unless another is asked for.
-        depth: its blocks.
+        side: default side of an evaluated image in pixels.
+        depth: number of blocks.
     """
 
     patch_size: int
@@ -59,43 +60,49 @@ BACKBONES = {
 
 
 def option(default: Any, help: str, **argparse_settings: Any) -> Any:
-    """A field with its sentence; the flag's type is that of the default unless `type` is given."""
+    """A field with its help text; the flag's type is that of the default unless `type` is given."""
     factory = {"default_factory": default} if callable(default) else {"default": default}
     return field(**factory, metadata={"help": help, **argparse_settings})
 
 
 def freeze_te(text: str) -> int | None:
-    """Reads the value of --freeze_te: a number of blocks, or none."""
+    """Parses the value of --freeze_te: a number of blocks, or none."""
     return None if text == "none" else int(text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What training and evaluation share."""
+    """The options that training and evaluation share."""
 
     eval_datasets_folder: Path = option(None, "folder that holds the evaluation datasets", type=Path)
-    save_dir: Path = option(Path("default"), "results go to logs/<save_dir>/<time>; an absolute path replaces logs/...")
+    save_dir: Path = option(
+        Path("default"), "results go to logs/<save_dir>/<time>, or to <save_dir>/<time> if the path is absolute"
+    )
 
     backbone: str = option(
         "dino",
-        "dino is DINOv2 ViT-B/14, dinov3 is DINOv3 ViT-B/16; the tiny ones are for demonstration",
+        "dino is DINOv2 ViT-B/14, dinov3 is DINOv3 ViT-B/16; the tiny ones are for demos and tests",
         choices=BACKBONES,
     )
     backbone_blocks: int = option(
-        None, "keep the first so many blocks of the backbone and its final norm; by default all", type=int
+        None,
+        "number of backbone blocks to keep, counted from the first; the final norm stays; by default all",
+        type=int,
     )
-    supervlad_clusters: int = option(4, "clusters K of the SuperVLAD layer")
-    ghost_clusters: int = option(1, "clusters that take part in the soft assignment and are then dropped")
-    crossimage_encoder: bool = option(False, "encode across the images of a batch")
+    supervlad_clusters: int = option(4, "number of clusters K in the SuperVLAD layer")
+    ghost_clusters: int = option(1, "number of clusters that take part in the soft assignment and are then dropped")
+    crossimage_encoder: bool = option(False, "add the encoder that attends across the images of a batch")
 
     resize: tuple[int, int] = option(
-        None, "height and width of evaluated images, in pixels (default: 322 322), of DINOv3 320 320", nargs=2, type=int
+        None, "height and width of evaluated images in pixels (default: 322 322; DINOv3: 320 320)", nargs=2, type=int
     )
-    infer_batch_size: int = option(16, "images that share a batch in the cross-image encoder: part of the protocol")
+    infer_batch_size: int = option(
+        16, "batch size of the cross-image encoder; it changes descriptors, so it is part of the protocol"
+    )
     extraction_batch_size: int = option(
-        0, "images at a time in the backbone: speed and memory, never recall; 0 takes 4 on a CPU and 16 elsewhere"
+        0, "batch size of the backbone; it changes speed and memory, never recall; 0 means 4 on a CPU and 16 elsewhere"
     )
-    recall_values: tuple[int, ...] = option((1, 5, 10, 20), "the N of recall@N", nargs="+", type=int)
+    recall_values: tuple[int, ...] = option((1, 5, 10, 20), "values of N for recall@N", nargs="+", type=int)
 
     options: Path | None = option(
         None, "results.json of a run to repeat: what it was given holds where the command line says nothing", type=Path
@@ -104,19 +111,19 @@ class Options:
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)  # for the log: what was taken from there
     started_in: str = field(default="", compare=False, repr=False)  # the folder in which relative paths begin
 
-    device: str = option("auto", "auto is cuda where there is one, else cpu", choices=("auto", "cuda", "cpu", "mps"))
+    device: str = option("auto", "auto is cuda if available, else cpu", choices=("auto", "cuda", "cpu", "mps"))
     num_workers: int | None = option(
         None,
-        "threads that read images for evaluation, and processes for training; by default one for each CPU core, 16 at "
-        "most, and one for four cores where the model needs them too; 0 reads in the main thread",
+        "number of threads (evaluation) or processes (training) that read images; by default one per CPU core, at most "
+        "16, or one per four cores where the model runs on the CPU too; 0 reads in the main thread",
         type=int,
     )
-    compile: bool = option(False, "compile the backbone by torch.compile; it gains nothing on a CPU")
-    seed: int = option(0, "seed of every random draw")
+    compile: bool = option(False, "compile the backbone with torch.compile; no faster on a CPU")
+    seed: int = option(0, "seed of all random numbers")
 
     @property
     def model(self) -> dict[str, Any]:
-        """What `model.build_model` takes; a checkpoint carries it too."""
+        """The arguments of `model.build_model`; a checkpoint stores them too."""
         cut = self.backbone_blocks not in (None, BACKBONES[self.backbone].depth)
         return {
             "backbone": self.backbone,
@@ -132,26 +139,26 @@ class Options:
 
     @property
     def backbone_known(self) -> bool:
-        """Whether the command line, or its default, has the last word on the backbone."""
+        """Whether the command line, or its default, decides the backbone."""
         return True
 
     def fit_backbone(self) -> None:
-        """Fills in what the backbone decides where nothing was given, and sees to it that the rest suits it.
+        """Fills in the defaults that depend on the backbone, and checks that the other options fit it.
 
         Raises:
-            ValueError: it does not.
+            ValueError: an option does not fit.
         """
         patch_size, side, depth = BACKBONES[self.backbone]
         if self.backbone_blocks is None:
             object.__setattr__(self, "backbone_blocks", depth)
         if not 1 <= self.backbone_blocks <= depth:
             raise ValueError(
-                f"--backbone_blocks {self.backbone_blocks} cannot be kept of the {depth} that --backbone="
-                f"{self.backbone} has; use 1 to {depth}"
+                f"--backbone_blocks {self.backbone_blocks}: --backbone={self.backbone} has {depth} blocks; "
+                f"use 1 to {depth}"
             )
         if self.resize is None:
             object.__setattr__(self, "resize", (side, side))
-        if self.resize[0] != self.resize[1]:  # a photo's own shape, which seldom fits the patches
+        if self.resize[0] != self.resize[1]:  # to keep a photo's shape, which seldom fits the patches
             rounded = tuple(_whole_patches(side, patch_size) for side in self.resize)
             if rounded != self.resize:
                 logger.warning("--resize %d %d is rounded to whole patches, %d %d", *self.resize, *rounded)
@@ -167,9 +174,9 @@ class Options:
                 "--ghost_clusters, --num_workers, --seed and --extraction_batch_size cannot be negative; use 0 or above"
             )
         if self.seed >= 2**32:
-            raise ValueError(f"--seed {self.seed} is more than NumPy takes; use one below {2**32}")
+            raise ValueError(f"--seed {self.seed} is larger than NumPy allows; use one below {2**32}")
         if min(self.recall_values) < 1:
-            raise ValueError(f"--recall_values {min(self.recall_values)} means no retrieved image; use 1 and above")
+            raise ValueError(f"--recall_values {min(self.recall_values)} is below 1; use 1 or above")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,115 +185,134 @@ class EvalOptions(Options):
 
     eval_dataset_name: tuple[str, ...] = option(
         ("pitts30k",),
-        "evaluation datasets, each at <folder>/<name>/images/test/{database,queries}",
+        "evaluation datasets, each at <eval_datasets_folder>/<name>/images/test/{database,queries}",
         nargs="+",
         type=str,
     )
     queries_names: tuple[str, ...] = option(
         ("queries",),
-        "sets of queries, folders beside the one database; svox:queries_rain is of svox only",
+        "query sets: names of folders beside the database; svox:queries_rain applies to svox only",
         nargs="+",
         type=str,
     )
     resize: tuple[int, int] = option(
         None,
-        "height and width of images, in pixels, if the checkpoint does not say (default: 322 322), of DINOv3 320 320",
+        "height and width of images in pixels; by default as the checkpoint says, else 322 322 (DINOv3: 320 320)",
         nargs=2,
         type=int,
     )
     antialias: bool = option(
         None,
-        "antialias the resize; by default it is for plain folders, whose photos may be large, unless the checkpoint "
-        "says no, and not for datasets, as published",
+        "antialias the resize; by default on for plain folders, whose photos may be large, unless the checkpoint says "
+        "no, and off for datasets, as published",
         action=argparse.BooleanOptionalAction,
     )
-    upright: bool = field(default=None)  # type: ignore[assignment]  # of plain folders, unless the checkpoint says no
-    database_folder: Path | None = option(None, "with --queries_folder: two plain folders instead", type=Path)
-    queries_folder: Path | None = option(None, "with --database_folder: two plain folders instead", type=Path)
-    no_labels: bool = option(False, "file names hold no positions: search only, no recall")
+    upright: bool = field(default=None)  # type: ignore[assignment]  # for plain folders, unless the checkpoint says no
+    database_folder: Path | None = option(
+        None, "plain folder of database photos, instead of a dataset; needs --queries_folder", type=Path
+    )
+    queries_folder: Path | None = option(
+        None, "plain folder of query photos; needs --database_folder or --map", type=Path
+    )
+    no_labels: bool = option(False, "search without labels: photos need no positions, and no recall is computed")
     positives_file: Path | None = option(
-        None, "each query's correct database images, .npy or .csv, instead of positions", type=Path
+        None, ".npy or .csv file with the correct database images of each query, instead of positions", type=Path
     )
     labels_where_known: bool = option(
-        False, "search photos without a position too, but count only queries that have one, and as correct likewise"
+        False,
+        "search photos without a position too; recall counts only queries that have one, and only database images that "
+        "have one can be correct",
     )
-    skip_unreadable: bool = option(False, "leave out photos that cannot be read, after reading all; the log names them")
+    skip_unreadable: bool = option(
+        False, "read all photos first, leave out those that cannot be read, and name them in the log"
+    )
     query_keys: Path | None = option(
-        None, "text file of keys: evaluate these queries only (MSLS's official ones)", type=Path
+        None, "text file of query keys: evaluate only these queries (e.g. the official ones of MSLS)", type=Path
     )
     val_positive_dist_threshold: float | None = option(
-        None, "a database image this near is correct, in metres; by default the dataset's own, 25", type=float
+        None,
+        "a database image within this many metres is correct; by default the dataset's own distance, else 25",
+        type=float,
     )
     positive_frames: int | None = option(
-        None, "or this many frames away, where positions count frames (nordland)", type=int
+        None, "the same in frames, for datasets whose positions count frames (nordland)", type=int
     )
 
     resume: Path = option(
         None,
-        "checkpoint to evaluate: a file (released, ours, or a bare state dict), or the name of a released one, which "
-        "is fetched once: SuperVLAD, SuperVLAD-CrossImage, 1-ClusterVLAD",
+        "checkpoint to evaluate: a file (released, ours, or a bare state dict), or the name of a released one, "
+        "downloaded once: SuperVLAD, SuperVLAD-CrossImage, 1-ClusterVLAD",
         type=Path,
     )
     test_method: str | None = option(
-        None, "how queries are prepared; by default the dataset's own, hard_resize", type=str, choices=TEST_METHODS
+        None, "how queries are prepared; by default hard_resize, for every dataset", type=str, choices=TEST_METHODS
     )
-    majority_weight: float = option(0.01, "weight of agreement between crops in maj_voting")
+    majority_weight: float = option(0.01, "weight of the crops' votes in maj_voting")
     encoder_context: tuple[str, ...] = option(
         None,
-        "photos that share a batch in the encoder: neighbours by name (file_order, as published, the default for "
-        "datasets; unaligned cuts the queries elsewhere), any (shuffled; paired takes one order for both sides), or "
-        "none (independent, the default for plain folders)",
+        "which photos share a batch in the encoder. file_order: neighbours by file name, as published (default for "
+        "datasets); unaligned: the same, with the query batches shifted; shuffled: random photos; paired: the same, "
+        "in one order for both sides; independent: each photo by itself (default for plain folders)",
         nargs="+",
         type=str,
         choices=CONTEXTS,
     )
-    context_seeds: int = option(5, "random orders of the shuffled and the paired context")
+    context_seeds: int = option(5, "number of random orders for the shuffled and the paired context")
     context_shift: int | None = option(
-        None, "queries in the first batch of the unaligned context; by default half of --infer_batch_size", type=int
+        None,
+        "number of queries in the first batch of the unaligned context; by default half of --infer_batch_size",
+        type=int,
     )
-    pca_dim: int = option(0, "reduce descriptors to so many numbers by PCA; 0 does not")
-    pca_whiten: bool = option(
-        False, "scale what the PCA leaves to the same variance, and descriptors to unit norm again"
+    pca_dim: int = option(0, "reduce descriptors to this many dimensions by PCA; 0 for no PCA")
+    pca_whiten: bool = option(False, "scale the PCA's components to equal variance, and descriptors to unit norm again")
+    pca_dataset_folder: Path | None = option(
+        None, "folder below --eval_datasets_folder with the images to fit the PCA on", type=Path
     )
-    pca_dataset_folder: Path | None = option(None, "images to fit the PCA on, below --eval_datasets_folder", type=Path)
 
     precision: str = option(
-        "fp32", "arithmetic of the backbone; published figures are fp32", choices=("fp32", "tf32", "bf16", "fp16")
+        "fp32", "precision of the backbone; published figures use fp32", choices=("fp32", "tf32", "bf16", "fp16")
     )
     descriptors_folder: Path | None = option(
-        None, "keep what comes out of the backbone here, and go on from what is there", type=Path
+        None, "keep the backbone's output in this folder, and reuse what is already there", type=Path
     )
-    descriptor_dtype: str = option("float32", "of what is kept on disk, a map too", choices=("float32", "float16"))
-    efficient_ram_testing: bool = option(False, "of the released code; memory is bounded with or without it")
+    descriptor_dtype: str = option(
+        "float32", "data type of descriptors on disk, maps included", choices=("float32", "float16")
+    )
+    efficient_ram_testing: bool = option(
+        False, "accepted as in the released code, without effect: memory is always bounded"
+    )
     index: str | None = option(
         None,
-        "approximate search by this FAISS index, e.g. IVF4096,PQ64, or binary: by the signs of the numbers, untrained; "
-        "by default exact",
+        "approximate search: a FAISS index, e.g. IVF4096,PQ64, or binary, which compares the signs of descriptors and "
+        "needs no training; by default search is exact",
         type=str,
     )
-    index_parameters: str = option("", "of its search, e.g. nprobe=32")
-    rerank: int = option(100, "images a query that --index binary ranks exactly")
+    index_parameters: str = option("", "search parameters of --index, e.g. nprobe=32")
+    rerank: int = option(100, "images per query that --index binary ranks by exact distance")
 
     accept: str | None = option(
         None,
-        "accept matches up to this squared_descriptor_distance; auto@99: that of 99 percent precision on the val split",
+        "accept matches up to this squared_descriptor_distance; auto@99 takes the distance of 99 percent precision on "
+        "the val split",
         type=str,
         metavar="{DISTANCE,auto@P}",
     )
-    save_predictions: int = option(0, "a page of each query and its first so many matches; 0 for none")
+    save_predictions: int = option(0, "write a page with each query and this many of its matches; 0 for none")
     save_assignments: int = option(
-        0, "pictures of what the VLAD layer looks at, of so many queries (by hard_resize); 0 for none"
+        0, "draw the VLAD layer's soft assignment for this many queries (resized by hard_resize); 0 for none"
     )
     save_descriptors: bool = option(False, "write descriptors and paths into the run's folder")
-    save_submission: bool = option(False, "write the file that the MSLS challenge takes")
-    save_pairs: int = option(
-        0, "write each query's first so many matches as pairs.txt, for hloc and COLMAP; 0 for none"
-    )
-    save_h5: bool = option(False, "write descriptors as hloc reads them, global_descriptors.h5; takes h5py")
+    save_submission: bool = option(False, "write the submission file of the MSLS challenge")
+    save_pairs: int = option(0, "write this many matches of each query to pairs.txt, for hloc and COLMAP; 0 for none")
+    save_h5: bool = option(False, "write descriptors to global_descriptors.h5, in hloc's format; needs h5py")
     save_map: Path | None = option(
-        None, "write a map, a .npz file of the database's descriptors, paths and positions, to ask later", type=Path
+        None,
+        "write a map: a .npz file of the database's descriptors, paths and positions, to search later by --map",
+        type=Path,
     )
-    map: Path | None = option(None, "with --queries_folder: ask a map that --save_map wrote", type=Path)
+    map: Path | None = option(
+        None, "search this map, which --save_map wrote, instead of a database; needs --queries_folder", type=Path
+    )
 
     @property
     def shift(self) -> int:
@@ -295,12 +321,12 @@ class EvalOptions(Options):
 
     @property
     def plain_folders(self) -> bool:
-        """Whether two folders of anyone's photos are searched, rather than a dataset."""
+        """Whether two plain folders are searched instead of a dataset."""
         return self.database_folder is not None
 
     @property
     def photo_folders(self) -> list[Path]:
-        """Below which the photos are listed."""
+        """The folders whose photos are listed, with subfolders."""
         if self.map is not None and self.queries_folder is not None:
             return [self.queries_folder]
         if self.database_folder is not None and self.queries_folder is not None:
@@ -309,17 +335,17 @@ class EvalOptions(Options):
 
     @property
     def accept_distance(self) -> float | None:
-        """Up to which squared distance of descriptors matches are accepted; None where nobody says, or auto@P."""
+        """The squared descriptor distance up to which matches are accepted; None without --accept, or with auto@P."""
         return None if self.accept is None else _acceptance(self.accept)[0]
 
     @property
     def accept_precision(self) -> float | None:
-        """The precision, in percent, whose distance is to be found on the val split; None where none is."""
+        """The precision in percent for which the distance is found on the val split; None unless --accept is auto@P."""
         return None if self.accept is None else _acceptance(self.accept)[1]
 
     @property
     def backbone_known(self) -> bool:
-        """Whether the command line, or its default, has the last word on the backbone, rather than a checkpoint."""
+        """Whether the command line, or its default, decides the backbone, rather than a checkpoint."""
         return "backbone" in self.given or self.resume is None or not self.resume.is_file()
 
     @property
@@ -409,43 +435,45 @@ class EvalOptions(Options):
             logger.info("--save_submission: %d images a query are submitted, which are scored", SUBMITTED)
 
     def unused(self, *, encoder: bool) -> list[str]:
-        """What was given and has no part in the evaluation of a model with or without the cross-image encoder."""
+        """A line for each given option that has no effect on a model with or without the cross-image encoder."""
         lines = []
         if "eval_datasets_folder" in self.given and self.map is not None:
-            lines.append("--eval_datasets_folder has no part where a --map is asked")
+            lines.append("--eval_datasets_folder has no effect with --map")
         if "eval_datasets_folder" in self.given and self.plain_folders and not self.pca_dim:
-            lines.append("--eval_datasets_folder has no part where --database_folder and --queries_folder are searched")
+            lines.append("--eval_datasets_folder has no effect with --database_folder and --queries_folder")
         if encoder:
             if "infer_batch_size" in self.given and set(self.encoder_context) == {"independent"}:
-                lines.append(f"--infer_batch_size {self.infer_batch_size} has no part in --encoder_context independent")
+                lines.append(
+                    f"--infer_batch_size {self.infer_batch_size} has no effect with --encoder_context independent"
+                )
             return lines
         if "infer_batch_size" in self.given:
             lines.append(
-                f"--infer_batch_size {self.infer_batch_size} has no part without the cross-image encoder; "
-                "--extraction_batch_size is for speed and memory"
+                f"--infer_batch_size {self.infer_batch_size} has no effect without the cross-image encoder; "
+                "for speed and memory use --extraction_batch_size"
             )
         if "encoder_context" in self.given and set(self.encoder_context) != {"file_order"}:
             lines.append(
-                f"--encoder_context {' '.join(self.encoder_context)} has no part without the cross-image encoder: "
-                "every context is the same, and is evaluated once, as file_order"
+                f"--encoder_context {' '.join(self.encoder_context)} has no effect without the cross-image encoder: "
+                "all contexts give the same descriptors, which are evaluated once, as file_order"
             )
         return lines
 
     def _require_a_part(self) -> None:
-        """Refuses options that would be dropped in silence because of others."""
+        """Refuses options that other options would make ineffective."""
         rules = (
-            ("pca_whiten", self.pca_dim > 0, "--pca_dim"),
-            ("majority_weight", self.test_method == "maj_voting", "--test_method maj_voting"),
-            ("context_seeds", {*DRAWN_CONTEXTS} & {*self.encoder_context}, "--encoder_context shuffled or paired"),
-            ("rerank", self.index == "binary", "--index binary"),
-            ("index_parameters", self.index != "binary", "FAISS's indices, and --index binary has none"),
-            ("context_shift", "unaligned" in self.encoder_context, "--encoder_context unaligned"),
-            ("queries_names", not self.plain_folders, "datasets, and --queries_folder of plain folders"),
-            ("context_seeds", not self.no_labels, "recalls over several orders, which --no_labels has none of"),
+            ("pca_whiten", self.pca_dim > 0, "with --pca_dim"),
+            ("majority_weight", self.test_method == "maj_voting", "with --test_method maj_voting"),
+            ("context_seeds", {*DRAWN_CONTEXTS} & {*self.encoder_context}, "with --encoder_context shuffled or paired"),
+            ("rerank", self.index == "binary", "with --index binary"),
+            ("index_parameters", self.index != "binary", "with a FAISS --index, e.g. IVF4096,PQ64"),
+            ("context_shift", "unaligned" in self.encoder_context, "with --encoder_context unaligned"),
+            ("queries_names", not self.plain_folders, "with datasets (plain folders take --queries_folder)"),
+            ("context_seeds", not self.no_labels, "with labels, for the recalls of several orders (no --no_labels)"),
         )
         for name, has_part, of in rules:
             if name in self.given and not has_part:
-                raise ValueError(f"--{name} is of {of}; leave it out, or give that")
+                raise ValueError(f"--{name} works only {of}; otherwise leave it out")
         self._require_acceptable()
         labels = [
             flag
@@ -458,54 +486,56 @@ class EvalOptions(Options):
             if given
         ]
         if len(labels) > 1:
-            raise ValueError(f"{' and '.join(labels)} each say in their way what is correct; give one of them")
+            raise ValueError(f"{' and '.join(labels)} each define what is correct; give one of them")
         if len(set(self.encoder_context)) < len(self.encoder_context):
-            raise ValueError(f"--encoder_context {' '.join(self.encoder_context)} names one twice; name each once")
+            raise ValueError(
+                f"--encoder_context {' '.join(self.encoder_context)} names a context twice; name each once"
+            )
         if self.no_labels and "paired" in self.encoder_context:
             raise ValueError(
-                "--encoder_context paired: without labels nobody knows whether queries and database images pair up; "
-                "leave out --no_labels, or take shuffled"
+                "--encoder_context paired needs labels, to know whether queries and database images pair up; "
+                "leave out --no_labels, or use shuffled"
             )
         if self.no_labels and len(self.encoder_context) > 1:
             raise ValueError(
                 f"--encoder_context {' '.join(self.encoder_context)}: without labels there are no recalls to compare, "
-                "and matches are those of one context; give one"
+                "and matches are written for one context only; give one"
             )
         for name in ("save_predictions", "save_pairs"):
             asked = getattr(self, name)
             if self.test_method == "maj_voting" and asked > max(self.recall_values):
                 raise ValueError(
-                    f"--{name} {asked}: the depth of the search decides what maj_voting finds, and --recall_values "
-                    f"ends at {max(self.recall_values)}; give no more, or recall values up to it"
+                    f"--{name} {asked}: what maj_voting finds depends on the search depth, the largest of "
+                    f"--recall_values ({max(self.recall_values)}); give no more, or --recall_values up to {asked}"
                 )
         if self.save_map is not None and not self.plain_folders and len(self.eval_dataset_name) > 1:
             raise ValueError("--save_map writes the map of one dataset; give one --eval_dataset_name")
         depth = max(*self.recall_values, self.save_predictions, self.save_pairs)
         if self.index == "binary" and self.rerank < depth:
-            raise ValueError(f"--rerank {self.rerank} is less than the {depth} images a query asked for; use more")
+            raise ValueError(f"--rerank {self.rerank} is less than the {depth} images per query asked for; use more")
         if self.save_submission and self.skip_unreadable:
             raise ValueError(
-                "--save_submission is of every query, and --skip_unreadable leaves some out; give one of the two"
+                "--save_submission needs every query, and --skip_unreadable leaves some out; give one of the two"
             )
         if self.save_submission:
             if self.index is not None:
                 raise ValueError(
-                    "--save_submission: an approximate --index may find fewer images for some queries, and lines of "
-                    "different lengths are not read; leave out --index"
+                    "--save_submission: an approximate --index may find fewer images for some queries, but all lines "
+                    "of the file must have the same length; leave out --index"
                 )
             if self.test_method == "maj_voting" and max(self.recall_values) < SUBMITTED:
                 raise ValueError(
-                    f"--save_submission with --test_method maj_voting, where the depth of the search decides what is "
-                    f"found: {SUBMITTED} images are scored; give --recall_values up to {SUBMITTED}"
+                    f"--save_submission: what --test_method maj_voting finds depends on the search depth, and "
+                    f"{SUBMITTED} images are scored; give --recall_values up to {SUBMITTED}"
                 )
 
     def queries_of(self, dataset: str) -> tuple[str, ...]:
-        """The folders of queries that are searched in a dataset's database."""
+        """The query folders that are evaluated on a dataset's database."""
         named = [name.rpartition(":") for name in self.queries_names]
         return tuple(queries for of, _, queries in named if of in ("", dataset)) or ("queries",)
 
     def _require_sets(self) -> None:
-        """Refuses names of query sets that are of no dataset, lead elsewhere, or stand twice for one dataset."""
+        """Refuses query sets of a dataset that is not evaluated, sets named twice, and several where one is needed."""
         for name in self.queries_names:
             dataset = name.rpartition(":")[0]
             if dataset and dataset not in self.eval_dataset_name:
@@ -516,46 +546,48 @@ class EvalOptions(Options):
         for dataset in self.eval_dataset_name:
             sets = self.queries_of(dataset)
             if len({*sets}) < len(sets):
-                raise ValueError(f"--queries_names {' '.join(self.queries_names)} names a set of {dataset} twice")
+                raise ValueError(
+                    f"--queries_names {' '.join(self.queries_names)} names a set of {dataset} twice; name each once"
+                )
             if len(sets) > 1 and (self.positives_file or self.query_keys):
                 raise ValueError(
-                    f"--positives_file and --query_keys are of one set of queries, and --queries_names has {len(sets)} "
-                    f"of {dataset}; give one"
+                    f"--positives_file and --query_keys apply to one set of queries, but --queries_names names "
+                    f"{len(sets)} of {dataset}; give one"
                 )
 
     def _require_acceptable(self) -> None:
-        """Refuses an --accept that is none, or that has no meaning beside other options."""
+        """Refuses a malformed --accept, or one that other options make meaningless."""
         if self.accept is None:
             return
         if self.test_method == "maj_voting":
             raise ValueError(
-                f"--accept {self.accept}: the votes of --test_method maj_voting lower the distances, which are none "
-                "any more; take another test method, e.g. nearest_crop"
+                f"--accept {self.accept}: with --test_method maj_voting, votes lower the distances, so a threshold "
+                "means nothing; use another test method, e.g. nearest_crop"
             )
         if self.accept_precision is None:
             return
         for flag, given, why in (
-            ("--map", self.map is not None, "a map has none"),
-            ("--database_folder", self.plain_folders, "plain folders have none"),
-            ("--no_labels", self.no_labels, "precision is of labels"),
-            ("--positives_file", self.positives_file is not None, "the file is of the test split only"),
+            ("--map", self.map is not None, "a map has no val split"),
+            ("--database_folder", self.plain_folders, "plain folders have no val split"),
+            ("--no_labels", self.no_labels, "precision needs labels"),
+            ("--positives_file", self.positives_file is not None, "the file covers the test split only"),
         ):
             if given:
                 raise ValueError(
-                    f"--accept {self.accept} takes the distance from the dataset's val split, and beside {flag} that "
-                    f"cannot be: {why}; give a distance, e.g. one that another run's log names"
+                    f"--accept {self.accept} takes the distance from the dataset's val split, which {flag} rules "
+                    f"out: {why}; give a distance, e.g. one from another run's log"
                 )
 
     def _require_of_map(self) -> None:
-        """Refuses options that have no part in asking a map."""
+        """Refuses options that do not apply to the search of a map."""
         foreign = [f"--{name}" for name in self.given if name not in ASKING_A_MAP]
         if foreign:
             raise ValueError(
-                f"{' and '.join(foreign)} {'have' if len(foreign) > 1 else 'has'} no part in asking a --map, which "
-                "holds what its database is and how photos are prepared; leave that out"
+                f"{' and '.join(foreign)} {'do' if len(foreign) > 1 else 'does'} not apply to --map: the map "
+                "defines the database and how photos are prepared; leave that out"
             )
         if self.queries_folder is None:
-            raise ValueError("--map is asked with the photos of a folder; name it by --queries_folder")
+            raise ValueError("--map needs a folder of query photos; give --queries_folder")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -584,20 +616,22 @@ class EvalOptions(Options):
         if self.map is None and bool(self.pca_dim) != (self.pca_dataset_folder is not None):
             raise ValueError("--pca_dim and --pca_dataset_folder go together; give both")
         if not plain and len(self.eval_dataset_name) > 1 and (self.positives_file or self.query_keys):
-            raise ValueError("--positives_file and --query_keys are of one dataset; give one --eval_dataset_name")
+            raise ValueError("--positives_file and --query_keys apply to one dataset; give one --eval_dataset_name")
         if not plain:
             self._require_sets()
         if plain and "eval_dataset_name" in self.given:
             raise ValueError("--eval_dataset_name and --database_folder both say what to search; give one of the two")
         if self.labels_where_known and (self.no_labels or self.positives_file is not None):
             raise ValueError(
-                "--labels_where_known is of labels by positions, which --no_labels and --positives_file do without; "
+                "--labels_where_known applies to labels from positions, and --no_labels and --positives_file use none; "
                 "give one of them"
             )
         if self.index_parameters and self.index is None:
-            raise ValueError(f"--index_parameters {self.index_parameters} are of an --index; give that too")
+            raise ValueError(f"--index_parameters {self.index_parameters} need an --index; give that too")
         if len(set(self.eval_dataset_name)) < len(self.eval_dataset_name):
-            raise ValueError(f"--eval_dataset_name {' '.join(self.eval_dataset_name)} names a dataset twice")
+            raise ValueError(
+                f"--eval_dataset_name {' '.join(self.eval_dataset_name)} names a dataset twice; name each once"
+            )
         for name in (
             "pca_dim",
             "save_predictions",
@@ -608,7 +642,7 @@ class EvalOptions(Options):
         ):
             value = getattr(self, name) or 0
             if not value >= 0:
-                raise ValueError(f"--{name} {value} is {'negative' if value < 0 else 'no number'}; use 0 for none")
+                raise ValueError(f"--{name} {value} is {'negative' if value < 0 else 'not a number'}; use 0 for none")
         _require_positive(self, "context_seeds")
         self._require_a_part()
         if self.val_positive_dist_threshold is not None:
@@ -619,79 +653,91 @@ class EvalOptions(Options):
 class TrainOptions(Options):
     """Options of train.py."""
 
-    eval_dataset_name: str = option("pitts30k", "evaluation dataset: <folder>/<name>/images/<split>/{database,queries}")
-    val_positive_dist_threshold: float = option(25.0, "a database image this near is correct, in metres")
+    eval_dataset_name: str = option(
+        "pitts30k", "evaluation dataset, at <eval_datasets_folder>/<name>/images/<split>/{database,queries}"
+    )
+    val_positive_dist_threshold: float = option(25.0, "a database image within this many metres is correct")
     train_dataset_folder: tuple[Path, ...] | None = option(
         None,
-        "GSV-Cities, or several folders of its form; by default <eval_datasets_folder>/gsv_cities",
+        "GSV-Cities, or several folders in its format; by default <eval_datasets_folder>/gsv_cities",
         nargs="+",
         type=Path,
     )
     resume: str | None = option(
         None,
-        "go on from a run's last_model.pth; auto finds the newest of --save_dir; another file gives its weights",
+        "continue from a run's last_model.pth; auto finds the newest in --save_dir; other files give initial weights",
         type=str,
     )
-    checkpoint_every: int = option(0, "steps between checkpoints within an epoch; 0 writes one an epoch")
+    checkpoint_every: int = option(0, "steps between checkpoints within an epoch; 0 writes one per epoch")
     foundation_model_path: Path | None = option(
         None,
-        "official weights of the backbone, or a checkpoint to take its backbone from; DINOv2's are fetched by default",
+        "official backbone weights, or a checkpoint to take the backbone from; by default DINOv2's are downloaded",
         type=Path,
     )
     cities: tuple[str, ...] = option(
-        (), "cities to train on, of all folders; by default all that are there", nargs="+", type=str
+        (), "cities to train on, from any of the folders; by default all", nargs="+", type=str
     )
-    images_per_place: int = option(4, "images of a place in a batch; places with fewer are left out")
-    antialias: bool = option(False, "antialias the evaluation resize (the published protocol does not)")
-    train_resize: tuple[int, int] = option((224, 224), "height and width of training images", nargs=2, type=int)
-    randaugment_ops: int = option(3, "RandAugment operations an image; 0 for none")
+    images_per_place: int = option(4, "images per place in a batch; places with fewer are left out")
+    antialias: bool = option(False, "antialias the resize of evaluated images (the published protocol does not)")
+    train_resize: tuple[int, int] = option(
+        (224, 224), "height and width of training images in pixels", nargs=2, type=int
+    )
+    randaugment_ops: int = option(3, "RandAugment operations per image; 0 for none")
     place_order: str = option(
         "fixed",
-        "keep the first epoch's order; draw a new one each epoch; or, from the second on, put places that the model "
-        "confuses into a batch",
+        "order of the places. fixed: the same in every epoch; reshuffled: a new one in each; similar: from the second "
+        "epoch on, places that the model confuses share a batch",
         choices=("fixed", "reshuffled", "similar"),
     )
 
     freeze_te: int | None = option(
-        8, "train the backbone's blocks from this one on; none trains all of it", type=freeze_te, metavar="{N,none}"
+        8,
+        "train the backbone's blocks from this index on; none trains the whole backbone",
+        type=freeze_te,
+        metavar="{N,none}",
     )
-    train_batch_size: int = option(120, "places a batch, of all GPUs together")
-    epochs_num: int = option(20, "epochs at most; 0 writes and evaluates the initialised model")
+    train_batch_size: int = option(120, "places per batch, over all GPUs together")
+    epochs_num: int = option(20, "maximum number of epochs; 0 saves and evaluates the initialised model")
     patience: int = option(3, "stop after this many epochs without a better validation R@1 + R@5")
-    lr: float = option(5e-5, "learning rate, at its highest")
+    lr: float = option(5e-5, "peak learning rate")
     lr_schedule: str = option(
         "halving",
-        "halve rates every third epoch, or take them to --lr_end_factor by the end of --epochs_num",
+        "halving: halve the rates every third epoch; linear, cosine: lower them to --lr_end_factor by the last epoch",
         choices=("halving", "linear", "cosine"),
     )
-    warmup_steps: int = option(0, "steps in which learning rates rise before the schedule begins; 0 for none")
-    lr_end_factor: float = option(0.0, "what linear and cosine schedules end at, as a share of the learning rate")
+    warmup_steps: int = option(0, "warm-up steps before the schedule begins; 0 for none")
+    lr_end_factor: float = option(0.0, "end of the linear and cosine schedules, as a fraction of the peak rate")
     lr_encoder: float = option(1e-4, "learning rate of the cross-image encoder")
     encoder_training: str = option(
         "released",
-        "train the encoder for its first step only, as the released script does, or every step, as the paper says",
+        "released: train the encoder in the first step only, as the released script does; every_step: in all steps, as "
+        "the paper says",
         choices=("released", "every_step"),
     )
     optim: str = option("adam", "optimiser", choices=("adam", "adamw", "sgd"))
     weight_decay: float | None = option(
-        None, "of all weights; by default the optimiser's own: adam 0, adamw 9.5e-9, sgd 0.001", type=float
+        None, "weight decay; by default the optimiser's own: adam 0, adamw 9.5e-9, sgd 0.001", type=float
     )
-    precision: str = option("fp32", "arithmetic of the training step", choices=("fp32", "tf32", "bf16", "fp16"))
+    precision: str = option("fp32", "precision of the training step", choices=("fp32", "tf32", "bf16", "fp16"))
     val_precision: str = option(
         "fp32",
-        "arithmetic of the backbone in validation, which picks the best model; the test split is evaluated in fp32 "
-        "(either fp32 is tf32 beside --precision tf32)",
+        "precision of the backbone in validation, which picks the best model; the test split is evaluated in fp32 "
+        "(with --precision tf32, both fp32 are tf32)",
         choices=("fp32", "bf16", "fp16"),
     )
-    mixed_precision: bool = option(False, "the released name of --precision fp16")
-    deterministic: bool = option(False, "the same bits from run to run on a GPU too, by slower kernels")
-    clip_grad_norm: float = option(0.0, "largest L2 norm of all gradients together; 0 does not clip")
-    activation_checkpointing: bool = option(False, "compute trained blocks twice rather than keep their activations")
-    grad_cache_chunk: int = option(0, "images in memory at a time in the backbone's backward pass; 0 for all of them")
+    mixed_precision: bool = option(False, "the released code's name for --precision fp16")
+    deterministic: bool = option(False, "repeat runs to the last bit on a GPU too, with slower kernels")
+    clip_grad_norm: float = option(0.0, "clip the L2 norm of all gradients together to this; 0 for no clipping")
+    activation_checkpointing: bool = option(
+        False, "recompute the activations of trained blocks in the backward pass instead of keeping them"
+    )
+    grad_cache_chunk: int = option(
+        0, "images whose backbone activations are kept at a time in the backward pass; 0 for all"
+    )
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The options that decide what a training run computes; the others may change when it goes on."""
+        """The options that decide what a training run computes; the others may change when it is resumed."""
         free = {"resume", "save_dir", "epochs_num", "patience", "device", "num_workers", "checkpoint_every"}
         free |= {"extraction_batch_size", "mixed_precision"}
         # These only round differently.
@@ -700,12 +746,12 @@ class TrainOptions(Options):
         if self.lr_schedule != "halving":  # it ends with the last epoch
             free -= {"epochs_num"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}
-        # Where files lie may change, what they hold may not.
+        # Paths may change, what the files hold may not.
         return {f"--{name}": value for name, value in values.items() if not _is_path(value)}
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What holds for each option that a command line does not name."""
+        """The default of each option."""
         return {f"--{entry.name}": entry.default for entry in fields(self)}
 
     def __post_init__(self) -> None:
@@ -715,11 +761,11 @@ class TrainOptions(Options):
         object.__setattr__(self, "eval_dataset_name", _dataset_name(self.eval_dataset_name))
         for name in ("lr_encoder", "encoder_training"):
             if name in self.given and not self.crossimage_encoder:
-                logger.warning("--%s has no part without --crossimage_encoder", name)
+                logger.warning("--%s has no effect without --crossimage_encoder", name)
         if "lr_end_factor" in self.given and self.lr_schedule == "halving":
-            logger.warning("--lr_end_factor has no part in --lr_schedule halving")
+            logger.warning("--lr_end_factor has no effect with --lr_schedule halving")
         if self.foundation_model_path is not None and self.resume not in (None, "auto"):
-            logger.warning("--foundation_model_path has no part: --resume %s gives all weights", self.resume)
+            logger.warning("--foundation_model_path has no effect: --resume %s gives all weights", self.resume)
         _require_patches("--train_resize", self.train_resize, BACKBONES[self.backbone].patch_size)
         _require_positive(self, "images_per_place", "train_batch_size", "patience", "lr", "lr_encoder")
         _require_positive(self, "val_positive_dist_threshold")
@@ -728,11 +774,13 @@ class TrainOptions(Options):
             "weight_decay",
         ):  # fmt: skip
             if not (getattr(self, name) or 0) >= 0:
-                raise ValueError(f"--{name} {getattr(self, name)} is negative or no number; use 0 for none")
+                raise ValueError(f"--{name} {getattr(self, name)} is negative or not a number; use 0 for none")
         if not 0 <= self.lr_end_factor <= 1:
-            raise ValueError(f"--lr_end_factor {self.lr_end_factor} is no share of the learning rate; use 0 to 1")
+            raise ValueError(f"--lr_end_factor {self.lr_end_factor} is not a fraction of the learning rate; use 0 to 1")
         if self.images_per_place < 2:
-            raise ValueError(f"--images_per_place {self.images_per_place} leaves no pair of a place; use 2 or more")
+            raise ValueError(
+                f"--images_per_place {self.images_per_place} gives no two images of the same place; use 2 or more"
+            )
         if len(set(self.cities)) < len(self.cities):
             raise ValueError(f"--cities {' '.join(self.cities)} names a city twice; name each once")
         if self.mixed_precision:
@@ -740,7 +788,7 @@ class TrainOptions(Options):
                 raise ValueError(f"--mixed_precision means --precision fp16, not {self.precision}; give one of the two")
             object.__setattr__(self, "precision", "fp16")
         if self.freeze_te is not None and self.freeze_te < 0:
-            raise ValueError(f"--freeze_te {self.freeze_te} is not a number of blocks; use 0 and above, or none")
+            raise ValueError(f"--freeze_te {self.freeze_te} is not a number of blocks; use 0 or above, or none")
         self._require_blocks_to_train()
 
     def _require_blocks_to_train(self) -> None:
@@ -752,23 +800,25 @@ class TrainOptions(Options):
                 f"--freeze_te {self.freeze_te} freezes more blocks than the {blocks} that this backbone has; "
                 f"use 0 to {blocks}, or none to train everything"
             )
-        logger.warning("--freeze_te %d of %d blocks: nothing of the backbone is trained", self.freeze_te, blocks)
+        logger.warning(
+            "--freeze_te %d freezes all %d blocks: nothing of the backbone is trained", self.freeze_te, blocks
+        )
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 def _dataset_name(name: str) -> str:
-    """The name of a dataset as a path below the folder of datasets, which is its path below the run's folder too.
+    """A dataset's name as a path below the folder of datasets, and below the run's folder.
 
     Raises:
-        ValueError: it leads out of there, and so would the results.
+        ValueError: the path leaves that folder, and the results would too.
     """
     return _folder_name("--eval_dataset_name", name, "--eval_datasets_folder")
 
 
 def _queries_name(name: str) -> str:
-    """A folder of queries, perhaps with `<dataset>:` in front, likewise."""
+    """The same for a folder of queries, with an optional `<dataset>:` in front."""
     dataset, colon, queries = name.rpartition(":")
     queries = _folder_name("--queries_names", queries, "the folder that holds the database")
     if colon:
@@ -780,8 +830,8 @@ def _folder_name(flag: str, name: str, above: str) -> str:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or not parts:
         raise ValueError(
-            f"{flag} {name!r} is not the name of a folder below {above}; put it there, and give its name here, without "
-            ".. and not absolute"
+            f"{flag} {name!r} is not the name of a folder below {above}; put it there, and give its relative "
+            "path, without .."
         )
     return "/".join(parts)
 
@@ -798,14 +848,12 @@ def _acceptance(text: str) -> tuple[float | None, float | None]:
     except ValueError:
         value = math.nan
     if asked != text and not 0 < value <= 100:
-        raise ValueError(
-            f"--accept {text}: auto@ is followed by a precision in percent, above 0 and up to 100: auto@99"
-        )
+        raise ValueError(f"--accept {text}: auto@ takes a precision in percent, above 0 and up to 100, e.g. auto@99")
     if not 0 < value < math.inf:
-        kind = "not above 0" if value <= 0 else "not finite" if value == math.inf else "no number"
+        kind = "not above 0" if value <= 0 else "not finite" if value == math.inf else "not a number"
         raise ValueError(
-            f"--accept {text} is {kind}; give a squared distance of descriptors as in predictions.csv, above 0, or "
-            "auto@99 for that of 99% precision on the val split"
+            f"--accept {text} is {kind}; give a squared descriptor distance above 0, as in predictions.csv, or "
+            "auto@99 for the distance of 99% precision on the val split"
         )
     return (None, value) if asked != text else (value, None)
 
@@ -830,17 +878,17 @@ def _require_positive(options: Options, *names: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Speaks once for all the processes that torchrun started on a machine.
+    """Prints once for all the processes that torchrun started on a machine.
 
     Attributes:
-        source: where what is read now comes from, where that is not the command line.
+        source: where the options being read come from, if not from the command line.
     """
 
     source = ""
 
     @property
     def silent(self) -> bool:
-        """Whether another process of this machine says the same."""
+        """Whether another process on this machine prints the same."""
         return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
     def _print_message(self, message: str, file: Any = None) -> None:  # --help, --version and errors come here
@@ -849,7 +897,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if self.silent:
-            time.sleep(5)  # torchrun ends all once one has left, and the one that speaks should come to it
+            time.sleep(5)  # torchrun stops all once one has exited: let the one that prints come first
             self.exit(2)
         super().error(self.source + message)
 
@@ -863,26 +911,26 @@ def version() -> str:
 
 
 def _is_path(value: Any) -> bool:
-    """Whether it is a path, or several."""
+    """Whether a value is a path, or several."""
     return isinstance(value, Path) or (isinstance(value, tuple) and bool(value) and all(map(_is_path, value)))
 
 
 def _at_home(value: Any) -> Any:
-    """A path, or each of several, with its ~ replaced."""
+    """A path, or each of several, with its ~ expanded."""
     if isinstance(value, tuple):
         return tuple(map(_at_home, value))
     return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def _unknown(words: Sequence[str], flags: Sequence[str], other: type[Options]) -> str:
-    """What to say of words on the command line that are neither options nor their values."""
+    """The message for words on the command line that are neither options nor their values."""
     misspelt = [word.split("=")[0] for word in words if word.startswith("-")] or [words[0]]
     messages = []
     for word in misspelt:
         name = word.lstrip("-").replace("-", "_")
         message = f"unknown option {word}"
         if f"--{name}" not in flags and name in {entry.name for entry in fields(other) if entry.metadata}:
-            message += f", it is one of {'train.py' if other is TrainOptions else 'eval.py'}"
+            message += f", it is an option of {'train.py' if other is TrainOptions else 'eval.py'}"
         elif near := get_close_matches(f"--{name}", flags, n=1):
             message += f", did you mean {near[0]}?"
         messages.append(message)
@@ -890,12 +938,12 @@ def _unknown(words: Sequence[str], flags: Sequence[str], other: type[Options]) -
 
 
 def _split_values(word: str, argv: Sequence[str], several: Sequence[str]) -> str:
-    """What to say of a word that was meant as the second value of an option, behind a first one joined to it by =."""
+    """The message for a second value after `--option=value`, which takes only one; empty if that is not the case."""
     before = argv[: argv.index(word)]
     flag, joined, first = next((given for given in before[::-1] if given.startswith("-")), "").partition("=")
     if word.startswith("-") or not joined or flag not in several:
         return ""
-    return f"{flag}={first} {word}: behind = there is one value only; write {flag} {first} {word}"
+    return f"{flag}={first} {word}: only one value can follow =; write {flag} {first} {word}"
 
 
 def _names(options_class: type[Options]) -> dict[str, Any]:
@@ -1100,7 +1148,7 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
     logger.disabled = parser.silent
     values: dict[str, Any] = vars(given)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    # Shells leave a ~ behind = as it is; so does os.path where there is no such user.
+    # A shell does not expand a ~ after =; os.path leaves it where there is no such user.
     values = {name: _at_home(value) for name, value in values.items()}
     if isinstance(values.get("resume"), str):
         values["resume"] = os.path.expanduser(values["resume"])

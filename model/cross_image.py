@@ -6,8 +6,8 @@ from torch import Tensor, nn
 class CrossImageEncoder(nn.TransformerEncoder):
     """Lets each of the K cluster vectors of an image attend to the same cluster of the other images in the batch.
 
-    The attention has no positions, so it is equivariant to the order of the batch, yet each image's result depends on
-    which images share its batch. Both layers start as equal copies, with PyTorch's default initialisation.
+    The attention has no positions, so the order of the batch does not matter, but each image's result depends on which
+    images share its batch. Both layers start as equal copies, with PyTorch's default initialisation.
 
     Args:
         dim: channels D of a cluster vector, a multiple of 16.
@@ -21,15 +21,15 @@ class CrossImageEncoder(nn.TransformerEncoder):
     def forward(self, vectors: Tensor) -> Tensor:  # type: ignore[override]
         """Encodes the cluster vectors of B images, B x K x D to B x K x D: the BATCH is the sequence.
 
-        Presented as 1 x B*K x D instead, every image is encoded as if it were alone in its batch.
+        Reshaped to 1 x B*K x D, every image would be encoded as if it were alone in its batch.
         """
         return super().forward(vectors)
 
     def layer_difference(self) -> float:
         """The largest difference between the two layers' weights.
 
-        The layers start equal, so a difference far below the weights' own size shows an encoder that was hardly
-        trained: a step of Adam moves no weight by more than its learning rate, and the layers apart by twice that.
+        The layers start equal, so a difference far below the size of the weights means that the encoder was hardly
+        trained: one step of Adam moves each weight by at most the learning rate, and the layers apart by twice that.
         """
         first, second = (layer.parameters() for layer in self.layers)
         return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))

@@ -17,7 +17,7 @@ class SwiGlu(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        # Two thirds of the plain MLP's width, so that three matrices cost what two did, rounded up to a multiple of 8.
+        # Two thirds of the plain MLP's width (three matrices then cost what two did), rounded up to a multiple of 8.
         hidden = (8 * channels // 3 + 7) // 8 * 8
         self.w12 = nn.Linear(channels, 2 * hidden)
         self.w3 = nn.Linear(hidden, channels)
@@ -28,14 +28,14 @@ class SwiGlu(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """A DINOv2 vision transformer that turns images into a map of local features.
+    """A DINOv2 vision transformer that turns images into a grid of local features.
 
     Args:
-        size: the member of the family, a value of `BACKBONES`.
+        size: one of the values of `BACKBONES`.
 
     Attributes:
-        activation_checkpointing: keep only the input of each trained block for the backward pass and compute the block
-            again there: less memory, a quarter more time.
+        activation_checkpointing: keep only the input of each trained block for the backward pass, and recompute the
+            block there: less memory, a quarter more time.
 
     Source: https://github.com/facebookresearch/dinov2, whose `dinov2_vit*14*_pretrain.pth` files load with strict=True.
     """
@@ -49,19 +49,19 @@ class DINOv2(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, size.channels))
         if size.registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, size.registers, size.channels))
-        # Only DINOv2's own pre-training uses it; it is here because the official files hold it.
+        # Only DINOv2's own pre-training uses it; it is here because the official files have it.
         self.mask_token = nn.Parameter(torch.zeros(1, size.channels), requires_grad=False)
         self.patch_embed = PatchEmbed(size.channels, size.patch_size)
         self.blocks = nn.ModuleList(self._block(size) for _ in range(size.kept_blocks))
         self.norm = nn.LayerNorm(size.channels, eps=1e-6)
         self._resampled: tuple[tuple[int, int], Tensor, int, Tensor] | None = None  # see `position_embedding`
-        # Published weights replace all of this. From scratch (dino_tiny) positions as strong as these were measured to
-        # learn faster than DINOv2's own 0.02.
+        # Published weights replace all of this. From scratch (dino_tiny), this standard deviation was measured to learn
+        # faster than DINOv2's own 0.02.
         nn.init.trunc_normal_(self.pos_embed, std=0.2)
 
     @staticmethod
     def _block(size: BackboneSize) -> Block:
-        attn = Attention(size.channels, size.heads)  # before the MLP: of random weights the order is part
+        attn = Attention(size.channels, size.heads)  # before the MLP: the order decides the random weights
         mlp = SwiGlu(size.channels) if size.swiglu else Mlp(size.channels)
         return Block(size.channels, attn=attn, mlp=mlp, eps=1e-6)
 
@@ -71,39 +71,39 @@ class DINOv2(nn.Module):
         return self.size.channels
 
     def freeze(self, freeze_te: int | None) -> None:
-        """Chooses what is trained; what lies below the first trained block then keeps no activations either.
+        """Chooses what is trained; layers below the first trained block keep no activations.
 
         Args:
             freeze_te: train the blocks from this index on; the patch embedding, the tokens, the position embedding and
-                the final norm are frozen. None trains everything (but the mask token, which has no part in the output).
+                the final norm are frozen. None trains everything but the mask token, which does not affect the output.
 
         Raises:
-            ValueError: there are fewer blocks than that.
+            ValueError: the backbone has fewer blocks.
         """
         freeze_blocks(self, self.blocks, freeze_te)
         self.mask_token.requires_grad_(False)
 
     def compile_blocks(self) -> None:
-        """Compiles the blocks by torch.compile when they are first called, see `vit.compile_each`."""
+        """Compiles the blocks with torch.compile at their first call, see `vit.compile_each`."""
         compile_each(self.blocks)
 
     def train(self, mode: bool = True) -> "DINOv2":
-        """As every module's; also forgets the resampled position embedding, since not all that writes weights counts
-        as a change (broadcasting them does not)."""
+        """As in nn.Module; also drops the cached position embedding, since some ways to write weights, such as
+        broadcasting them, leave their version number as it was."""
         self._resampled = None
         super().train(mode)
         return self
 
     def position_embedding(self, h: int, w: int) -> Tensor:
-        """The position embedding resampled to h x w patches, with the class token's in front: 1 x (1+h*w) x C.
+        """The position embedding resampled to h x w patches, with the class token's first: 1 x (1+h*w) x C.
 
-        Where no gradient is taken of it, the last one is kept until the weights or the size change.
+        Without a gradient, the last one is cached until the weights or the size change.
         """
         grid, weights = self.size.image_size // self.size.patch_size, self.pos_embed
         if (h, w) == (grid, grid):
             return weights
         trained = torch.is_grad_enabled() and weights.requires_grad
-        if trained or torch.compiler.is_compiling() or weights.is_inference():  # the last count no changes
+        if trained or torch.compiler.is_compiling() or weights.is_inference():  # the last have no version number
             return self._position_embedding(h, w)
         if self._resampled is not None:
             size, seen, version, kept = self._resampled
@@ -112,7 +112,7 @@ class DINOv2(nn.Module):
                 return kept
         with torch.inference_mode(False), torch.no_grad():
             kept = self._position_embedding(h, w)
-        # The alias of the weights keeps their address from being given to others.
+        # The alias of the weights keeps their address from being reused.
         self._resampled = (h, w), weights.detach(), weights._version, kept
         return kept
 
@@ -120,7 +120,7 @@ class DINOv2(nn.Module):
         grid = self.size.image_size // self.size.patch_size
         cls_position, positions = self.pos_embed.float().split([1, grid**2], dim=1)
         if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled() and self.pos_embed.requires_grad:
-            # On a GPU the resampling's gradient is added up in no fixed order; a matrix product's is.
+            # On a GPU the gradient of the resampling is summed in no fixed order; that of a matrix product is.
             basis = torch.eye(grid**2, device=positions.device).view(1, grid**2, grid, grid)
             resampled = self._resample(basis, h, w).flatten(2).transpose(1, 2) @ positions  # (1, h*w, C)
         else:
@@ -133,12 +133,12 @@ class DINOv2(nn.Module):
         grid = positions.shape[-1]
         if self.size.registers:
             return F.interpolate(positions, size=(h, w), mode="bicubic", antialias=True)
-        # The weights were trained with this 0.1: it shifts the sampling positions, so size= gives other features.
+        # The weights were trained with this 0.1, which shifts the sampling positions; size= would give other features.
         scale = ((h + 0.1) / grid, (w + 0.1) / grid)
         return F.interpolate(positions, scale_factor=scale, mode="bicubic")
 
     def tokens(self, images: Tensor) -> Tensor:
-        """The final-norm tokens of normalised images B x 3 x H x W: B x T x C, class token and registers in front.
+        """The tokens after the final norm, for normalised images B x 3 x H x W: B x T x C, patches last.
 
         Raises:
             ValueError: H or W is not a multiple of 14.
@@ -155,10 +155,10 @@ class DINOv2(nn.Module):
         """Local features of normalised images.
 
         Args:
-            images: B x 3 x H x W, sides multiples of 14, ImageNet mean and standard deviation taken out.
+            images: B x 3 x H x W, sides multiples of 14, normalised by ImageNet's mean and standard deviation.
 
         Returns:
-            B x C x h x w, the final-norm patch tokens on their grid.
+            B x C x h x w, the patch tokens after the final norm, on their grid.
         """
         h, w = grid_of(images, self.size)
         patches = self.tokens(images)[:, 1 + self.size.registers :]  # (B, h*w, C)

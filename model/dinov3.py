@@ -1,8 +1,8 @@
 """The DINOv3 vision transformers (Siméoni et al. 2025) with the parameter names of the official weight files.
 
-Beside DINOv2: patches of 16 x 16 pixels; no position embedding, but queries and keys of the patches are rotated by
-angles that tell where they lie, on any grid; registers always; a mask on the bias of queries, keys and values. The
-random rescaling of coordinates in DINOv3's own training is left out: blocks computed twice would see two of them.
+Unlike DINOv2: patches of 16 x 16 pixels; rotary position embedding instead of a learned one, so that any grid works;
+always registers; a mask on the bias of queries, keys and values. The random rescaling of coordinates in DINOv3's own
+training is left out: blocks that are recomputed in the backward pass would see another one.
 
 Shapes: B images, H x W pixels, h x w = H/16 x W/16 patches, T tokens (class token, registers, h*w patches),
 C channels, heads of hs channels.
@@ -19,7 +19,7 @@ from .vit import Attention, Block, Mlp, PatchEmbed, compile_each, freeze_blocks,
 
 
 class MaskedQkv(nn.Linear):
-    """Queries, keys and values, whose bias counts times a mask of the weight file: keys have none."""
+    """Queries, keys and values; the bias is multiplied by a mask from the weight file, so that keys have none."""
 
     bias_mask: Tensor
 
@@ -33,7 +33,7 @@ class MaskedQkv(nn.Linear):
 
 
 class RotaryEmbedding(nn.Module):
-    """The angles that the patches of a grid are rotated by, for heads of hs channels."""
+    """The rotary angles of the patches of a grid, for heads of hs channels."""
 
     periods: Tensor
 
@@ -43,7 +43,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("periods", 100.0**exponents)  # (hs/4,)
 
     def forward(self, h: int, w: int, unmoved: int) -> Tensor:
-        """Cosines and sines for h x w patches behind `unmoved` tokens, which are not rotated.
+        """Cosines and sines for h x w patches after `unmoved` tokens, which are not rotated.
 
         Returns:
             2 x (unmoved + h*w) x hs/2, fp32: first the angles of the rows, then those of the columns.
@@ -58,14 +58,14 @@ class RotaryEmbedding(nn.Module):
 
 
 class DINOv3(nn.Module):
-    """A DINOv3 vision transformer that turns images into a map of local features.
+    """A DINOv3 vision transformer that turns images into a grid of local features.
 
     Args:
-        size: the member of the family, a value of `BACKBONES`.
+        size: one of the values of `BACKBONES`.
 
     Attributes:
-        activation_checkpointing: keep only the input of each trained block for the backward pass and compute the block
-            again there.
+        activation_checkpointing: keep only the input of each trained block for the backward pass, and recompute the
+            block there.
 
     Source: the paper, and the names in the `dinov3_vit*16_pretrain_*.pth` files, which load with strict=True.
     """
@@ -77,7 +77,7 @@ class DINOv3(nn.Module):
         C = size.channels
         self.cls_token = nn.Parameter(torch.empty(1, 1, C))
         self.storage_tokens = nn.Parameter(torch.empty(1, size.registers, C))
-        # Only DINOv3's own pre-training uses it; it is here because the official files hold it.
+        # Only DINOv3's own pre-training uses it; it is here because the official files have it.
         self.mask_token = nn.Parameter(torch.zeros(1, C), requires_grad=False)
         self.rope_embed = RotaryEmbedding(size.head_channels)
         self.patch_embed = PatchEmbed(C, size.patch_size)
@@ -86,7 +86,7 @@ class DINOv3(nn.Module):
             for _ in range(size.kept_blocks)
         )
         self.norm = nn.LayerNorm(C, eps=1e-5)
-        # Published weights replace these. Equal ones would stay equal.
+        # Published weights replace these. Tokens that start equal would stay equal.
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.storage_tokens, std=0.02)
 
@@ -96,24 +96,24 @@ class DINOv3(nn.Module):
         return self.size.channels
 
     def freeze(self, freeze_te: int | None) -> None:
-        """Chooses what is trained; what lies below the first trained block then keeps no activations either.
+        """Chooses what is trained; layers below the first trained block keep no activations.
 
         Args:
             freeze_te: train the blocks from this index on; the patch embedding, the tokens and the final norm are
-                frozen. None trains everything (but the mask token, which has no part in the output).
+                frozen. None trains everything but the mask token, which does not affect the output.
 
         Raises:
-            ValueError: there are fewer blocks than that.
+            ValueError: the backbone has fewer blocks.
         """
         freeze_blocks(self, self.blocks, freeze_te)
         self.mask_token.requires_grad_(False)
 
     def compile_blocks(self) -> None:
-        """Compiles the blocks by torch.compile when they are first called, see `vit.compile_each`."""
+        """Compiles the blocks with torch.compile at their first call, see `vit.compile_each`."""
         compile_each(self.blocks)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """The final-norm tokens of normalised images B x 3 x H x W: B x T x C, class token and registers in front.
+        """The tokens after the final norm, for normalised images B x 3 x H x W: B x T x C, patches last.
 
         Raises:
             ValueError: H or W is not a multiple of 16.
@@ -129,10 +129,10 @@ class DINOv3(nn.Module):
         """Local features of normalised images.
 
         Args:
-            images: B x 3 x H x W, sides multiples of 16, ImageNet mean and standard deviation taken out.
+            images: B x 3 x H x W, sides multiples of 16, normalised by ImageNet's mean and standard deviation.
 
         Returns:
-            B x C x h x w, the final-norm patch tokens on their grid.
+            B x C x h x w, the patch tokens after the final norm, on their grid.
         """
         h, w = grid_of(images, self.size)
         patches = self.tokens(images)[:, 1 + self.size.registers :]  # (B, h*w, C)

@@ -1,19 +1,19 @@
-"""Writes a checkpoint for programs without this repository: ONNX, or safetensors.
+"""Exports a checkpoint as ONNX or safetensors, for programs without this repository.
 
     python -m model.export --resume SuperVLAD --resize 322 322 --output supervlad.onnx
     python -m model.export --resume best_model.pth --output supervlad.safetensors
 
-The ONNX file takes `images`, B x 3 x H x W in [0, 1] with ImageNet's mean and standard deviation taken out, of any B
-and of the one size that it was written for, and gives `descriptors`, B x K*D. It is compared with PyTorch before it is
-put into place.
+The ONNX file takes `images`, B x 3 x H x W in [0, 1] normalised by ImageNet's mean and standard deviation, with any B
+but only the size that it was exported for, and returns `descriptors`, B x K*D. It is compared with PyTorch before it
+is put into place.
 The safetensors file is another form of the checkpoint, which eval.py and train.py read.
-With `--pca`, the model ends with the PCA that `eval.py --pca_dim` fitted on its descriptors: they have fewer numbers,
-and unit norm again; metadata say it as `pca`, and eval.py applies it without being asked.
-Both carry as metadata, in JSON, what the model is (`model`) and how photos become images: `resize` (height and width),
-`antialias`, `upright` (turned as EXIF says), `mean` and `std`; by default as the checkpoint says, if it was exported,
-else as eval.py prepares those of plain folders, which follows a safetensors file in turn. `validated_at` is the size at
-which the model was validated, where that is known.
-With the cross-image encoder the images of a batch look at each other: a descriptor depends on them.
+With `--pca`, the model ends with the PCA that `eval.py --pca_dim` fitted on its descriptors: they have fewer
+dimensions, and unit norm again; the metadata have it as `pca`, and eval.py applies it without being asked.
+Both files store as JSON metadata the options of the model (`model`) and how photos are prepared: `resize` (height and
+width), `antialias`, `upright` (turned as EXIF says), `mean` and `std`. The defaults are those of the checkpoint, if it
+was exported, else those of eval.py for plain folders; eval.py in turn follows a safetensors file. `validated_at` is the
+size at which the model was validated, if known.
+With the cross-image encoder, a descriptor depends on the other images in the batch.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def version() -> str:
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; a mistake in it ends the program with status 2."""
+    """Reads the command line; an error in it ends the program with status 2."""
     parser = argparse.ArgumentParser(
         prog="python -m model.export",
         usage="%(prog)s --resume FILE --output FILE [--option value ...]; --help lists all options",
@@ -59,27 +59,34 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--resize",
             type=int,
             nargs=2,
-            help="height and width of the images; by default the file's own, else the backbone's, 322 322 or 320 320",
+            help="height and width of the images; by default as the file says, else the backbone's, 322 322 or 320 320",
         ),
         parser.add_argument(
-            "--antialias", action=either, help="how photos are to be resized; by default the file's own, else so"
+            "--antialias", action=either, help="whether to antialias the resize; by default as the file says, else yes"
         ),
         parser.add_argument(
-            "--upright", action=either, help="whether EXIF turns photos; by default the file's own, else so"
+            "--upright",
+            action=either,
+            help="whether to turn photos as EXIF says; by default as the file says, else yes",
         ),
         parser.add_argument(
-            "--pca", type=Path, help="the pca.pth of an evaluation with --pca_dim, to become the model's last part"
+            "--pca", type=Path, help="pca.pth of an evaluation with --pca_dim, to add as the last part of the model"
         ),
-        parser.add_argument("--backbone", choices=tuple(BACKBONES), help="by default the file's own, else dino"),
+        parser.add_argument(
+            "--backbone", choices=tuple(BACKBONES), help="backbone; by default as the file says, else dino"
+        ),
         parser.add_argument(
             "--backbone_blocks",
             type=int,
-            help="blocks of the backbone, the first ones; by default the file's own, else all",
+            help="number of backbone blocks, counted from the first; by default as the file says, else all",
         ),
-        parser.add_argument("--supervlad_clusters", type=int, help="by default the file's own, else 4"),
-        parser.add_argument("--ghost_clusters", type=int, help="by default the file's own, else 1"),
+        parser.add_argument("--supervlad_clusters", type=int, help="clusters K; by default as the file says, else 4"),
+        parser.add_argument("--ghost_clusters", type=int, help="ghost clusters; by default as the file says, else 1"),
         parser.add_argument(
-            "--crossimage_encoder", action="store_true", default=None, help="if the file does not tell"
+            "--crossimage_encoder",
+            action="store_true",
+            default=None,
+            help="the model has the encoder across the batch; only needed if the file does not say so",
         ),
     ]
     found, unknown = parser.parse_known_args(argv)
@@ -92,12 +99,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if found.output.is_dir():
         parser.error(f"--output {found.output} is a folder; name a file in it, .onnx or .safetensors")
     if found.output.suffix.lower() not in (".onnx", ".safetensors"):
-        parser.error(f"--output {found.output} is neither .onnx nor .safetensors; name it one of the two")
+        parser.error(f"--output {found.output} is neither .onnx nor .safetensors; use one of the two suffixes")
     if not found.output.parent.is_dir():
-        parser.error(f"--output {found.output}: there is no folder {found.output.parent}; make it first")
+        parser.error(f"--output {found.output}: there is no folder {found.output.parent}; create it first")
     if not os.access(found.output.parent, os.W_OK | os.X_OK):
-        parser.error(f"--output {found.output}: {found.output.parent} may not be written to; name another folder")
-    if found.resize and (found.backbone or not found.resume.is_file()):  # else the file says of which backbone it is
+        parser.error(f"--output {found.output}: {found.output.parent} is not writable; name another folder")
+    if found.resize and (found.backbone or not found.resume.is_file()):  # else the file names the backbone
         try:
             require_patches("--resize", found.resize, BACKBONES[found.backbone or "dino"])
         except ValueError as error:
@@ -105,13 +112,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return found
 
 
-_stopped: list[int] = []  # by which signal; where PyTorch imports itself it makes other errors of SystemExit
+_stopped: list[int] = []  # the signal; during its own import PyTorch turns SystemExit into other errors
 
 
 def _leave(signum: int, _: FrameType | None) -> None:
     _stopped.append(signum)
     for other in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(other, signal.SIG_IGN)  # a second one would come between what is cleaned up
+        signal.signal(other, signal.SIG_IGN)  # a second one would interrupt the clean-up
     raise SystemExit(128 + signum)
 
 
@@ -122,7 +129,7 @@ def _leave_if_stopped() -> None:
 
 @contextmanager
 def _left_on_signals() -> Iterator[None]:
-    """Within the block Ctrl-C and SIGTERM end the program with 130 and 143, once temporary folders are gone."""
+    """Within the block, Ctrl-C and SIGTERM remove temporary folders and end the program with status 130 and 143."""
     previous = {signum: signal.signal(signum, _leave) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -135,7 +142,7 @@ def _left_on_signals() -> Iterator[None]:
 if __name__ == "__main__":
     for _signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_signum, _leave)
-    arguments()  # before the seconds of importing the rest: a mistake is answered at once
+    arguments()  # before the slow imports, so that an error is reported at once
 
 import importlib
 import json
@@ -162,26 +169,26 @@ from .weights import (
     validated_size_of,
 )
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which are taken out of photos in [0, 1]
-RELEASED_SIZE = (322, 322)  # at which the released models were validated
-TOLERANCE = 1e-4  # between a number of a descriptor from ONNX Runtime and from PyTorch
-ONE_FILE = 1_800_000_000  # bytes of weights; what is larger goes into a second file, since protobuf ends at 2 GiB
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, to normalise photos in [0, 1]
+RELEASED_SIZE = (322, 322)  # the released models were validated at this size
+TOLERANCE = 1e-4  # largest difference in a descriptor between ONNX Runtime and PyTorch
+ONE_FILE = 1_800_000_000  # bytes of weights; larger models need a second file, since protobuf is limited to 2 GiB
 
 
 def export_onnx(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metadata: dict[str, str]) -> float:
-    """Writes a model in evaluation mode as ONNX with a dynamic batch.
+    """Writes a model in evaluation mode as ONNX with a dynamic batch size.
 
     Args:
-        model: on the CPU.
-        path: to write; a model of 1.8 GB and more keeps its weights in `<path>.data` beside it.
-        size: height and width of the images, in pixels; a position embedding is resampled for it here.
-        metadata: plain text, goes into the file.
+        model: the model, on the CPU.
+        path: file to write; a model of 1.8 GB or more keeps its weights beside it, in `<path>.data`.
+        size: height and width of the images in pixels; the position embedding is resampled for it here.
+        metadata: plain text to store in the file.
 
     Returns:
-        The largest difference between the descriptors of ONNX Runtime and of PyTorch, over batches of 1 and 3 images.
+        The largest difference between the descriptors of ONNX Runtime and PyTorch, over batches of 1 and 3 images.
 
     Raises:
-        ValueError: that difference is above 1e-4, or a package is missing; nothing is written.
+        ValueError: the difference is above 1e-4, or a package is missing; nothing is written.
     """
     ort, *_ = (_needed(name, "pip install onnx onnxscript onnxruntime") for name in ("onnxruntime", "onnxscript"))
     height, width = size
@@ -215,15 +222,15 @@ def export_onnx(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metad
                 f"{TOLERANCE:.0e} is allowed; use other versions of torch, onnxscript or onnxruntime"
             )
         _leave_if_stopped()
-        path.with_name(path.name + ".data").unlink(missing_ok=True)  # of a larger model that was here before
-        for file in sorted(Path(name).iterdir(), reverse=True):  # the data, if any, before what refers to it
+        path.with_name(path.name + ".data").unlink(missing_ok=True)  # left by a larger model
+        for file in sorted(Path(name).iterdir(), reverse=True):  # the data, if any, before the file that refers to it
             file.replace(path.parent / file.name)
     return difference
 
 
 @contextmanager
 def _resampled_positions(backbone: DINOv2 | DINOv3, size: tuple[int, int]) -> Iterator[None]:
-    """Within the block the position embedding of a DINOv2 is a constant, resampled for `size`; DINOv3 has none."""
+    """Within the block, the position embedding of a DINOv2 is a constant, resampled for `size`; DINOv3 has none."""
     if not isinstance(backbone, DINOv2):
         yield
         return
@@ -240,21 +247,21 @@ def export_safetensors(model: SuperVLADNet, path: Path, *, metadata: dict[str, s
     """Writes a model's weights as safetensors, and reads them back.
 
     Args:
-        model: whose state dict is written.
-        path: to write.
-        metadata: plain text, goes into the file; `model`, as JSON, is what `build_model` takes.
+        model: the model whose state dict is written.
+        path: file to write.
+        metadata: plain text to store in the file; `model` holds the arguments of `build_model` as JSON.
 
     Returns:
         The largest difference between a weight read back and the model's, which is 0.
 
     Raises:
-        ValueError: it is not, or the package is missing; nothing is written.
+        ValueError: the difference is not 0, or the package is missing; nothing is written.
     """
     save: Callable[..., bytes] = _needed("safetensors.torch", "pip install safetensors").save
     content = save({name: value.contiguous() for name, value in model.state_dict().items()}, metadata)
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         written = Path(name) / path.name
-        written.write_bytes(content)  # safetensors' own way of writing a file makes it its owner's alone
+        written.write_bytes(content)  # safetensors itself writes files that only their owner can read
         state: dict[str, Tensor] = read_file(written)["model_state_dict"]
         differences = [(value - state[name]).abs().max() for name, value in model.state_dict().items()]
         difference = torch.stack(differences).max().item()
@@ -270,14 +277,14 @@ def _needed(package: str, remedy: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         name = package.split(".")[0]
-        raise ValueError(f"this export takes the package {name}, which is missing; {remedy}") from error
+        raise ValueError(f"this export needs the package {name}, which is missing; {remedy}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        The exit status, 0; raised as SystemExit are 2 for bad input, and 130 and 143 for Ctrl-C and SIGTERM.
+        The exit status 0. SystemExit is raised with 2 for bad input, and with 130 and 143 for Ctrl-C and SIGTERM.
     """
     options = arguments(argv)
     with _left_on_signals():
@@ -308,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if validated_at not in (None, size):
                 numbers = " ".join(map(str, validated_at))
                 print(
-                    f"WARNING: the model was validated at {numbers}, and is exported at {height} {width}",
+                    f"WARNING: the model was validated at {numbers}, but is exported at {height} {width}",
                     file=sys.stderr,
                 )
             elif validated_at is None:
@@ -323,8 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if pca is not None:
                 facts["pca"] = pca
                 whitened = ", whitened" * bool(pca.get("whiten"))
-                line = f"a PCA leaves {model.descriptor_dim} of {model.vectors_dim} numbers{whitened}, of unit norm"
-                # What the encoder sees beside a photo changes the descriptors that a PCA is fitted on.
+                line = f"a PCA leaves {model.descriptor_dim} of {model.vectors_dim} dimensions{whitened}, of unit norm"
+                # With the encoder, the context changes the descriptors that a PCA is fitted on.
                 print(line + f"; fitted in --encoder_context {pca.get('context')}" * (model.encoder is not None))
             metadata = {"model": json.dumps(settings), "source": path.name}
             metadata |= {name: json.dumps(value) for name, value in facts.items()}
@@ -337,22 +344,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _warn_of_pca(path: Path, pca: dict[str, Any], size: tuple[int, int]) -> None:
-    """Says what is not known of a PCA, or is not what the export is for."""
+    """Warns where the weights or the image size of a PCA are unknown, or differ from the export's."""
     if "weights" not in pca:
-        print(f"WARNING: {path} does not say which weights it was fitted on; are they these?", file=sys.stderr)
+        print(
+            f"WARNING: {path} does not say which weights it was fitted on; check that they are these", file=sys.stderr
+        )
     fitted = tuple(pca.get("resize", size))
     if fitted != size:
         numbers, exported = (" ".join(map(str, sides)) for sides in (fitted, size))
-        print(f"WARNING: {path} was fitted on images of {numbers}, and the export is for {exported}", file=sys.stderr)
+        print(f"WARNING: {path} was fitted on images of {numbers}, but the export is for {exported}", file=sys.stderr)
 
 
 def _write(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metadata: dict[str, str]) -> None:
     try:
         if path.suffix.lower() == ".onnx":
             difference = export_onnx(model, path, size=size, metadata=metadata)
-            print(f"{path}: descriptors differ by {difference:.1e} at most from PyTorch's")
+            print(f"{path}: descriptors differ from PyTorch's by at most {difference:.1e}")
             if model.encoder is not None:
-                print("the encoder looks across a batch: batches of one give what eval.py gives for plain folders")
+                print("the encoder attends across the batch: batches of one match eval.py on plain folders")
         else:
             difference = export_safetensors(model, path, metadata=metadata)
             print(f"{path}: weights read back, largest difference {difference:g}")
@@ -362,7 +371,7 @@ def _write(model: SuperVLADNet, path: Path, *, size: tuple[int, int], metadata: 
         raise ValueError(
             f"--output {path} could not be written ({error.strerror or error}); free space, or name another folder"
         ) from error
-    except Exception as error:  # the exporter and ONNX Runtime have exceptions of their own, of many lines
+    except Exception as error:  # the exporter and ONNX Runtime raise their own exceptions, with long messages
         told = str(error.__cause__ or error).strip().partition("\n")[0]
         told = re.sub(r"\x1b\[[0-9;]*m", "", told) or type(error).__name__
         raise ValueError(

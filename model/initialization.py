@@ -1,4 +1,4 @@
-"""The starting weights of the SuperVLAD layer: k-means over local features of the target domain."""
+"""Initial weights of the SuperVLAD layer, by k-means over local features of the target domain."""
 
 import logging
 import math
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def layer_weights(centroids: Tensor, descriptors: Tensor) -> tuple[float, Tensor]:
-    """The 1x1 convolution whose softmax gives the nearest centroid 100 times the weight of the second, on average.
+    """The 1x1 convolution whose softmax gives the nearest centroid, on average, 100 times the weight of the second.
 
     Args:
         centroids: (K+G) x D, any norm.
@@ -25,7 +25,7 @@ def layer_weights(centroids: Tensor, descriptors: Tensor) -> tuple[float, Tensor
     Returns:
         alpha, the sharpness of the assignment, and the convolution's weight, (K+G) x D x 1 x 1.
 
-    Source: NetVLAD (Arandjelovic et al. 2016), section 3.1; a single centroid has no second one, so alpha is 1 there.
+    Source: NetVLAD (Arandjelovic et al. 2016), section 3.1; with a single centroid, alpha is 1.
     """
     centroids = F.normalize(centroids, dim=1)
     alpha = 1.0
@@ -44,14 +44,14 @@ def sample_local_features(
     per_image: int = 100,
     skip: int = 0,
 ) -> Tensor:
-    """Draws local features of each image without replacement.
+    """Samples local features of each image without replacement.
 
     Args:
         model: its backbone is used.
         batches: normalised images, each B x 3 x H x W, on the model's device.
-        generator: draws them.
-        per_image: features an image; all of them where the grid has fewer.
-        skip: images before these that another process samples; what the generator draws for them is passed over.
+        generator: source of the random draws.
+        per_image: features per image; all of them if the grid has fewer.
+        skip: earlier images that another process samples; their draws are made and thrown away.
 
     Returns:
         N x D, L2-normalised, on the CPU.
@@ -74,16 +74,16 @@ def initialize_layer(model: SuperVLADNet, descriptors: Tensor) -> None:
 
     Args:
         model: its aggregation is changed in place.
-        descriptors: what `sample_local_features` gave, N x D.
+        descriptors: the result of `sample_local_features`, N x D.
 
     Raises:
-        ValueError: fewer features than clusters.
+        ValueError: there are fewer features than clusters.
     """
     conv = model.aggregation.conv
     clusters = conv.out_channels
     if len(descriptors) < clusters:
         raise ValueError(
-            f"k-means for {clusters} clusters (ghost clusters included) needs as many local features, "
+            f"k-means for {clusters} clusters (ghost clusters included) needs at least as many local features, "
             f"but the images gave {len(descriptors)}; add images or lower --supervlad_clusters"
         )
     kmeans = faiss.Kmeans(descriptors.shape[1], clusters, niter=100)

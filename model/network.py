@@ -1,4 +1,4 @@
-"""The whole network: photo to descriptor."""
+"""The whole network, from image to descriptor."""
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,22 @@ from .supervlad import SuperVLAD
 
 
 def normalized(x: Tensor) -> Tensor:
-    """Unit L2 norm over dimension 1; zeros stay zeros in fp16 too, where the smallest norm allowed would be none."""
+    """Unit L2 norm over dimension 1, computed in fp32 for fp16, where the epsilon is 0: zeros stay zeros."""
     return F.normalize(x.float(), dim=1).to(x.dtype) if x.dtype == torch.float16 else F.normalize(x, dim=1)
 
 
 class Projection(nn.Module):
-    """A PCA of descriptors as a linear map: B x inputs to B x outputs of unit L2 norm; it is loaded, never trained.
+    """A PCA of descriptors as a linear layer: B x inputs to B x outputs of unit L2 norm; loaded, never trained.
 
     Args:
-        inputs: numbers in a descriptor before it, K*D.
-        outputs: numbers that it leaves.
+        inputs: dimensions of a descriptor, K*D.
+        outputs: dimensions after the PCA.
     """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(inputs))
-        self.register_buffer("components", torch.zeros(outputs, inputs))  # whitened ones over their deviations
+        self.register_buffer("components", torch.zeros(outputs, inputs))  # if whitened, divided by their deviations
         self.mean: Tensor
         self.components: Tensor
 
@@ -36,19 +36,19 @@ class Projection(nn.Module):
 
 
 class SuperVLADNet(nn.Module):
-    """Backbone, aggregation and, perhaps, the encoder across the images of a batch.
+    """Backbone, aggregation and, optionally, the encoder across the images of a batch.
 
     Args:
         backbone: images B x 3 x H x W to local features B x D x h x w.
         aggregation: local features to cluster vectors B x K x D.
-        encoder: cluster vectors to cluster vectors, looking across the batch; None leaves it out.
+        encoder: cluster vectors to cluster vectors, across the batch; None leaves it out.
 
     Attributes:
-        projection: a PCA that ends the network, of an exported file; None elsewhere, in training always.
-        grad_cache_chunk: images whose activations the backward pass holds at a time; 0 holds the whole batch's. In
-            chunks, the forward pass keeps cluster vectors only, and the backward pass computes each chunk once more:
-            the gradient is the same, a forward pass is the price. Source: Gao et al., Scaling Deep Contrastive Learning
-            Batch Size under Memory Limited Setup, 2021, here by way of activation checkpointing.
+        projection: the PCA of an exported file, the last part of the network; None otherwise, and always in training.
+        grad_cache_chunk: images whose activations the backward pass holds at a time; 0 for the whole batch. In chunks,
+            the forward pass keeps only cluster vectors, and the backward pass recomputes each chunk: the same gradient
+            at the cost of one more forward pass. Source: Gao et al., Scaling Deep Contrastive Learning
+            Batch Size under Memory Limited Setup, 2021, here through activation checkpointing.
     """
 
     def __init__(self, *, backbone: DINOv2 | DINOv3, aggregation: SuperVLAD, encoder: CrossImageEncoder | None = None):
@@ -61,24 +61,24 @@ class SuperVLADNet(nn.Module):
 
     @property
     def descriptor_dim(self) -> int:
-        """Numbers in a descriptor, K*D, or what the projection leaves of them."""
+        """Dimensions of a descriptor: K*D, or fewer after the projection."""
         return self.vectors_dim if self.projection is None else len(self.projection.components)
 
     @property
     def vectors_dim(self) -> int:
-        """Numbers in an image's cluster vectors, K*D."""
+        """Dimensions of an image's cluster vectors together, K*D."""
         return self.aggregation.clusters * self.aggregation.dim
 
     @property
     def vectors_shape(self) -> tuple[int, int]:
-        """K and D of an image's cluster vectors."""
+        """Shape K x D of an image's cluster vectors."""
         return self.aggregation.clusters, self.aggregation.dim
 
     def cluster_vectors(self, images: Tensor) -> Tensor:
-        """What depends on each image alone: normalised images B x 3 x H x W to B x K x D."""
+        """The part that depends on each image alone: normalised images B x 3 x H x W to B x K x D."""
         if self.grad_cache_chunk and torch.is_grad_enabled():
             chunks = images.split(self.grad_cache_chunk)
-            # preserve_rng_state: neither part draws random numbers.
+            # preserve_rng_state=False: neither part draws random numbers.
             kept = [checkpoint(self._encode, c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
             return torch.cat(kept)
         return self._encode(images)
@@ -87,18 +87,18 @@ class SuperVLADNet(nn.Module):
         return self.aggregation(self.backbone(images))
 
     def assignments(self, images: Tensor) -> Tensor:
-        """How far each patch belongs to each cluster: normalised images B x 3 x H x W to B x (K+G) x h x w."""
+        """Soft assignment of each patch to each cluster: normalised images B x 3 x H x W to B x (K+G) x h x w."""
         return self.aggregation.assign(normalized(self.backbone(images)))
 
     def describe(self, vectors: Tensor, group: int | None = None) -> Tensor:
-        """What depends on the batch: cluster vectors to descriptors of unit L2 norm.
+        """The part that depends on the batch: cluster vectors to descriptors of unit L2 norm.
 
         Args:
             vectors: B x K x D.
-            group: neighbours that the encoder looks across, a divisor of B; None for the whole batch.
+            group: number of consecutive images that the encoder attends across, a divisor of B; None for all.
 
         Returns:
-            B x K*D, or what the projection leaves of them.
+            B x K*D, or fewer dimensions after the projection.
         """
         if self.encoder is not None:
             B, K, D = vectors.shape
@@ -110,5 +110,5 @@ class SuperVLADNet(nn.Module):
         return descriptors if self.projection is None else self.projection(descriptors)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images B x 3 x H x W (sides multiples of the patch's) to descriptors B x K*D of unit L2 norm."""
+        """Normalised images B x 3 x H x W (sides multiples of the patch) to descriptors B x K*D of unit L2 norm."""
         return self.describe(self.cluster_vectors(images))

@@ -1,24 +1,24 @@
-"""The backbones by name, members of two families. A table without torch, which takes seconds to import."""
+"""The backbones of both families by name. This file does without torch, which takes seconds to import."""
 
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSize:
-    """What tells one backbone from another.
+    """The settings that define a backbone.
 
     Attributes:
-        channels: of a local feature, C.
-        depth: blocks in all.
-        heads: of the attention.
+        channels: channels of a local feature, C.
+        depth: number of blocks.
+        heads: attention heads.
         family: "DINOv2" or "DINOv3".
         patch_size: side of a patch in pixels; the sides of images are multiples of it.
-        side: of an evaluated image in pixels, unless another is asked for.
+        side: default side of an evaluated image in pixels.
         swiglu: whether the MLPs are gated.
         registers: tokens between the class token and the patches.
-        image_size: side of the images of pre-training in pixels, which the position embedding is made for; DINOv3 has
-            none.
-        blocks: how many of the blocks are kept, the first ones; None keeps all.
+        image_size: side in pixels of the pre-training images, for which the position embedding is made; DINOv3 has no
+            position embedding.
+        blocks: number of blocks to keep, counted from the first; None keeps all.
     """
 
     channels: int
@@ -34,7 +34,7 @@ class BackboneSize:
 
     @property
     def kept_blocks(self) -> int:
-        """Blocks that there are."""
+        """Number of blocks after the cut."""
         return self.depth if self.blocks is None else self.blocks
 
     @property
@@ -47,7 +47,7 @@ _SMALL = BackboneSize(channels=384, depth=12, heads=6)
 _BASE = BackboneSize(channels=768, depth=12, heads=12)
 _LARGE = BackboneSize(channels=1024, depth=24, heads=16)
 _GIANT = BackboneSize(channels=1536, depth=40, heads=24, swiglu=True)
-# Ours, for the demo and the tests; as deep as ViT-B, so that --freeze_te means the same. No published weights.
+# For the demo and the tests; as deep as ViT-B, so that --freeze_te means the same. There are no published weights.
 _TINY = BackboneSize(channels=96, depth=12, heads=6, image_size=112)
 
 
@@ -73,7 +73,7 @@ BACKBONES = {
 
 
 def require_patches(flag: str, size: tuple[int, int], backbone: BackboneSize) -> None:
-    """Raises ValueError, which speaks of `flag`, unless a height and a width are whole patches, one or more."""
+    """Raises ValueError, naming `flag`, unless height and width are whole patches, at least one each."""
     patch = backbone.patch_size
     if any(side < patch or side % patch for side in size):
         raise ValueError(

@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-EPSILON = 1e-12  # no norm is taken to be smaller
+EPSILON = 1e-12  # lower bound of every norm
 
 
 class SuperVLAD(nn.Module):
     """Sums local features by their soft assignment to K clusters.
 
-    NetVLAD sums residuals to a centroid; here the features themselves are summed, so that the layer has no centroids to
-    fit to the training domain and a handful of clusters is enough. G ghost clusters take part in the softmax, drawing
-    off uninformative features, and are then dropped.
+    NetVLAD sums residuals to centroids; this layer sums the features themselves, so it has no centroids to fit to the
+    training domain, and a few clusters are enough. G ghost clusters take part in the softmax, absorb uninformative
+    features, and are then dropped.
 
     Args:
         dim: channels D of a local feature.
         clusters: K, the clusters kept.
-        ghost_clusters: G, the clusters dropped; 0 is legal.
+        ghost_clusters: G, the clusters dropped; may be 0.
     """
 
     def __init__(self, dim: int, clusters: int = 4, ghost_clusters: int = 1):
@@ -44,11 +44,11 @@ class SuperVLAD(nn.Module):
             features: B x D x h x w, of any norm.
 
         Returns:
-            B x K x D, one vector a cluster; the K*D numbers of an image have unit L2 norm.
+            B x K x D, one vector per cluster; the K*D numbers of an image have unit L2 norm.
         """
-        x = features.flatten(2).transpose(1, 2)  # (B, N, D), the backbone's own layout
+        x = features.flatten(2).transpose(1, 2)  # (B, N, D), as the backbone stores it
         weight = self.conv.weight.flatten(1)  # (K+G, D)
-        # Small products: precision costs nothing, and EPSILON is none in fp16.
+        # The products are small, so fp32 costs nothing, and EPSILON is 0 in fp16.
         precise = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             x, w = x.to(precise), weight.to(precise)
@@ -60,15 +60,15 @@ class SuperVLAD(nn.Module):
 
 
 def aggregate(x: Tensor, weight: Tensor, clusters: int) -> tuple[Tensor, ...]:
-    """The layer as a function: x B x N x D, weight (K+G) x D, to B x K x D and what its gradient needs.
+    """The layer as a function: x B x N x D and weight (K+G) x D to B x K x D and what the gradient needs.
 
-    Features are to be L2-normalised first. The factors of that are applied to the small tensors on either side, the
-    logits and the assignment, so that the features are never written again.
+    Instead of normalising the features, which would copy them, it applies the inverse norms to the small tensors on
+    either side, the logits and the assignment.
     """
     inverse = 1 / torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_min(EPSILON)  # (B, N, 1)
     logits = x @ weight.T * inverse  # (B, N, K+G)
     assignment = logits.softmax(dim=2)
-    # The first K: the ghosts come last, and a slice [:-G] would be empty for G = 0.
+    # The first K, since ghosts come last; a slice [:-G] would be empty for G = 0.
     vectors = (assignment[:, :, :clusters] * inverse).transpose(1, 2) @ x  # (B, K, D)
     # Intra-normalisation: no cluster outweighs another.
     norms = torch.linalg.vector_norm(vectors, dim=2, keepdim=True).clamp_min(EPSILON)  # (B, K, 1)
@@ -78,7 +78,7 @@ def aggregate(x: Tensor, weight: Tensor, clusters: int) -> tuple[Tensor, ...]:
 
 
 class _Aggregate(torch.autograd.Function):
-    """`aggregate` with the gradient written out: it keeps the small tensors only, and writes the features' once."""
+    """`aggregate` with a hand-written gradient: keeps only the small tensors, writes the features' gradient once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, clusters: int) -> Tensor:  # type: ignore[override]
@@ -91,7 +91,7 @@ class _Aggregate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight, vectors, inverse, logits, assignment, norms, total = ctx.saved_tensors
         K, D = vectors.shape[1:]
-        # Through the two normalisations: what points along a unit vector has no effect on it.
+        # Through the two normalisations: the component along a unit vector drops out.
         g = torch.addcmul(gradient, vectors, (gradient * vectors).sum(dim=(1, 2), keepdim=True), value=-1).div_(total)
         unit_part = (g * vectors).sum(dim=2, keepdim=True).mul_(total**2)
         g.addcmul_(vectors, unit_part, value=-1).div_(norms)  # (B, K, D), of the sums
@@ -103,7 +103,7 @@ class _Aggregate(torch.autograd.Function):
         of_inverse = (of_scaled * assignment[:, :, :K]).sum(dim=2, keepdim=True)
         of_inverse += (of_logits * logits).sum(dim=2, keepdim=True) / inverse
         of_products = of_logits * inverse  # (B, N, K+G)
-        of_x = (x * (-of_inverse * inverse**3)).contiguous()  # as it is, unless x is a view of a map B x D x h x w
+        of_x = (x * (-of_inverse * inverse**3)).contiguous()  # no copy, unless x is a view of B x D x h x w
         of_x.view(-1, D).addmm_(of_products.flatten(0, 1), weight)
         of_x.baddbmm_(assignment[:, :, :K] * inverse, g)
         of_weight = torch.bmm(of_products.transpose(1, 2), x).sum(dim=0)

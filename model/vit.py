@@ -1,4 +1,4 @@
-"""What DINOv2 and DINOv3 share: the patch embedding, the transformer's blocks, and what is done with a row of them.
+"""What DINOv2 and DINOv3 share: patch embedding, transformer blocks, and functions that run, freeze and compile them.
 
 Shapes: B images, H x W pixels, h x w patches, T tokens (class token, registers, h*w patches), C channels, nh heads of
 hs channels.
@@ -24,7 +24,7 @@ class PatchEmbed(nn.Module):
 
 
 def rotated(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns each pair (i, i + hs/2) of the channels of a head by an angle of its token's, in fp32.
+    """Rotates each pair of channels (i, i + hs/2) of a head by the angle of its token, in fp32.
 
     Args:
         x: B x nh x T x hs.
@@ -36,12 +36,12 @@ def rotated(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, B x T x C to B x T x C; a rotation of queries and keys tells where tokens lie.
+    """Multi-head self-attention, B x T x C to B x T x C; queries and keys may be rotated by position.
 
     Args:
         channels: C.
         heads: nh.
-        qkv: the class of the layer that makes queries, keys and values.
+        qkv: class of the layer that computes queries, keys and values.
     """
 
     def __init__(self, channels: int, heads: int, qkv: type[nn.Linear] = nn.Linear):
@@ -79,7 +79,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        return torch.addcmul(x, branch, self.gamma)  # x + branch * gamma, with one pass over memory
+        return torch.addcmul(x, branch, self.gamma)  # x + branch * gamma in one pass over memory
 
 
 class Block(nn.Module):
@@ -89,7 +89,7 @@ class Block(nn.Module):
         channels: C.
         attn: its attention.
         mlp: its MLP, B x T x C to B x T x C.
-        eps: of the two norms.
+        eps: epsilon of the two norms.
     """
 
     def __init__(self, channels: int, *, attn: Attention, mlp: nn.Module, eps: float):
@@ -107,21 +107,23 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, rotation: Tensor | None = None, *, checkpointing: bool) -> Tensor:
-    """Tokens B x T x C through all blocks; with `checkpointing`, trained blocks keep only their input."""
+    """Runs tokens B x T x C through all blocks; with `checkpointing`, trained blocks keep only their input."""
     for block in blocks:
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
         if trained and checkpointing:
-            x = checkpoint(block, x, rotation, use_reentrant=False, preserve_rng_state=False)  # it draws no numbers
+            x = checkpoint(
+                block, x, rotation, use_reentrant=False, preserve_rng_state=False
+            )  # it draws no random numbers
         else:
             x = block(x, rotation)
     return x
 
 
 def freeze_blocks(backbone: nn.Module, blocks: nn.ModuleList, freeze_te: int | None) -> None:
-    """Trains the blocks from `freeze_te` on and freezes all else of a backbone; None trains all of it.
+    """Trains the blocks from `freeze_te` on and freezes the rest of the backbone; None trains all of it.
 
     Raises:
-        ValueError: there are fewer blocks than that.
+        ValueError: the backbone has fewer blocks.
     """
     if freeze_te is not None and not 0 <= freeze_te <= len(blocks):
         raise ValueError(
@@ -134,20 +136,20 @@ def freeze_blocks(backbone: nn.Module, blocks: nn.ModuleList, freeze_te: int | N
 
 
 def compile_each(blocks: nn.ModuleList) -> None:
-    """Compiles blocks by torch.compile when they are first called; blocks that are alike share a program.
+    """Compiles blocks with torch.compile at their first call; equal blocks share a compiled program.
 
-    A program of its own have inference, frozen blocks and trained ones, batches of one, and each precision.
+    Inference, frozen blocks, trained blocks, batches of one and each precision are compiled separately.
     """
-    torch._dynamo.config.recompile_limit = 32  # beyond which blocks would run as if not compiled
+    torch._dynamo.config.recompile_limit = 32  # beyond it, blocks run uncompiled
     for block in blocks:
         block.compile(dynamic=True)
 
 
 def grid_of(images: Tensor, size: BackboneSize) -> tuple[int, int]:
-    """Patches in a column and in a row of images B x 3 x H x W.
+    """Number of patches h x w of images B x 3 x H x W.
 
     Raises:
-        ValueError: H or W is not a multiple of the patch's side.
+        ValueError: H or W is not a multiple of the patch size.
     """
     H, W = images.shape[-2:]
     if H % size.patch_size or W % size.patch_size:

@@ -1,4 +1,4 @@
-"""Weight files, loaded without running code from them: DINOv2's and DINOv3's, released ones, ours, bare state dicts."""
+"""Loads weight files without running code from them: DINOv2's, DINOv3's, released ones, ours, bare state dicts."""
 
 import errno
 import hashlib
@@ -34,17 +34,17 @@ FOUNDATION_FILES = {
     "dino_giant_reg": "dinov2_vitg14_reg4_pretrain.pth",
 }
 
-# Given out to those who accept their licence, so that nothing here can fetch them.
+# Given only to those who accept their licence, so they are not downloaded here.
 GATED_FILES = {
     "dinov3_small": "dinov3_vits16_pretrain_lvd1689m-08c60483.pth",
     "dinov3": "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth",
     "dinov3_large": "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth",
 }
 
-SPLITS_NAMED = 4  # of clusters into kept ones and ghosts, in an error
+SPLITS_NAMED = 4  # how many splits into clusters and ghosts an error lists
 
 
-# What torch.load raises for files that it did not write.
+# What torch.load raises for files that torch.save did not write.
 _UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, ValueError, AttributeError, struct.error,
     zipfile.BadZipFile,
@@ -52,42 +52,42 @@ _UNREADABLE = (
 
 
 def foundation_address(backbone: str) -> str:
-    """Where the official weights of a backbone of `FOUNDATION_FILES` are published."""
+    """The address of the official weights of a backbone in `FOUNDATION_FILES`."""
     file = FOUNDATION_FILES[backbone]
     family = file.removesuffix("_pretrain.pth").removesuffix("_reg4")
     return f"https://dl.fbaipublicfiles.com/dinov2/{family}/{file}"
 
 
 def fetch_foundation(backbone: str) -> Path:
-    """The official weights of a backbone of `FOUNDATION_FILES`, fetched into torch.hub's cache the first time.
+    """The official weights of a backbone in `FOUNDATION_FILES`, downloaded into torch.hub's cache the first time.
 
     Raises:
-        ValueError: they are not there and cannot be fetched, or are of `GATED_FILES`; the message says from where, and
+        ValueError: the download failed, or the weights are in `GATED_FILES`; the message says where to get them and
             where to put them.
     """
     if backbone in GATED_FILES:
         raise ValueError(
-            f"--backbone={backbone} starts from DINOv3's weights, which are not fetched: they are given out under the "
-            "DINOv3 License to those who accept it; ask at https://github.com/facebookresearch/dinov3 for "
-            f"{GATED_FILES[backbone]}, and name the file by --foundation_model_path"
+            f"--backbone={backbone} starts from DINOv3's weights, which are not downloaded: Meta gives them only to "
+            "those who accept the DINOv3 License; ask at https://github.com/facebookresearch/dinov3 for "
+            f"{GATED_FILES[backbone]}, and give the file as --foundation_model_path"
         )
     address = foundation_address(backbone)
     path = cached(FOUNDATION_FILES[backbone])
     if not path.exists():
-        logger.info("fetching %s", address)
+        logger.info("downloading %s", address)
         try:
             torch.hub.download_url_to_file(address, str(path), progress=True)
         except OSError as error:
             raise ValueError(
-                f"--backbone={backbone} starts from DINOv2's weights, and they could not be fetched ({error}); get "
-                f"{address} elsewhere and give it by --foundation_model_path={path.name}, or put it at {path}"
+                f"--backbone={backbone} starts from DINOv2's weights, which could not be downloaded ({error}); get "
+                f"{address} elsewhere and give it as --foundation_model_path={path.name}, or put it at {path}"
             ) from error
     return path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Released:
-    """A published checkpoint: its file on Google Drive, and what `build_model` takes for it."""
+    """A published checkpoint: its file on Google Drive, and its arguments of `build_model`."""
 
     drive_id: str
     model: dict[str, Any]
@@ -104,48 +104,48 @@ RELEASED = {
 
 
 def fetch_released(name: str, asked: str | None = None) -> Path:
-    """A checkpoint of `RELEASED`, fetched by gdown into torch.hub's cache the first time.
+    """A checkpoint of `RELEASED`, downloaded by gdown into torch.hub's cache the first time.
 
     Args:
-        name: of it.
-        asked: how it was asked for, to say in an error; by default `--resume=<name>`.
+        name: its name.
+        asked: how the user asked for it, for the error message; by default `--resume=<name>`.
 
     Raises:
-        ValueError: it is not there and cannot be fetched; the message says from where, and where to put it.
+        ValueError: the download failed; the message says where to get the file and where to put it.
     """
     path = cached(f"{name}.pth")
     if not path.exists():
         address = f"https://drive.google.com/uc?id={RELEASED[name].drive_id}"
-        logger.info("fetching %s", address)
+        logger.info("downloading %s", address)
         temporary = path.with_suffix(".tmp")
         try:
             import gdown
 
             if gdown.download(address, str(temporary)) is None:
                 raise OSError("Google Drive gave no file")
-            read_file(temporary)  # Google Drive answers with a page where it has no file to give
+            read_file(temporary)  # Google Drive may answer with a web page instead of the file
             temporary.replace(path)
-        except Exception as error:  # gdown has exceptions of its own
+        except Exception as error:  # gdown raises its own exceptions
             temporary.unlink(missing_ok=True)
             remedy = "install gdown (pip install gdown), or get" if isinstance(error, ImportError) else "get"
             raise ValueError(
-                f"{asked or f'--resume={name}'} could not be fetched ({error}); {remedy} {address} in a browser and "
+                f"{asked or f'--resume={name}'} could not be downloaded ({error}); {remedy} {address} in a browser and "
                 f"put it at {path}"
             ) from error
     return path
 
 
 def find_checkpoint(name: Path) -> Path:
-    """A checkpoint's file: `name` itself, or where it is a name of `RELEASED`, that one, fetched the first time."""
+    """The file of a checkpoint: `name` itself, or, for a name in `RELEASED`, that one, downloaded the first time."""
     return name if name.is_file() or str(name) not in RELEASED else fetch_released(str(name))
 
 
 def model_of(name: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """What `build_model` takes for a checkpoint; nothing where a file does not say, as all but ours do not.
+    """The arguments of `build_model` for a checkpoint; empty where the file does not say, as only ours do.
 
     Args:
         name: as given to `find_checkpoint`.
-        content: of its file.
+        content: the content of its file.
     """
     if str(name) in RELEASED and not name.is_file():
         return {"backbone": "dino", "crossimage_encoder": False, **RELEASED[str(name)].model}
@@ -155,11 +155,11 @@ def model_of(name: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def size_of(content: dict[str, Any], backbone: str | None = None) -> tuple[int, int] | None:
-    """Height and width in pixels that a checkpoint's model takes by default; None where the file does not say.
+    """Default height and width in pixels of a checkpoint's model; None where the file does not say.
 
     Args:
-        content: of its file.
-        backbone: a name from `BACKBONES`, whose patches such a size is a multiple of; by default those of any.
+        content: the content of its file.
+        backbone: a name from `BACKBONES`; a size that is no multiple of its patch size is ignored. None allows any.
     """
     return _size(content.get("resize"), backbone)
 
@@ -167,11 +167,11 @@ def size_of(content: dict[str, Any], backbone: str | None = None) -> tuple[int, 
 def validated_size_of(content: dict[str, Any], backbone: str | None = None) -> tuple[int, int] | None:
     """Height and width in pixels at which a checkpoint's model was validated; None where the file does not say.
 
-    That is what train.py writes as `resize`; an exported file says it apart, since it may be for another size.
+    train.py writes it as `resize`; an exported file has a separate entry, since it may be for another size.
 
     Args:
-        content: of its file.
-        backbone: as of `size_of`.
+        content: the content of its file.
+        backbone: as in `size_of`.
     """
     return _size(content["validated_at"] if "validated_at" in content else content.get("resize"), backbone)
 
@@ -181,7 +181,7 @@ def _size(written: Any, backbone: str | None) -> tuple[int, int] | None:
         return None
     patches = {size.patch_size for name, size in BACKBONES.items() if backbone in (None, name)}
     if not any(all(type(side) is int and side > 0 and side % patch == 0 for side in written) for patch in patches):
-        return None  # another project's entry of that name
+        return None  # an entry of another project with the same name
     return written[0], written[1]
 
 
@@ -189,23 +189,23 @@ def preparation_of(content: dict[str, Any]) -> dict[str, bool]:
     """Whether photos are antialiased (`antialias`) and turned as EXIF says (`upright`), where an exported file says so.
 
     Args:
-        content: of its file.
+        content: the content of its file.
     """
     return {name: content[name] for name in ("antialias", "upright") if isinstance(content.get(name), bool)}
 
 
 def pca_of(content: dict[str, Any]) -> dict[str, Any] | None:
-    """What an exported file says of the PCA that its model ends with; None where it says nothing.
+    """What an exported file says about the PCA at the end of its model; None where it says nothing.
 
     Args:
-        content: of its file.
+        content: the content of its file.
     """
     written = content.get("pca")
     return written if isinstance(written, dict) else None
 
 
 def state_digest(model: SuperVLADNet) -> str:
-    """What tells a model's weights from others; PCAs and maps carry it, since they are of one model's descriptors."""
+    """A digest that identifies a model's weights; PCAs and maps store it, since they fit one model's descriptors."""
     found = hashlib.sha256()
     for name, value in model.state_dict().items():
         found.update(name.encode())
@@ -214,7 +214,7 @@ def state_digest(model: SuperVLADNet) -> str:
 
 
 def cached(file: str) -> Path:
-    """Where torch.hub keeps a weight file; its folder is made if missing."""
+    """Where torch.hub keeps a weight file; the folder is created if missing."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / file
@@ -223,8 +223,8 @@ def cached(file: str) -> Path:
 def _numpy_globals() -> list[Any]:
     """The NumPy names that the released checkpoints need beyond tensors (they hold recalls as NumPy values).
 
-    They were written under NumPy 1, whose module paths NumPy 2 renamed; taking the functions from what NumPy itself
-    pickles works under both.
+    They were written with NumPy 1, whose module paths NumPy 2 renamed; taking the functions from what NumPy itself
+    pickles works with both.
     """
     reconstruct = np.zeros(1).__reduce__()[0]
     scalar = np.float64(0).__reduce__()[0]
@@ -239,7 +239,7 @@ def _not_readable(path: Path, error: OSError) -> OSError:
 
 
 def _foreign_objects(path: Path) -> list[str]:
-    """What a file holds beyond tensors and plain values, by name; nothing where it cannot be read at all."""
+    """Names of what a file holds beyond tensors and plain values; empty if it cannot be read at all."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (*_UNREADABLE, OSError):
@@ -250,38 +250,38 @@ def read_file(path: Path) -> dict[str, Any]:
     """Reads a `torch.save`d dict, or a `.safetensors` file, onto the CPU; nothing in the file is executed.
 
     Raises:
-        FileNotFoundError: no such file.
-        OSError: it cannot be read, for want of permission or of a whole disk.
-        ValueError: damaged, not a dict, or holding objects that only arbitrary code could rebuild.
+        FileNotFoundError: there is no such file.
+        OSError: the file cannot be read, because of its permissions or the disk.
+        ValueError: it is damaged, not a dict, or holds objects that only arbitrary code could rebuild.
     """
     path = Path(path)
     if not path.is_file():
-        names = "" if path.parent.name or path.suffix else f", and the released ones are called {', '.join(RELEASED)}"
+        names = "" if path.parent.name or path.suffix else f", or use the name of a released one: {', '.join(RELEASED)}"
         raise FileNotFoundError(f"no weight file at {path}; check the path{names}")
     if path.suffix.lower() == ".onnx":
         raise ValueError(
-            f"{path} is an ONNX file, which cannot be read back; give the checkpoint that it was exported from"
+            f"{path} is an ONNX file, which cannot be loaded; give the checkpoint that it was exported from"
         )
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     with torch.serialization.safe_globals(_numpy_globals()):
         try:
-            # torch.load does not compare checksums: a flipped bit would pass for a weight.
+            # torch.load does not verify checksums: a flipped bit would go unnoticed.
             if zipfile.is_zipfile(path) and (name := zipfile.ZipFile(path).testzip()):
-                raise RuntimeError(f"{name} does not have its checksum")
+                raise RuntimeError(f"{name} does not match its checksum")
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (*_UNREADABLE, OSError) as error:
-            # Of a damaged file too, whose offsets lead before its start: EINVAL, or no errno at all.
+            # A damaged file with offsets before its start also gives an OSError: EINVAL, or no errno at all.
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise _not_readable(path, error) from error
             if foreign := _foreign_objects(path):
                 raise ValueError(
-                    f"{path} holds {', '.join(foreign)}, and rebuilding that would run code from the file: refused; "
+                    f"{path} holds {', '.join(foreign)}, and loading that would run code from the file: refused; "
                     "save its state dict alone, torch.save(model.state_dict(), ...), and use that"
                 ) from error
-            raise ValueError(f"{path} is damaged or not a PyTorch weight file; fetch or write it again") from error
+            raise ValueError(f"{path} is damaged or not a PyTorch weight file; download or write it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; a checkpoint or a state dict was expected")
+        raise ValueError(f"{path} holds a {type(content).__name__}; give a checkpoint or a state dict")
     return content
 
 
@@ -292,7 +292,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise ValueError(f"reading {path} takes the package safetensors; pip install safetensors") from error
+        raise ValueError(f"reading {path} needs the package safetensors; pip install safetensors") from error
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
@@ -302,11 +302,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise _not_readable(path, error) from error
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch or write it again") from error
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file ({error}); download or write it again"
+        ) from error
 
 
 def _parsed(text: str) -> Any:
-    """What JSON says; None where the text is none, as in files of other projects."""
+    """The parsed JSON; None if the text is not JSON, as in files of other projects."""
     try:
         return json.loads(text)
     except ValueError:
@@ -316,10 +318,10 @@ def _parsed(text: str) -> Any:
 def load_foundation(backbone: DINOv2 | DINOv3, path: Path) -> None:
     """Loads an official DINOv2 or DINOv3 file, or the backbone of a checkpoint; every key must fit.
 
-    Where the backbone keeps its first blocks only, a line of the log says that the file's others are left out.
+    If the backbone keeps only its first blocks, a line of the log says that the file's other blocks are left out.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_file`, or the file is of another backbone.
+        FileNotFoundError, ValueError: as in `read_file`, or the file is for another backbone.
     """
     content = read_file(path)
     state = _plain_names(content.get("model_state_dict", content), path)
@@ -334,20 +336,21 @@ def load_foundation(backbone: DINOv2 | DINOv3, path: Path) -> None:
 
 
 def load_checkpoint(model: SuperVLADNet, path: Path, content: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Loads a checkpoint (released, ours, or a bare state dict), every key of which must fit.
+    """Loads a checkpoint (released, ours, or a bare state dict); every key must fit.
 
     The file alone decides whether the model ends with a PCA (`model.projection`).
 
     Args:
-        model: gets the weights.
-        path: of the file.
-        content: what `read_file` gave, if it was read before.
+        model: the model to load the weights into.
+        path: path of the file.
+        content: the result of `read_file`, if the file was read before.
 
     Returns:
         The file's other contents; empty for a bare state dict.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_file`, or the file fits another model; the message names the option.
+        FileNotFoundError, ValueError: as in `read_file`, or the file is for another model; the message names the
+            option to change.
     """
     content = dict(read_file(path) if content is None else content)
     state = content.pop("model_state_dict", None)
@@ -362,26 +365,29 @@ def load_checkpoint(model: SuperVLADNet, path: Path, content: dict[str, Any] | N
 
 
 def load_projection(model: SuperVLADNet, path: Path) -> dict[str, Any]:
-    """Ends a model with the PCA that eval.py wrote with `--pca_dim`.
+    """Adds the PCA that eval.py wrote with `--pca_dim` as the last part of a model.
 
     Returns:
-        What the file says of it: `dim`, `whiten`, `images`, `count`, `context`, and, unless it is of an older
-        version, `weights` (as `state_digest`) and `resize` of what it was fitted on.
+        What the file says about it: `dim`, `whiten`, `images`, `count`, `context`, and, unless an older version wrote
+        it, `weights` (as `state_digest`) and `resize` of what it was fitted on.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_file`, it holds no such PCA, or one of other descriptors or weights.
+        FileNotFoundError, ValueError: as in `read_file`, or it holds no such PCA, or one of other descriptors or
+            weights.
     """
     content = read_file(path)
     mean, components, facts = (content.get(name) for name in ("mean", "components", "pca"))
     if not isinstance(mean, Tensor) or not isinstance(components, Tensor) or not isinstance(facts, dict):
-        raise ValueError(f"{path} holds no PCA; give the pca.pth that eval.py --pca_dim leaves in its folder")
+        raise ValueError(f"{path} holds no PCA; give the pca.pth that eval.py --pca_dim writes into its folder")
     if model.projection is not None:
-        raise ValueError("the checkpoint ends with a PCA already; leave out --pca, or export from the one without")
+        raise ValueError(
+            "the checkpoint already ends with a PCA; leave out --pca, or export from the checkpoint without"
+        )
     projection = _projection_for(model, components, path)
     if facts.get("weights", own := state_digest(model)) != own:
         raise ValueError(
             f"{path} was fitted on descriptors of other weights than the checkpoint's; give the checkpoint that it was "
-            "fitted on, or the pca.pth of an evaluation of this one"
+            "fitted on, or the pca.pth of an evaluation of this checkpoint"
         )
     _load(projection, {"mean": mean, "components": components}, path)
     model.projection = projection
@@ -392,13 +398,13 @@ def _projection_for(model: SuperVLADNet, components: Tensor, path: Path) -> Proj
     outputs, inputs = components.shape if components.ndim == 2 else (0, 0)
     if inputs != model.vectors_dim:
         raise ValueError(
-            f"{path} has a PCA of descriptors of {inputs} numbers, but the model's have {model.vectors_dim}; use the "
+            f"{path} has a PCA of {inputs}-dimensional descriptors, but the model's have {model.vectors_dim}; use the "
             "PCA that was fitted on this model"
         )
     return Projection(inputs, outputs)
 
 
-# Parts that wrappers put into the names: DataParallel (which the released training used) and DistributedDataParallel,
+# Parts of names that wrappers add: DataParallel (which the released training used), DistributedDataParallel,
 # torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -406,14 +412,16 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 def _plain_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     plain = {".".join(part for part in name.split(".") if part not in _WRAPPERS): v for name, v in state.items()}
     if len(plain) < len(state):
-        raise ValueError(f"{path} holds weights twice, under the names of a wrapped and of a plain model; save one")
+        raise ValueError(
+            f"{path} holds weights twice, under the names of a wrapped and of a plain model; save only one of them"
+        )
     return plain
 
 
 def splits(total: int) -> list[tuple[int, int]]:
-    """Every (K, G), K clusters kept and G ghost clusters, of so many in all; the likeliest first.
+    """All splits (K, G) of a total into K clusters and G ghost clusters, the likeliest first.
 
-    That is a released model's, or else the one with a single ghost, the default; then from many clusters to few.
+    First come those of released models, then a single ghost, the default, then the rest from large K to small.
     """
     usual = [(r.model["clusters"], r.model["ghost_clusters"]) for r in RELEASED.values()] + [(total - 1, 1)]
     every = [(K, total - K) for K in range(total, 0, -1)]
@@ -421,13 +429,13 @@ def splits(total: int) -> list[tuple[int, int]]:
 
 
 def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dict[str, Any], path: Path) -> None:
-    """Compares what the options decide, so that a misfit names the option to change rather than tensors."""
+    """Compares what the options decide, so that an error names the option to change instead of tensors."""
     backbone = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
     _require_backbone(model.backbone, backbone, path)
     layer = model.aggregation
     if "aggregation.conv.weight" in state:
         total, asked = state["aggregation.conv.weight"].shape[0], (layer.clusters, layer.ghost_clusters)
-        # The tensor tells only the sum.
+        # The tensor tells only K + G.
         fitting = [(written["clusters"], written["ghost_clusters"])] if "clusters" in written else splits(total)
         if asked not in fitting:
             flags = " or ".join(f"--supervlad_clusters={K} --ghost_clusters={G}" for K, G in fitting[:SPLITS_NAMED])
@@ -445,7 +453,7 @@ def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dic
 
 
 def _family_of(state: dict[str, Tensor]) -> str | None:
-    """Which backbone the names of a state dict are of; None for neither."""
+    """The backbone family that the names of a state dict belong to; None for neither."""
     if {"rope_embed.periods", "storage_tokens"} <= state.keys():
         return "DINOv3"
     return "DINOv2" if "pos_embed" in state else None
@@ -458,14 +466,14 @@ def _blocks_in(state: dict[str, Tensor]) -> int:
 def _require_backbone(
     backbone: DINOv2 | DINOv3, state: dict[str, Tensor], path: Path, *, first_blocks: bool = False
 ) -> None:
-    """Raises ValueError unless a state dict is of such a backbone; `first_blocks` allows for more blocks than kept."""
+    """Raises ValueError unless a state dict is of this backbone; `first_blocks` allows more blocks than are kept."""
     size, family, depth = backbone.size, _family_of(state), _blocks_in(state)
     if family is None:
         others = "embeddings.cls_token" in state
         raise ValueError(
-            f"{path} holds no {size.family} backbone where one is expected: a checkpoint for --resume has its names "
-            "under backbone., perhaps in model_state_dict; the official files go to train.py's --foundation_model_path"
-            + "; the names in this one are those of Hugging Face's transformers"
+            f"{path} holds no {size.family} backbone: a checkpoint for --resume has it under names that begin with "
+            "backbone., perhaps in model_state_dict; the official files go to train.py's --foundation_model_path"
+            + "; the names in this file are those of Hugging Face's transformers"
             * others
         )
     embedding = state.get("patch_embed.proj.weight")
@@ -490,7 +498,7 @@ def _require_backbone(
 
 
 def _kind(size: BackboneSize) -> tuple[str, int, int]:
-    """What a file tells of a backbone, besides the number of blocks: family, channels, registers."""
+    """What a file tells about a backbone besides its number of blocks: family, channels, registers."""
     return size.family, size.channels, size.registers
 
 
@@ -498,6 +506,6 @@ def _load(module: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        told = textwrap.shorten(str(error), 600, placeholder=" ...")  # it may name hundreds
+        told = textwrap.shorten(str(error), 600, placeholder=" ...")  # it may list hundreds of keys
         raise ValueError(f"{path} does not fit the model: {told}") from error
     logger.info("weights loaded from %s", path)

@@ -558,21 +558,24 @@ def test_what_an_index_does_not_find_is_never_accepted(evaluated, monkeypatch, c
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--accept=nan", "--accept nan is no number; give a squared distance of descriptors as in predictions.csv"),
-        ("--accept=near", "--accept near is no number"),
-        ("--accept=auto", "--accept auto is no number; give a squared distance"),
+        (
+            "--accept=nan",
+            "--accept nan is not a number; give a squared descriptor distance above 0, as in predictions.csv",
+        ),
+        ("--accept=near", "--accept near is not a number"),
+        ("--accept=auto", "--accept auto is not a number; give a squared descriptor distance"),
         ("--accept -0.5", "--accept -0.5 is not above 0"),
         ("--accept=0", "--accept 0 is not above 0"),
         ("--accept=-inf", "--accept -inf is not above 0"),
         ("--accept=inf", "--accept inf is not finite"),
-        ("--accept=auto@0", "auto@ is followed by a precision in percent, above 0 and up to 100: auto@99"),
-        ("--accept=auto@-5", "auto@ is followed by a precision"),
-        ("--accept=auto@101", "auto@ is followed by a precision"),
-        ("--accept=auto@nan", "auto@ is followed by a precision"),
-        ("--accept=auto@99%", "auto@ is followed by a precision"),
-        ("--accept=auto@99 --no_labels", "beside --no_labels that cannot be: precision is of labels; give a distance"),
-        ("--accept=auto@99 --positives_file=f", "beside --positives_file that cannot be"),
-        ("--accept=0.3 --test_method=maj_voting", "the votes of --test_method maj_voting lower the distances"),
+        ("--accept=auto@0", "auto@ takes a precision in percent, above 0 and up to 100, e.g. auto@99"),
+        ("--accept=auto@-5", "auto@ takes a precision"),
+        ("--accept=auto@101", "auto@ takes a precision"),
+        ("--accept=auto@nan", "auto@ takes a precision"),
+        ("--accept=auto@99%", "auto@ takes a precision"),
+        ("--accept=auto@99 --no_labels", "--no_labels rules out: precision needs labels; give a distance"),
+        ("--accept=auto@99 --positives_file=f", "--positives_file rules out: the file covers the test split only"),
+        ("--accept=0.3 --test_method=maj_voting", "with --test_method maj_voting, votes lower the distances"),
     ],
 )
 def test_what_accept_does_not_take(flags, message, capsys):
@@ -585,7 +588,7 @@ def test_plain_folders_have_no_val_split(capsys):
     flags = ["--database_folder=a", "--queries_folder=b", "--resume=x", "--accept=auto@99"]
     with pytest.raises(SystemExit):
         parse(EvalOptions, flags)
-    assert "beside --database_folder that cannot be: plain folders have none; give a dist" in capsys.readouterr().err
+    assert "--database_folder rules out: plain folders have no val split; give a dist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

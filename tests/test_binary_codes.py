@@ -121,13 +121,13 @@ def test_eval_takes_it_as_an_index(evaluated, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--rerank=50", "--rerank is of --index binary"),
+        ("--rerank=50", "--rerank works only with --index binary"),
         (
             "--index=binary --index_parameters=nprobe=3",
-            "--index_parameters is of FAISS's indices, and --index binary has",
+            "--index_parameters works only with a FAISS --index, e.g. IVF4096,PQ64",
         ),
-        ("--index=binary --rerank=19", "--rerank 19 is less than the 20 images a query asked for; use more"),
-        ("--index=binary --save_predictions=200", "--rerank 100 is less than the 200 images a query asked for"),
+        ("--index=binary --rerank=19", "--rerank 19 is less than the 20 images per query asked for; use more"),
+        ("--index=binary --save_predictions=200", "--rerank 100 is less than the 200 images per query asked for"),
         ("--index=binary --save_submission", "--save_submission: an approximate --index may find fewer"),
     ],
 )

@@ -414,18 +414,18 @@ def test_an_index_is_compared_in_every_context(evaluated, odd, capsys):
         ("--eval_dataset_name=svox --queries_names b:a", "b is not among --eval_dataset_name svox"),
         (
             "--eval_dataset_name=svox --queries_names a b --positives_file=x.npy",
-            "--positives_file and --query_keys are of one set of queries, and --queries_names has 2 of svox",
+            "--positives_file and --query_keys apply to one set of queries, but --queries_names names 2 of svox",
         ),
         (
             "--database_folder=a --queries_folder=b --queries_names c",
-            "--queries_names is of datasets, and",
+            "--queries_names works only with datasets (plain",
         ),
-        ("--eval_dataset_name=svox --context_shift=3", "--context_shift is of --encoder_context unaligned"),
+        ("--eval_dataset_name=svox --context_shift=3", "--context_shift works only with --encoder_context unaligned"),
         (
             "--eval_dataset_name=svox --encoder_context unaligned --context_shift=0",
             "--context_shift 0 is not above 0; give a positive number",
         ),
-        ("--eval_dataset_name=svox --encoder_context paired --no_labels", "without labels nobody knows whether quer"),
+        ("--eval_dataset_name=svox --encoder_context paired --no_labels", "paired needs labels, to know whether quer"),
     ],
 )
 def test_refusals(evaluated, several, capsys, flags, message):

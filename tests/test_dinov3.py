@@ -175,10 +175,13 @@ def test_a_file_of_another_backbone_is_told_in_a_line(tmp_path, of_file, asked, 
 def test_files_of_neither_family(tmp_path):
     for state, told in (
         ({"patch_embed.proj.weight": torch.zeros(96, 3, 16, 16)}, "--foundation_model_path$"),
-        ({"embeddings.cls_token": torch.zeros(1, 1, 96)}, "names in this one are those of Hugging Face's transformers"),
+        (
+            {"embeddings.cls_token": torch.zeros(1, 1, 96)},
+            "names in this file are those of Hugging Face's transformers",
+        ),
     ):
         torch.save(state, tmp_path / "other.pth")
-        with pytest.raises(ValueError, match=f"holds no DINOv3 backbone where one is expected: .*{told}"):
+        with pytest.raises(ValueError, match=f"holds no DINOv3 backbone: a checkpoint for .*{told}"):
             load_foundation(backbone_of(), tmp_path / "other.pth")
 
 
@@ -201,9 +204,12 @@ def refused(city, tmp_path, capsys):
 def test_gated_weights_are_not_fetched(refused, monkeypatch, name):
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("nothing to be fetched"))
     message = refused(train_script, f"--backbone={name}", "--backbone_blocks=1", "--freeze_te=0")
-    assert f"--backbone={name} starts from DINOv3's weights, which are not fetched" in message
-    assert "under the DINOv3 License" in message and "https://github.com/facebookresearch/dinov3 for " in message
-    assert f"{GATED_FILES[name]}, and name the file by --foundation_model_path" in message
+    assert f"--backbone={name} starts from DINOv3's weights, which are not downloaded" in message
+    assert (
+        "those who accept the DINOv3 License" in message
+        and "https://github.com/facebookresearch/dinov3 for " in message
+    )
+    assert f"{GATED_FILES[name]}, and give the file as --foundation_model_path" in message
     assert not GATED_FILES.keys() & FOUNDATION_FILES.keys() and "dinov3_tiny" not in GATED_FILES
 
 
@@ -237,7 +243,7 @@ def test_the_first_blocks_of_a_file(tmp_path, caplog, name):
         with pytest.raises(ValueError, match=r"96, (12|9) and [04] was asked for; use --backbone_blocks=7$"):
             load_foundation(backbone_of(name, backbone_blocks=blocks), tmp_path / "seven.pth")
     assert backbone_of(name, backbone_blocks=12).size == BACKBONES[name]
-    with pytest.raises(ValueError, match=f"--backbone_blocks 13 cannot be kept of the 12 that --backbone={name} has"):
+    with pytest.raises(ValueError, match=f"--backbone_blocks 13: --backbone={name} has 12 blocks; use 1 to 12"):
         backbone_of(name, backbone_blocks=13)
 
 

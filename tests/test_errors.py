@@ -121,7 +121,7 @@ def test_no_foundation_weights_and_no_network(fails, city, tmp_path, monkeypatch
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     message = fails(train_script, f"--eval_datasets_folder={city}", "--backbone=dino")
-    assert "could not be fetched (<urlopen error no network>); get https://" in message
+    assert "could not be downloaded (<urlopen error no network>); get https://" in message
     assert "--foundation_model_path=dinov2_vitb14_pretrain.pth, or put it at" in message
 
 

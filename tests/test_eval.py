@@ -175,7 +175,7 @@ def test_company_does_not_change_what_a_photo_of_ones_own_finds(city, evaluated,
     evaluated(*folders, dataset=False)
     assert f"{line}{antialiased}\n" in capsys.readouterr().err
     evaluated(*folders, "--infer_batch_size=4", model="encoder", dataset=False)
-    assert "WARNING: --infer_batch_size 4 has no part in --encoder_context independent" in capsys.readouterr().err
+    assert "WARNING: --infer_batch_size 4 has no effect with --encoder_context independent" in capsys.readouterr().err
     assert list(results_of(evaluated(model="encoder"))["contexts"]) == ["file_order"]
     assert "plain folders" not in capsys.readouterr().err
 

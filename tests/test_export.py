@@ -50,8 +50,10 @@ def test_onnx(saved, tmp_path, capsys, monkeypatch):
         (tmp_path / "model.onnx.data").write_text("of an earlier export")
     export.main(f"--resume {path} --resize 56 70 --no-upright --output {tmp_path}/model.onnx".split())
     shown = capsys.readouterr()
-    assert "model.onnx: descriptors differ by" in shown.out and ("batches of one" in shown.out) == bool(model.encoder)
-    assert shown.err == "WARNING: the model was validated at 70 56, and is exported at 56 70\n"
+    assert "model.onnx: descriptors differ from PyTorch's by at most" in shown.out and (
+        "batches of one" in shown.out
+    ) == bool(model.encoder)
+    assert shown.err == "WARNING: the model was validated at 70 56, but is exported at 56 70\n"
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (image,), (descriptor,) = session.get_inputs(), session.get_outputs()
     assert image.name == "images" and image.shape[1:] == [3, 56, 70] and isinstance(image.shape[0], str)
@@ -141,7 +143,9 @@ def test_a_pca_becomes_part_of_the_file(saved, evaluated, tmp_path, capsys, whit
         export.main(f"--resume {path} --pca {fitted}/pca.pth --resize 56 56 --output {output}".split())
     shown = capsys.readouterr().out
     context = "; fitted in --encoder_context file_order" * (model.encoder is not None)
-    assert f"a PCA leaves 6 of {model.descriptor_dim} numbers{', whitened' * whiten}, of unit norm{context}\n" in shown
+    assert (
+        f"a PCA leaves 6 of {model.descriptor_dim} dimensions{', whitened' * whiten}, of unit norm{context}\n" in shown
+    )
     folder = evaluated(file)
     np.testing.assert_allclose(numbers_of(folder), expected, atol=2e-5)
     log = (folder / "info.log").read_text()
@@ -181,10 +185,14 @@ def test_a_pca_that_does_not_fit(saved, evaluated, tmp_path, capsys, city):
     other = build_model(**settings)
     torch.save({"model_state_dict": other.state_dict(), "model": settings}, tmp_path / "weights.pth")
     for source, pca, told in (
-        (path, path, "best_model.pth holds no PCA; give the pca.pth that eval.py --pca_dim leaves"),
-        (path, tmp_path / "other.pth", f"has a PCA of descriptors of {model.vectors_dim - 1} numbers, but the model's"),
+        (path, path, "best_model.pth holds no PCA; give the pca.pth that eval.py --pca_dim writes"),
+        (
+            path,
+            tmp_path / "other.pth",
+            f"has a PCA of {model.vectors_dim - 1}-dimensional descriptors, but the model's",
+        ),
         (path, tmp_path / "none.pth", "no weight file at"),
-        (file, fitted, "the checkpoint ends with a PCA already; leave out --pca"),
+        (file, fitted, "the checkpoint already ends with a PCA; leave out --pca"),
         (tmp_path / "weights.pth", fitted, "pca.pth was fitted on descriptors of other weights than the checkpoint's"),
     ):
         with pytest.raises(SystemExit) as exit_:
@@ -197,8 +205,12 @@ def test_a_pca_that_does_not_fit(saved, evaluated, tmp_path, capsys, city):
     torch.save(content, tmp_path / "older.pth")
     for pca, size, told in (
         (fitted, "56 56", ""),
-        (fitted, "70 56", "pca.pth was fitted on images of 56 56, and the export is for 70 56"),
-        (tmp_path / "older.pth", "56 56", "older.pth does not say which weights it was fitted on; are they these?"),
+        (fitted, "70 56", "pca.pth was fitted on images of 56 56, but the export is for 70 56"),
+        (
+            tmp_path / "older.pth",
+            "56 56",
+            "older.pth does not say which weights it was fitted on; check that they are these",
+        ),
     ):
         export.main(f"--resume {path} --pca {pca} --resize {size} --output {tmp_path}/b.safetensors".split())
         lines = [line for line in capsys.readouterr().err.splitlines() if "fitted on" in line]
@@ -270,7 +282,7 @@ def test_only_a_size_that_the_source_says_is_called_validated(trained, tmp_path,
     assert exported("bare.pth", "bare.safetensors", "--resize", "42", "42") == ""
     shown = log_of(tmp_path / "bare.safetensors", "--resize", "56", "42")
     assert "validated at" not in shown and "the file was exported for 42 42, and --resize is 56 42\n" in shown
-    warning = "WARNING: the model was validated at 56 56, and is exported at 112 84\n"
+    warning = "WARNING: the model was validated at 56 56, but is exported at 112 84\n"
     assert exported("best.pth", "other.safetensors", "--resize", "112", "84") == warning
     assert exported("other.safetensors", "again.safetensors") == warning, "it goes on knowing both"
     shown = log_of(tmp_path / "again.safetensors")
@@ -354,14 +366,14 @@ def test_what_is_refused(refused, tmp_path, monkeypatch):
     assert f"--output {tmp_path} is a folder; name a file in it" in refused("", tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(export.os, "access", lambda *_: False)
-        assert f"{tmp_path} may not be written to; name another folder" in refused("", tmp_path / "model.onnx")
+        assert f"{tmp_path} is not writable; name another folder" in refused("", tmp_path / "model.onnx")
     assert "--resize 56 57 is not a multiple" in refused("--resize 56 57", tmp_path / "model.onnx")
     assert "use --supervlad_clusters=1 --ghost_clusters=2" in refused("--ghost_clusters=5", tmp_path / "model.onnx")
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     assert "its descriptors differ by" in refused("", tmp_path / "model.onnx")
     for package, output in (("onnxscript", "model.onnx"), ("safetensors.torch", "model.safetensors")):
         monkeypatch.setitem(sys.modules, package, None)
-        assert f"takes the package {package.split('.')[0]}, which is missing" in refused("", tmp_path / output)
+        assert f"needs the package {package.split('.')[0]}, which is missing" in refused("", tmp_path / output)
 
 
 def test_safetensors_of_other_projects_say_nothing_of_ours(tmp_path):
@@ -378,7 +390,7 @@ def test_safetensors_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="damaged or not a safetensors file"):
         read_file(tmp_path / "cut.safetensors")
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ValueError, match="takes the package safetensors; pip install safetensors"):
+    with pytest.raises(ValueError, match="needs the package safetensors; pip install safetensors"):
         read_file(tmp_path / "cut.safetensors")
 
 
@@ -444,7 +456,7 @@ def test_suffixes_in_capitals(trained, tmp_path, capsys):
         (tmp_path / name).write_bytes(b"onnx")
         with pytest.raises(SystemExit):
             export.main(f"--resume={tmp_path}/{name} --output={tmp_path}/c.safetensors".split())
-        assert f"{name} is an ONNX file, which cannot be read back; give the checkpoint" in capsys.readouterr().err
+        assert f"{name} is an ONNX file, which cannot be loaded; give the checkpoint" in capsys.readouterr().err
 
 
 def test_a_signal_that_pytorch_makes_another_error_of(trained, tmp_path, capsys, monkeypatch):

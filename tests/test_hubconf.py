@@ -56,7 +56,7 @@ def test_errors_do_not_speak_of_a_command_line(strangers, monkeypatch):
     with pytest.raises(ValueError) as error:
         torch.hub.load(REPOSITORY, "vlad_1cluster", source="local", backbone="dino_tiny")
     message = str(error.value)
-    assert message.startswith("1-ClusterVLAD could not be fetched (") and "--" not in message
+    assert message.startswith("1-ClusterVLAD could not be downloaded (") and "--" not in message
     assert "https://drive.google.com/uc?id=1pQ" in message and f"put it at {strangers}/1-ClusterVLAD.pth" in message
     torch.save(build_model(backbone="dino_small").state_dict(), strangers / "SuperVLAD.pth")
     with pytest.raises(ValueError, match="one of 96, 12 and 0 was asked for; use backbone=dino_small$"):

@@ -309,7 +309,7 @@ def test_labels_where_nothing_is_known(photo, tmp_path, capsys, evaluated):
     assert "none of the 1 database photos has a position" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         parse(EvalOptions, ["--resume=x", *folders, "--labels_where_known", "--no_labels"])
-    assert "--labels_where_known is of labels by positions" in capsys.readouterr().err
+    assert "--labels_where_known applies to labels from positions" in capsys.readouterr().err
 
 
 def test_places_are_told_without_labels(walk, photo, evaluated):

@@ -145,7 +145,7 @@ def test_what_cannot_be_is_refused_before_the_extraction(images, run, capsys, mo
         (("--save_pairs=-1",), "--save_pairs -1 is negative; use 0 for none"),
         (
             ("--save_pairs=6", "--test_method=maj_voting", "--recall_values", "1", "5"),
-            "--save_pairs 6: the depth of the search decides what maj_voting finds, and --recall_values ends at 5",
+            "--save_pairs 6: what maj_voting finds depends on the search depth, the largest of --recall_values (5)",
         ),
         (
             ("--save_h5", "--test_method=nearest_crop"),

@@ -95,7 +95,7 @@ def test_a_checkpoint_may_be_of_a_backbone_with_other_patches(tmp_path):
 def test_a_training_that_leaves_the_backbone_as_it_is_is_told(caplog):
     flags = ["--eval_datasets_folder=D", "--backbone_blocks=8"]
     parse(TrainOptions, flags)
-    assert "--freeze_te 8 of 8 blocks: nothing of the backbone is trained" in caplog.text
+    assert "--freeze_te 8 freezes all 8 blocks: nothing of the backbone is trained" in caplog.text
     caplog.clear()
     parse(TrainOptions, [*flags, "--freeze_te=7"])
     assert not caplog.text
@@ -121,33 +121,33 @@ def test_freeze_te(text, value):
         ),
         (
             "--eval_datasets_folder=D --resume=x --backbone_blocks 13",
-            "--backbone_blocks 13 cannot be kept of the 12 that --backbone=dino has; use 1 to 12",
+            "--backbone_blocks 13: --backbone=dino has 12 blocks; use 1 to 12",
         ),
         (
             "--eval_datasets_folder=D --resume=x --backbone=dinov3_large --backbone_blocks 0",
-            "--backbone_blocks 0 cannot be kept of the 24",
+            "--backbone_blocks 0: --backbone=dinov3_large has 24 blocks",
         ),
         ("--eval_datasets_folder=D --resume=x --recall_values 0 5", "--recall_values 0"),
         ("--eval_datasets_folder=D --resume=x --infer_batch_size 0", "--infer_batch_size 0 is not above 0"),
         ("--eval_datasets_folder=D --resume=x --ghost_clusters -1", "--ghost_clusters"),
         ("--eval_datasets_folder=D --resume=x --seed -1", "--extraction_batch_size cannot be negative"),
         ("--resume=x --queries_folder=q", "--database_folder and --queries_folder go together"),
-        ("--eval_datasets_folder=D --resume=x --pca_whiten", "--pca_whiten is of --pca_dim"),
+        ("--eval_datasets_folder=D --resume=x --pca_whiten", "--pca_whiten works only with --pca_dim"),
         ("--eval_datasets_folder=D --resume=x --pca_dim 8", "--pca_dim and --pca_dataset_folder go together"),
-        ("--eval_datasets_folder=D --resume=x --eval_dataset_name a b --positives_file f", "are of one dataset"),
+        ("--eval_datasets_folder=D --resume=x --eval_dataset_name a b --positives_file f", "apply to one dataset"),
         ("--eval_datasets_folder=D --resume=x --eval_dataset_name a a", "names a dataset twice"),
         (
             "--eval_datasets_folder=D --resume=x --positive_frames 1 --val_positive_dist_threshold 9",
-            "each say in their way what is correct",
+            "each define what is correct",
         ),
         ("--eval_datasets_folder=D --resume=x --val_positive_dist_threshold 0", "--val_positive_dist_threshold 0.0"),
         ("--eval_datasets_folder=D --resume=x --context_seeds 0", "--context_seeds 0 is not above 0"),
         ("--eval_datasets_folder=D --resume=x --save_predictions -1", "--save_predictions -1 is negative"),
         (
             "--eval_datasets_folder=D --resume=x --test_method=maj_voting --majority_weight=nan",
-            "--majority_weight nan is no number",
+            "--majority_weight nan is not a number",
         ),
-        ("--eval_datasets_folder=D --resume=x --seed=4294967296", "--seed 4294967296 is more than NumPy takes"),
+        ("--eval_datasets_folder=D --resume=x --seed=4294967296", "--seed 4294967296 is larger than NumPy allows"),
         (
             "--eval_datasets_folder=D --resume=x --save_submission --skip_unreadable",
             "--skip_unreadable leaves some out",
@@ -161,23 +161,26 @@ def test_freeze_te(text, value):
             "--eval_datasets_folder=D --resume=x --positives_file f --val_positive_dist_threshold 9",
             "--positives_file and --val_positive_dist_threshold each",
         ),
-        ("--eval_datasets_folder=D --resume=x --encoder_context shuffled shuffled", "names one twice"),
+        ("--eval_datasets_folder=D --resume=x --encoder_context shuffled shuffled", "names a context twice"),
         (
             "--eval_datasets_folder=D --resume=x --no_labels --encoder_context shuffled independent",
             "no recalls to compare",
         ),
         (
             "--eval_datasets_folder=D --resume=x --majority_weight 0.1",
-            "--majority_weight is of --test_method maj_voting",
+            "--majority_weight works only with --test_method maj_voting",
         ),
-        ("--eval_datasets_folder=D --resume=x --context_seeds 3", "--context_seeds is of --encoder_context shuffled"),
+        (
+            "--eval_datasets_folder=D --resume=x --context_seeds 3",
+            "--context_seeds works only with --encoder_context shuffled",
+        ),
         (
             "--eval_datasets_folder=D --resume=x --no_labels --encoder_context shuffled --context_seeds 3",
-            "--no_labels has none of",
+            "--context_seeds works only with labels",
         ),
         (
             "--eval_datasets_folder=D --resume=x --test_method maj_voting --recall_values 1 5 --save_predictions 9",
-            "--recall_values ends at 5",
+            "the largest of --recall_values (5); give no more",
         ),
         ("--eval_datasets_folder=D --resume=x --save_submission --index Flat", "leave out --index"),
         (
@@ -244,12 +247,12 @@ def test_training_refusals(flags, capsys):
         (EvalOptions, "-resume x", "unknown option -resume, did you mean --resume?"),
         (EvalOptions, "resume=x", "unknown option resume=x, did you mean --resume?"),
         (EvalOptions, "--seed=3 x", "unknown option x"),
-        (EvalOptions, "--eval_dataset_name=a b", "behind = there is one value only; write --eval_dataset_name a b"),
-        (TrainOptions, "--train_dataset_folder=a b/c d", "one value only; write --train_dataset_folder a b/c"),
-        (TrainOptions, "--lr=1 --cities=Rome London --seed 3", "--cities=Rome London: behind = there is one value"),
+        (EvalOptions, "--eval_dataset_name=a b", "only one value can follow =; write --eval_dataset_name a b"),
+        (TrainOptions, "--train_dataset_folder=a b/c d", "one value can follow =; write --train_dataset_folder a b/c"),
+        (TrainOptions, "--lr=1 --cities=Rome London --seed 3", "--cities=Rome London: only one value can follow ="),
         (EvalOptions, "--noantialias", "unknown option --noantialias, did you mean --no-antialias?"),
-        (EvalOptions, "--train_batch_size 3", "unknown option --train_batch_size, it is one of train.py"),
-        (TrainOptions, "--save_predictions 3", "unknown option --save_predictions, it is one of eval.py"),
+        (EvalOptions, "--train_batch_size 3", "unknown option --train_batch_size, it is an option of train.py"),
+        (TrainOptions, "--save_predictions 3", "unknown option --save_predictions, it is an option of eval.py"),
         (TrainOptions, "--eval_dataset_folder D", "did you mean --eval_datasets_folder?"),
         (
             TrainOptions,
@@ -301,7 +304,7 @@ def test_help_shows_every_default(capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         parse(TrainOptions, ["--help"])
     out = capsys.readouterr().out
-    assert exit_.value.code == 0 and "(default: 322 322)" in out and "(default: 5e-05)" in out
+    assert exit_.value.code == 0 and "(default: 322 322; DINOv3: 320 320)" in out and "(default: 5e-05)" in out
 
 
 def test_names_of_datasets_are_paths_below_their_folder():
@@ -324,11 +327,11 @@ def test_options_without_a_part_are_told(caplog):
     assert [line.split()[0] for line in plain.unused(encoder=True)] == ["--eval_datasets_folder"]
     assert parse(EvalOptions, given).unused(encoder=True) == parse(EvalOptions, given[:2]).unused(encoder=False) == []
     parse(TrainOptions, ["--eval_datasets_folder=D", "--resume=r.pth", "--foundation_model_path=f"])
-    assert "--foundation_model_path has no part" in caplog.text
+    assert "--foundation_model_path has no effect" in caplog.text
     parse(TrainOptions, ["--eval_datasets_folder=D", "--lr_encoder=1e-3", "--encoder_training=every_step"])
-    assert "--lr_encoder has no part" in caplog.text and "--encoder_training has no part" in caplog.text
+    assert "--lr_encoder has no effect" in caplog.text and "--encoder_training has no effect" in caplog.text
     parse(TrainOptions, ["--eval_datasets_folder=D", "--lr_end_factor=0.2"])
-    assert "--lr_end_factor has no part in --lr_schedule halving" in caplog.text
+    assert "--lr_end_factor has no effect with --lr_schedule halving" in caplog.text
 
 
 def test_the_home_folder_behind_an_equals_sign(monkeypatch):

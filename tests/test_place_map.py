@@ -303,11 +303,11 @@ def test_what_does_not_fit_a_map_is_refused_with_its_reason(made, photos, run, c
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--map=m.npz", "--map is asked with the photos of a folder; name it by --queries_folder"),
-        ("--map=m.npz --queries_folder=q --database_folder=d", "--database_folder has no part in asking a --map"),
-        ("--map=m.npz --queries_folder=q --index=Flat --pca_dim=3", "--index and --pca_dim have no part in asking"),
-        ("--map=m.npz --queries_folder=q --save_map=n.npz", "--save_map has no part in asking a --map"),
-        ("--map=m.npz --queries_folder=q --encoder_context file_order", "--encoder_context has no part"),
+        ("--map=m.npz", "--map needs a folder of query photos; give --queries_folder"),
+        ("--map=m.npz --queries_folder=q --database_folder=d", "--database_folder does not apply to --map: the map"),
+        ("--map=m.npz --queries_folder=q --index=Flat --pca_dim=3", "--index and --pca_dim do not apply to --map"),
+        ("--map=m.npz --queries_folder=q --save_map=n.npz", "--save_map does not apply to --map: the map"),
+        ("--map=m.npz --queries_folder=q --encoder_context file_order", "--encoder_context does not apply to --map"),
         ("--eval_datasets_folder=d --eval_dataset_name a b --save_map=m.npz", "--save_map writes the map of one"),
     ],
 )

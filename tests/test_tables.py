@@ -110,7 +110,7 @@ def test_a_figure_of_a_record_is_that_of_each_page(copy, capsys):
 @pytest.mark.parametrize(
     ("page", "figure", "other"),
     [
-        ("REPRODUCE.md", "1.4 photos a second", "1.5 photos a second"),
+        ("REPRODUCE.md", "1.4 photos per second", "1.5 photos per second"),
         ("docs/programs.md", "1.2 to 1.5 ms", "1.2 to 1.6 ms"),
         ("docs/speed.md", "load in 1.8 s", "load in 1.9 s"),
     ],

@@ -145,7 +145,9 @@ def test_a_file_that_ends_too_early(tmp_path, at, zipped):
     path = tmp_path / "cut.pth"
     torch.save({"model_state_dict": tiny().state_dict()}, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[:at])
-    with pytest.raises(ValueError, match="cut.pth is damaged or not a PyTorch weight file; fetch or write it again$"):
+    with pytest.raises(
+        ValueError, match="cut.pth is damaged or not a PyTorch weight file; download or write it again$"
+    ):
         read_file(path)
 
 
@@ -306,7 +308,7 @@ def test_foundation_weights_are_fetched_once(served, tmp_path, monkeypatch):
     (folder / "tiny.pth").unlink()
     assert weights.fetch_foundation("dino_tiny") == path
     path.unlink()
-    with pytest.raises(ValueError, match=r"not be fetched \(.*404.*\); get http.*/tiny.pth elsewhere .*put it at"):
+    with pytest.raises(ValueError, match=r"not be downloaded \(.*404.*\); get http.*/tiny.pth elsewhere .*put it at"):
         weights.fetch_foundation("dino_tiny")
     assert not list(path.parent.iterdir()), "nothing half-written"
 
@@ -337,7 +339,7 @@ def test_released_checkpoints_are_fetched_by_name(served, monkeypatch):
         (lambda: monkeypatch.setitem(sys.modules, "gdown", None), "pip install gdown"),
     ):
         change()
-        with pytest.raises(ValueError, match=f"--resume=1-ClusterVLAD could not be fetched .*{reason}") as error:
+        with pytest.raises(ValueError, match=f"--resume=1-ClusterVLAD could not be downloaded .*{reason}") as error:
             weights.fetch_released("1-ClusterVLAD")
         assert "https://drive.google.com/uc?id=1pQ" in str(error.value) and str(path) in str(error.value)
         assert not list(path.parent.iterdir())
