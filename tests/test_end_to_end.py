@@ -217,8 +217,8 @@ def test_options_of_training_without_a_part_are_said(city, tmp_path, capsys):
     steps = int((run_folder(tmp_path / "plain") / "metrics.csv").read_text().splitlines()[1].split(",")[1])
     assert "WARNING: --" not in capsys.readouterr().err
     for flags, told in (
-        (["--place_order=similar"], "--place_order similar has no effect: it begins with the second epoch"),
-        (["--place_order=reshuffled"], "--place_order reshuffled has no effect: it begins with the second epoch"),
+        (["--place_order=similar"], "--place_order similar has no effect: it starts with the second epoch"),
+        (["--place_order=reshuffled"], "--place_order reshuffled has no effect: it starts with the second epoch"),
         ([f"--warmup_steps={steps}"], f"--warmup_steps {steps} is as long as the run or longer, {steps} steps"),
         ([f"--warmup_steps={steps - 1}"], ""),
     ):

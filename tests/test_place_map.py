@@ -274,9 +274,7 @@ def test_a_distance_that_a_map_does_not_give_is_told(city, run, tmp_path, capsys
     for other in ("--test_method=central_crop", "--index=IVF2,Flat"):
         run(*flags, other)
         shown = capsys.readouterr().err
-        assert (
-            f"--save_map keeps the distance of --accept auto@5, which {other.replace('=', ' ')} gives; a map" in shown
-        )
+        assert f"--save_map keeps the distance of --accept auto@5, found by {other.replace('=', ' ')}; a map" in shown
     run(*flags, "--index=binary")
     assert "--save_map keeps" not in capsys.readouterr().err
 

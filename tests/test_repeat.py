@@ -154,7 +154,7 @@ def test_a_repeated_training_is_the_same(city, tmp_path, run):
     assert "--resume auto is left out: it went on with that run itself, which is repeated from its start" in log
     # On demand the newest run of that --save_dir goes on, which is finished.
     assert train_script.main([f"--options={first}/results.json", "--resume=auto"]) == 0
-    assert "is of a finished run" in (second / "info.log").read_text()
+    assert "is finished: only the test split is evaluated again" in (second / "info.log").read_text()
 
 
 @pytest.mark.parametrize("resume", ["auto", "run/x/last_model.pth", "run/./x/previous_model.pth"])

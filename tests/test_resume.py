@@ -256,7 +256,7 @@ def test_a_finished_run_is_only_evaluated_again(flags, tmp_path, caplog):
     before = outcome(tmp_path)
     train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1", "--resume=auto"])
     assert_same(outcome(tmp_path), before)
-    assert "last_model.pth is of a finished run: only the test split is evaluated again" in caplog.text
+    assert "last_model.pth is finished: only the test split is evaluated again" in caplog.text
 
 
 def test_small_shared_memory_changes_nothing_but_the_time(flags, uninterrupted, tmp_path, monkeypatch, caplog):

@@ -481,7 +481,7 @@ def test_a_search_that_fails_can_be_gone_on_with(evaluate, passed, monkeypatch, 
         failing.setattr(owner, name, fails_with(error))
         status, said, failed = evaluate(*more)
     assert status in (1, 2) and "Traceback" not in said and not (failed / "extracted").exists()
-    (line,) = [line for line in said.splitlines() if "what was extracted is kept" in line]
+    (line,) = [line for line in said.splitlines() if "the descriptors are kept" in line]
     advice = shlex.split(line.split("the same command with ")[1].split(" goes on")[0])
     assert advice == [f"--descriptors_folder={failed}/kept"]
     passed.clear()
@@ -491,7 +491,7 @@ def test_a_search_that_fails_can_be_gone_on_with(evaluate, passed, monkeypatch, 
     with monkeypatch.context() as failing:
         failing.setattr(owner, name, fails_with(error))
         status, said, failed = evaluate(*more, *advice)
-    assert status in (1, 2) and "kept: the same command goes on with the search" in said
+    assert status in (1, 2) and "kept: the same command resumes with the search" in said
     assert evaluate(*more, *advice)[0] == 0 and passed == []
 
 

@@ -90,7 +90,7 @@ def test_an_extraction_stops_in_one_line(city, tmp_path, name, workers):
     job, left = run_signalled("group", name, "batch", 3, "eval", *flags)
     assert job.returncode == 128 + signal.Signals[name] and not left, job.stderr
     assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
-    assert f"stopped by {name}: --descriptors_folder would have kept what was computed" in job.stderr
+    assert f"stopped by {name}: --descriptors_folder would have kept the descriptors computed so far" in job.stderr
     (folder,) = tmp_path.glob("run/*/")
     assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {"info.log", "debug.log"}
 
