@@ -407,9 +407,12 @@ def test_an_index_is_compared_in_every_context(evaluated, odd, capsys):
     [
         (
             "--eval_dataset_name=svox",
-            "the queries there are queries_night, queries_rain: name them by eval.py's",
+            "the query sets there are queries_night, queries_rain: name them with eval.py's",
         ),
-        ("--eval_dataset_name=svox --queries_names queries_fog", "svox/images/test/queries_fog; the queries there are"),
+        (
+            "--eval_dataset_name=svox --queries_names queries_fog",
+            "svox/images/test/queries_fog; the query sets there are",
+        ),
         ("--eval_dataset_name=svox --queries_names a a", "--queries_names a a names a set of svox twice"),
         ("--eval_dataset_name=svox --queries_names a ./a/", "names a set of svox twice"),
         ("--eval_dataset_name=svox --queries_names ../a", "--queries_names '../a' is not the name of a folder below"),

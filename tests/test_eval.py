@@ -89,7 +89,7 @@ def test_the_size_is_the_checkpoints_unless_given(city, weights, tmp_path, capsy
     assert recalls("safetensors", "best.safetensors")[:2] == (size, found)
     assert recalls("same", "best.pth", "--resize", "56", "70")[:2] == (size, found) and "validated at" not in log
     size, _, log = recalls("other", "best.safetensors", "--resize", "56", "56")
-    assert size == [56, 56] and "WARNING: the model was validated at 56 70, and --resize is 56 56" in log
+    assert size == [56, 56] and "WARNING: the model was validated at 56 70, but --resize is 56 56" in log
 
 
 @pytest.mark.parametrize("entry", [None, 322, "322 322", [322], [56, 57], [0, 56], [56.0, 56.0], [True, True]])
@@ -165,8 +165,8 @@ def test_company_does_not_change_what_a_photo_of_ones_own_finds(city, evaluated,
         > 1e-3
     )
     capsys.readouterr()
-    line = "plain folders, not as benchmarks are published: photos are turned as EXIF says"
-    antialiased = "; the resize is antialiased (--no-antialias switches that off)"
+    line = "plain folders, unlike published benchmarks: photos are turned as EXIF says"
+    antialiased = "; the resize is antialiased (--no-antialias turns this off)"
     alone = "; the encoder sees each photo by itself (--encoder_context file_order: neighbours by name)"
     assert shown.count(f"{line}{antialiased}{alone}\n") == 2
     # What is switched off is not said, nor what the model has not got; a benchmark says nothing of the kind.

@@ -281,7 +281,7 @@ def test_only_a_size_that_the_source_says_is_called_validated(trained, tmp_path,
 
     assert exported("bare.pth", "bare.safetensors", "--resize", "42", "42") == ""
     shown = log_of(tmp_path / "bare.safetensors", "--resize", "56", "42")
-    assert "validated at" not in shown and "the file was exported for 42 42, and --resize is 56 42\n" in shown
+    assert "validated at" not in shown and "the file was exported for 42 42, but --resize is 56 42\n" in shown
     warning = "WARNING: the model was validated at 56 56, but is exported at 112 84\n"
     assert exported("best.pth", "other.safetensors", "--resize", "112", "84") == warning
     assert exported("other.safetensors", "again.safetensors") == warning, "it goes on knowing both"

@@ -173,7 +173,7 @@ def test_grey_photos_of_16_bits_are_told_apart(tmp_path, evaluated):
     (tmp_path / "right.csv").write_text("".join(f"{n}.png,{n}.png\n" for n in range(4)))
     shown, _ = evaluated(f"--positives_file={tmp_path}/right.csv")
     assert "(4 database, 4 queries): R@1: 100.0" in shown
-    assert "asked in known database: 4 images read by the upper 8 of more bits a channel, e.g. " in shown
+    assert "asked in known database: 4 images read by the upper 8 of more bits per channel, e.g. " in shown
 
 
 def test_pipes_and_devices_are_no_photos(tmp_path, photo, caplog, capsys):
@@ -224,7 +224,7 @@ def test_queries_among_the_database_are_left_out_of_it(places, evaluated, how):
             new = places / "known" / path.name
             new.symlink_to(path) if how == "links" else new.hardlink_to(path)
     shown, folder = evaluated()
-    assert f"2 of the 5 photos in {places}/known are queries too: they are left out of the database" in shown
+    assert f"2 of the 5 photos in {places}/known are also queries: they are left out of the database" in shown
     assert "asked in known (3 database, 2 queries): R@1: 100.0" in shown
     with open(folder / "predictions.csv", newline="") as file:
         assert not any("asked" in row["database"] for row in csv.DictReader(file))
@@ -235,12 +235,12 @@ def test_nothing_left_of_the_database(places, evaluated):
     (places / "all" / "known").symlink_to(places / "known")
     for queries in ("known", "all"):
         (line,) = evaluated(queries=queries, status=2)
-        assert f"every photo in {places}/known is a query too, in {places / queries}; name a --database_folder" in line
+        assert f"every photo in {places}/known is also a query, in {places / queries}; name a --database_folder" in line
     (places / "asked" / "more.png").symlink_to(places / "known" / "@0@0@known@.png")
     for n in (1000, 2000):
         (places / f"known/@{n}@0@known@.png").write_bytes(b"")
     (line,) = evaluated("--skip_unreadable", status=2)
-    assert f"every photo in {places}/known that can be read is a query too" in line
+    assert f"every photo in {places}/known that can be read is also a query" in line
 
 
 def test_a_dataset_keeps_queries_among_its_database(places, evaluated):
@@ -249,7 +249,7 @@ def test_a_dataset_keeps_queries_among_its_database(places, evaluated):
     images = places / "data/town/images/test"
     (images / "database" / "@9000@0@.png").symlink_to(next((images / "queries").iterdir()))
     shown, folder = evaluated(f"--eval_datasets_folder={places}/data", "--eval_dataset_name=town", database=None)
-    assert f"1 of the 4 photos in {images}/database are queries too: they find themselves, and stay" in shown
+    assert f"1 of the 4 photos in {images}/database are also queries: they find themselves, and stay" in shown
     assert json.loads((folder / "results.json").read_text())["dataset"]["database"] == 4
 
 

@@ -211,7 +211,7 @@ def test_the_log_counts_them(tmp_path, caplog, threads):
     assert (
         sixteen.startswith("town queries: 2 images read by the upper 8 of more bits") and f"e.g. {paths[0]};" in sixteen
     )
-    assert guessed.startswith("town queries: 1 image of a mode whose scale was guessed") and "e.tiff" in guessed
+    assert guessed.startswith("town queries: 1 image in a mode whose scale was guessed") and "e.tiff" in guessed
 
 
 def test_check_tells_of_them(tmp_path, capsys):

@@ -465,6 +465,6 @@ def test_correct_photos_that_are_queries_too_are_named_as_the_cause(tmp_path, ca
         assert lists(dataset.positives(25.0)) == ([[], [0]] if lost else [[0], []])
         said = [line for line in caplog.messages if "count as missed" in line]
         assert said == lost * [
-            f"x: of 1 of 2 queries, all correct photos that {file} names were left out of the database, as queries "
-            "too; they count as missed"
+            f"x: for 1 of 2 queries, all correct photos in {file} were left out of the database because they are also "
+            "queries; they count as missed"
         ]
