@@ -293,5 +293,5 @@ def test_nothing_is_written_among_photos(evaluate, photos, tmp_path, flag, below
     (tmp_path / "link").symlink_to(photos[0] / "here")
     place = tmp_path / "link" if below == "link" else photos[0] / below
     status, said = evaluate(f"--{flag}={place}")
-    assert status == 2 and f"{place} lies in {photos[0]}, and later runs would take what is written there for" in said
+    assert status == 2 and f"{place} lies in {photos[0]}, so later runs would read what is written there as" in said
     assert not list((photos[0] / "here").iterdir()) and not (photos[0] / "deep").exists()

@@ -198,7 +198,7 @@ def test_pipes_and_devices_are_no_photos(tmp_path, photo, caplog, capsys):
     for name in ("broken.jpg", "loop.jpg"):
         (tmp_path / name).unlink()
     check([str(tmp_path), "--workers", "1"])
-    assert "6 files (5 pipe, socket or device, 1 without suffix) passed over" in capsys.readouterr().out
+    assert "6 files (5 pipe, socket or device, 1 without suffix) skipped" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -307,9 +307,8 @@ def test_check_of_plain_folders(places, photo, capsys):
         f"{places}/known, 3 photos",
         f"{places}/asked, 4 photos",
         f"left-out: {places}/known: 1 file (1 .heic) not read; convert them to JPEG or PNG, or remove them",
-        f"left-out: {places}/known: 1 file (1 .txt) passed over",
-        f"shared: {places}/asked: photos that are in {places}/known too, 1; as queries they are left out of the "
-        "database",
+        f"left-out: {places}/known: 1 file (1 .txt) skipped",
+        f"shared: {places}/asked: photos also in {places}/known: 1; as queries they are left out of the database",
         f"duplicate: {places}/asked/@0@0@asked@.png: the same picture as {places}/known/@0@0@known@.png; remove one of "
         "them",
         f"duplicate: {places}/asked/@1000@0@asked@.png: the same picture as {places}/known/@1000@0@known@.png; remove "
@@ -317,8 +316,8 @@ def test_check_of_plain_folders(places, photo, capsys):
         f"unreadable: {places}/asked/bad.jpg: cannot identify image file '{places}/asked/bad.jpg'; replace or remove "
         "it",
         *(
-            f"no-position: {places}/{side}: no photo has a position, neither all in their names nor any in EXIF data; "
-            "search by --no_labels"
+            f"no-position: {places}/{side}: no photo has a position: not all have one in their names, none in EXIF data"
+            "; use --no_labels"
             for side in ("known", "asked")
         ),
         "7 faults in 7 images, 1 note",
@@ -334,7 +333,7 @@ def test_check_of_one_folder_in_another_counts_copies_once(places, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert not any(line.startswith("duplicate") for line in lines)
         (line,) = [line for line in lines if line.startswith("shared")]
-        assert f"photos that are in {folders[0]} too, {both} (2 the same picture as one outside); as" in line
+        assert f"photos also in {folders[0]}: {both} (2 the same picture as one outside); as" in line
     # Copies on one side of the two are told as ever.
     shutil.copy(known / "@0@0@known@.png", known / "@7@7@.png")
     shutil.copy(asked / "@0@0@asked@.png", asked / "@8@8@.png")
@@ -373,9 +372,7 @@ def test_check_of_a_dataset_tells_what_is_left_out(places, capsys):
     (places / "town/images/test/database/._@0@0@.png").touch()
     (places / "town/images/test/database/list.mat").touch()
     assert check([f"{places}/town", "--workers", "1"]) == 0
-    assert (
-        "1 file (1 .mat) passed over" in (shown := capsys.readouterr().out) and "no fault in 5 images, 1 note" in shown
-    )
+    assert "1 file (1 .mat) skipped" in (shown := capsys.readouterr().out) and "no fault in 5 images, 1 note" in shown
     (places / "town/images/test/queries/@0@0@.webp").touch()
     assert check([f"{places}/town", "--workers", "1"]) == 1
     assert "queries: 1 file (1 .webp) not read; convert" in capsys.readouterr().out

@@ -133,12 +133,12 @@ def test_what_a_repetition_does_not_repeat_is_said(city, tmp_path, run):
     (first / "results.json").write_text(json.dumps(content))
     _, log = run(eval_script.main, f"--options={first}/results.json", save_dir="run/.")
     assert f"{first}/results.json records options that this version does not have: --resample 1 2" in warnings_in(log)
-    (line,) = [line for line in warnings_in(log) if "not as in" in line]
+    (line,) = [line for line in warnings_in(log) if "different from" in line]
     assert line == (
-        f"not as in {first}/results.json, by another checkpoint, version or option: --resize 56 56 (--resize 56 70 "
-        "there), --majority_weight 0.01 (--majority_weight 0.5 there)"
+        f"different from {first}/results.json, by another checkpoint, version or option: --resize 56 56 (--resize 56 "
+        "70 there), --majority_weight 0.01 (--majority_weight 0.5 there)"
     )
-    assert f"another environment than in {first}/results.json: torch {torch.__version__} (1.0 there)\n" in log
+    assert f"different environment from {first}/results.json: torch {torch.__version__} (1.0 there)\n" in log
 
 
 def test_a_repeated_training_is_the_same(city, tmp_path, run):
@@ -327,7 +327,10 @@ ARE_OPTIONS = "holds no options of train.py or eval.py; name the results.json of
             "--recall_values cannot be [1, [2]], as the file says",
         ),
         ({"given": ["resize"], "resize": [56, 56, 56]}, "--resize cannot be [56, 56, 56], as the file says"),
-        ({"given": ["eval_dataset_name"], "eval_dataset_name": ["a", "--seed=3"]}, '--eval_dataset_name cannot be ["a", "--'),
+        (
+            {"given": ["eval_dataset_name"], "eval_dataset_name": ["a", "--seed=3"]},
+            '--eval_dataset_name cannot be ["a", "--',
+        ),
         ({"given": ["test_method"], "test_method": "ten_crops"}, "argument --test_method: invalid choice: 'ten_crops'"),
         (
             {"given": [*EVALUATION][:2], "infer_batch_size": 4},

@@ -285,7 +285,7 @@ def test_a_best_model_that_is_gone_is_noticed_at_once(flags, tmp_path, capsys, d
 
     lose()
     train_script.main([*one_epoch, "--resume=auto"])
-    assert "best_model.pth was gone or damaged: written again from the checkpoint" in capsys.readouterr().err
+    assert "best_model.pth was missing or damaged: rewritten from the checkpoint" in capsys.readouterr().err
     written = torch.load(best, weights_only=True)["model_state_dict"]
     last = torch.load(best.with_name("last_model.pth"), weights_only=True)
     assert all(torch.equal(written[name], value) for name, value in last["model_state_dict"].items())
@@ -297,7 +297,10 @@ def test_a_best_model_that_is_gone_is_noticed_at_once(flags, tmp_path, capsys, d
     with pytest.raises(SystemExit) as exit_:
         train_script.main([*flags, f"--save_dir={tmp_path}", "--resume=auto"])
     assert exit_.value.code == 2
-    assert f"ERROR: {best} is gone or damaged, and {best.with_name('last_model.pth')} is of" in capsys.readouterr().err
+    assert (
+        f"ERROR: {best} is missing or damaged, and {best.with_name('last_model.pth')} is from"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_best_model_that_goes_while_the_run_lives_is_noticed_after_the_epoch(flags, tmp_path, capsys, monkeypatch):
@@ -311,7 +314,7 @@ def test_a_best_model_that_goes_while_the_run_lives_is_noticed_after_the_epoch(f
     monkeypatch.setattr(Progress, "record_epoch", gone)
     with pytest.raises(SystemExit) as exit_:
         train_script.main([*flags, f"--save_dir={tmp_path}"])
-    assert exit_.value.code == 2 and "best_model.pth is gone or damaged, and" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "best_model.pth is missing or damaged, and" in capsys.readouterr().err
     (last,) = tmp_path.glob("*/last_model.pth")
     assert torch.load(last, weights_only=True)["epoch_num"] == 2
 
@@ -373,7 +376,9 @@ def test_other_processes_concern_the_encoder_where_there_is_one(flags, tmp_path,
     content = torch.load(last, weights_only=True)
     torch.save({**content, "generators": content["generators"] * 3}, last)
     train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=0", "--resume=auto"])
-    (message,) = [message for message in caplog.messages if "was written by 3 processes and these are 1" in message]
+    (message,) = [
+        message for message in caplog.messages if "was written by 3 processes, but there are now 1" in message
+    ]
     assert ("encoder" in message) == ("dropout" in message) == encoder
 
 

@@ -66,7 +66,7 @@ def test_a_training_job_finishes_its_step(city, tmp_path, whom, name, point, cou
     assert job.returncode == 128 + signal.Signals[name], job.stderr
     assert steps_in(tmp_path) == done and not left
     assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
-    assert f"\n{name}: finishing the step under way" in job.stderr
+    assert f"\n{name}: finishing the current step" in job.stderr
     (folder,) = tmp_path.glob("*/")
     last = f"stopped by {name}: training is saved in {folder}/last_model.pth; run the same command to resume it"
     assert last in job.stderr and last in (folder / "info.log").read_text()
@@ -116,7 +116,7 @@ def test_each_signal_is_noted_and_its_handler_put_back(signum, capfd):
             with pytest.raises(SystemExit) as exit_:
                 preemption.stop()
         assert exit_.value.code == 128 + signum and signal.getsignal(signum) == signal.default_int_handler
-        assert capfd.readouterr().err.startswith(f"\n{signum.name}: finishing the step under way")
+        assert capfd.readouterr().err.startswith(f"\n{signum.name}: finishing the current step")
     finally:
         signal.signal(signum, before)
 

@@ -461,7 +461,7 @@ def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys):
         for number in range(20):
             logging.getLogger("utils").info("line %d", number)
     shown = capsys.readouterr().err
-    assert "line 19" in shown and "Traceback" not in shown and shown.count("the run goes on without") == 2
+    assert "line 19" in shown and "Traceback" not in shown and shown.count("the run continues without it") == 2
     assert f"WARNING: cannot write {folder}/info.log ([Errno 28] No space left on device)" in shown
 
 
@@ -512,7 +512,7 @@ def test_an_error_that_only_says_that_another_process_ended_is_one_line(tmp_path
             patched.setattr(distributed, "world_size", lambda: 2)
             raise RuntimeError(error)
         assert exit_.value.code == 1 and error in (folder / "debug.log").read_text()
-        assert capsys.readouterr().err == "ERROR: another process of the run has ended, and this one ends with it\n"
+        assert capsys.readouterr().err == "ERROR: another process of the run has ended, so this one ends too\n"
 
 
 def test_a_line_moves_the_progress_bar_out_of_its_way(capsys):
@@ -559,7 +559,7 @@ def test_a_gpu_keeps_the_state_of_its_own_generator(monkeypatch):
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee ..."),
             "Tried to allocate 2 GiB.); in",
         ),
-        (MemoryError(), "out of memory (of the main memory); in training, --precision bf16, --activation"),
+        (MemoryError(), "out of memory (main memory); in training, --precision bf16, --activation"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--extraction_batch_size 4"),
     ],
 )
