@@ -219,7 +219,7 @@ def test_options_of_training_without_a_part_are_said(city, tmp_path, capsys):
     for flags, told in (
         (["--place_order=similar"], "--place_order similar has no effect: it starts with the second epoch"),
         (["--place_order=reshuffled"], "--place_order reshuffled has no effect: it starts with the second epoch"),
-        ([f"--warmup_steps={steps}"], f"--warmup_steps {steps} is as long as the run or longer, {steps} steps"),
+        ([f"--warmup_steps={steps}"], f"--warmup_steps {steps} covers the whole run of {steps} steps"),
         ([f"--warmup_steps={steps - 1}"], ""),
     ):
         train(city, tmp_path / "other", *plain, *flags)

@@ -302,7 +302,7 @@ def test_an_approximate_index(evaluated, capsys):
         ("--index=PCA64,IVF2,Flat", "cannot output 64 dimensions", "use one that reduces to at most 15 numbers"),
         ("--index=IVF16,Flat", "at least as large as number of clusters (16)", "at most 15 lists and 15 codewords"),
         ("--index=PQ7", "should be a multiple of the number of subquantizers", "leave out --index"),
-        ("--index=HNSW0", "Faiss assertion", "FAISS dies of --index 'HNSW0'"),  # it would end this process
+        ("--index=HNSW0", "Faiss assertion", "FAISS crashes with --index 'HNSW0'"),  # it would end this process
     ],
 )
 def test_an_index_that_cannot_be_is_refused_at_once(evaluated, tmp_path, capsys, monkeypatch, flags, reason, remedy):
@@ -490,8 +490,8 @@ def test_kept_descriptors_are_used_again_or_refused(evaluated, tmp_path, monkeyp
     again = evaluated(kept, "--encoder_context", "file_order", "independent", "--recall_values", 1, 5, 10, 20)
     assert (first / "predictions.csv").read_text() == (again / "predictions.csv").read_text()
     for flags, what in (
-        (["--antialias"], "--antialias was False and is True now"),
-        (["--descriptor_dtype=float16"], "--descriptor_dtype was float32 and is float16 now"),
+        (["--antialias"], "--antialias was False and is now True"),
+        (["--descriptor_dtype=float16"], "--descriptor_dtype was float32 and is now float16"),
     ):
         with pytest.raises(SystemExit):
             evaluated(kept, *flags)
@@ -499,7 +499,7 @@ def test_kept_descriptors_are_used_again_or_refused(evaluated, tmp_path, monkeyp
     with pytest.raises(SystemExit):
         evaluated(kept, model="other")
     message = capsys.readouterr().err
-    assert "the weights are another model's" in message and "another --descriptors_folder" in message
+    assert "the weights are those of another model" in message and "another --descriptors_folder" in message
     evaluated(kept, model="encoder")  # which comes after what is kept
 
 

@@ -300,7 +300,7 @@ def test_leftovers_of_a_killed_run_are_told(evaluate, tmp_path, monkeypatch, cap
     evaluate(save_dir=save_dir)
     lines = capsys.readouterr().err.splitlines()
     (line,) = [line for line in lines if "rm -r" in line]
-    assert line.startswith("WARNING: runs that did not end in order left 0.1 MB of descriptors")
+    assert line.startswith("WARNING: interrupted runs left 0.1 MB of descriptors")
     command = line.split("to remove them: ")[1]
     assert shlex.split(command) == ["rm", "-r", str(left / "extracted")]
     subprocess.run(command, shell=True, check=True)

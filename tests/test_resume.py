@@ -163,7 +163,7 @@ def test_contradicting_options_are_named(flags, tmp_path, capsys):
         train_script.main([*flags, f"--save_dir={tmp_path}", "--resume=auto", *other])
     message = next(line for line in capsys.readouterr().err.splitlines() if "ERROR" in line)
     assert exit_.value.code == 2
-    assert "--seed was 0 and is 5 now; --lr was 0.001 and is 0.002 now;" in message
+    assert "--seed was 0 and is now 5; --lr was 0.001 and is now 0.002;" in message
     assert "epochs_num" not in message and "patience" not in message and "num_workers" not in message
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.pth")} == kept
 
@@ -174,7 +174,7 @@ def test_a_schedule_with_an_end_fixes_it(flags, tmp_path, capsys):
     train_script.main([*flags, f"--save_dir={tmp_path}/whole"])
     with pytest.raises(SystemExit):
         train_script.main([*flags, f"--save_dir={tmp_path}/whole", "--epochs_num=4", "--resume=auto"])
-    assert "--epochs_num was 3 and is 4 now; give the same ones" in capsys.readouterr().err
+    assert "--epochs_num was 3 and is now 4; give the same ones" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as stopped:
         stopped.setattr(train_script, "evaluate", lambda *_, **__: sys.exit(3))
         with pytest.raises(SystemExit):
@@ -195,7 +195,7 @@ def test_a_checkpoint_from_before_there_were_schedules_is_of_the_released_one(fl
     torch.save(content, last)
     with pytest.raises(SystemExit):
         train_script.main([*flags, f"--save_dir={tmp_path}", "--resume=auto", "--lr_schedule=cosine"])
-    assert "--lr_schedule was halving and is cosine now" in capsys.readouterr().err
+    assert "--lr_schedule was halving and is now cosine" in capsys.readouterr().err
     train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=2", "--resume=auto"])
 
 
@@ -263,7 +263,7 @@ def test_small_shared_memory_changes_nothing_but_the_time(flags, uninterrupted, 
     """Batches of 150 kB from places of 38 kB, through 400 kB: places come singly, and last batches are short too."""
     monkeypatch.setattr(reading.shutil, "disk_usage", lambda _: SimpleNamespace(free=400_000))
     train_script.main([*flags, f"--save_dir={tmp_path}", "--num_workers=2"])
-    assert "/dev/shm is too small for 2 processes that read batches of 0.2 MB: they hand over single" in caplog.text
+    assert "/dev/shm is too small for 2 processes that read batches of 0.2 MB: they pass single" in caplog.text
     assert "--shm-size=8g or --ipc=host" in caplog.text
     assert_same(outcome(tmp_path), uninterrupted)
 

@@ -171,7 +171,7 @@ def test_more_neighbours_than_faiss_finds_on_a_gpu(monkeypatch, caplog, gpus):
         assert_same(nearest(queries, chunked(database, 2100), 2050, GPU), expected)
     said = [record.message for record in caplog.records]
     if gpus:
-        assert said == ["2050 matches a query are searched on the CPU, since FAISS finds 2048 at most on a GPU"]
+        assert said == ["the 2050 matches per query are searched on the CPU, since FAISS on a GPU finds at most 2048"]
     assert gpu.on_cpu == (2 if gpus else 0) and len(said) == gpus
     assert_same(nearest(queries, chunked(database, 2100), 2048, GPU), [side[:, :2048] for side in expected])
     assert len(caplog.records) == gpus
@@ -187,7 +187,7 @@ def test_a_gpu_that_fails_leaves_the_search_to_the_cpu(monkeypatch, caplog, fail
     for _ in range(2):
         assert_same(nearest(queries, chunks, 60, GPU), expected)
     assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == [
-        "the search goes on on the CPU, since the GPU cannot: 'e' failed: out of memory"
+        "the search continues on the CPU, since it failed on the GPU: 'e' failed: out of memory"
     ]
     assert gpu.did.count("searched") == fails_at and gpu.on_cpu == 5 - (fails_at - 1) + 5
 
@@ -203,7 +203,7 @@ def test_a_gpu_without_room_for_the_queries(monkeypatch, caplog):
 
     monkeypatch.setattr(torch.Tensor, "to", full)
     assert_same(nearest(queries, chunked(database, 60), 9, GPU), expected)
-    assert "the GPU cannot: CUDA out of memory." in caplog.text and gpu.on_cpu == 5
+    assert "it failed on the GPU: CUDA out of memory." in caplog.text and gpu.on_cpu == 5
 
 
 @pytest.mark.parametrize(("processes", "images"), [(2, 90), (3, 90), (5, 25)])

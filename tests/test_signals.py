@@ -264,4 +264,4 @@ def test_a_reading_process_that_is_killed_is_one_line(city, tmp_path, monkeypatc
         train_script.main(flags)
     shown = capsys.readouterr().err
     assert exit_.value.code == 1 and "Traceback" not in shown
-    assert "ERROR: a reading process was killed, as the kernel does when memory runs out; use fewer by" in shown
+    assert "ERROR: a reading process was killed, as the kernel does when memory runs out; use fewer with" in shown

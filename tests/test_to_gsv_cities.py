@@ -96,7 +96,7 @@ def test_the_toy_city_as_a_tree_comes_back_as_its_own_places(toy_tree, city, con
     assert set(fates) == set(own) and {use for use, _ in fates.values()} == {"train"}
     assert len({(own[name], place) for name, (_, place) in fates.items()}) == len(set(own.values())) == 8
     assert len({place for _, place in fates.values()}) == 8
-    assert lines[:2] == ["40 photos, of which 40 make 8 places to train on", "photos of a place: 5 to 5"]
+    assert lines[:2] == ["40 photos, of which 40 make 8 places to train on", "photos per place: 5 to 5"]
     # The same photos, months and directions as in its own form, read as the 23 cities are.
     mine, theirs = (GSVCities(f / "gsv_cities", cities=["London"], transform=None) for f in (output, city))
     assert len(mine) == len(theirs) == 8
@@ -280,7 +280,7 @@ def test_phone_photos(tmp_path, small_photo, converted):
     ]
     assert lines[0] == f"{tmp_path}/phone: left out 1 file (1 .mov); convert other formats (HEIC) to JPEG"
     assert lines[1] == "12 photos, of which 8 make 2 places to train on"
-    assert "1 photos that EXIF data turn were written anew, turned" in lines
+    assert "1 photos were written turned, as EXIF says" in lines
     assert fates["broken.jpg"][0] == "cannot be read" and fates["p0_0.png"] == ("train", fates["p0_3.jpg"][1])
     names = sorted(path.name for path in (output / "gsv_cities/Images/Paris").iterdir())
     assert len(names) == 8 and any("_2024_02_351_48.858_2.2945_" in name for name in names)
@@ -345,7 +345,8 @@ def test_labels_do_without_positions(table, converted):
     output, lines, fates = converted(source, "--val_share=0.2")
     assert fates["e.jpg"][0] == "no label" and fates["f.jpg"][0].startswith(("a place of fewer", "val"))
     assert (
-        any(line.startswith("no map: there are labels only") for line in lines) and not (output / "places.png").exists()
+        any(line.startswith("no plot: there are only labels") for line in lines)
+        and not (output / "places.png").exists()
     )
     assert len({place for use, place in fates.values() if use == "train"}) == 3
     dataset = DatabaseQueries.from_folder(output, "Mine", "test")
@@ -362,10 +363,10 @@ def test_what_is_held_out_by_an_area_and_by_time(table, converted):
     for i in range(4, 7):
         assert [fates[f"p{i}_{j}.jpg"][0] for j in range(4)] == ["val/database"] * 2 + ["val/queries"] * 2
     assert "val: 6 database photos and 7 queries, the later ones; 1 queries have no database photo within 25 m" in lines
-    assert "test is a link to val: the best epoch is chosen and judged by the same photos" in lines
+    assert "test is a link to val: the best epoch is chosen and tested on the same photos" in lines
     val, test = (DatabaseQueries.from_folder(output, "Mine", split) for split in ("val", "test"))
     assert len(test.queries_paths) == 7 and sorted(map(len, val.positives(25.0))) == [0] + [2] * 6
-    assert "the columns lat and lon hold metres / 111,320, since not all photos say their degrees" in lines
+    assert "the columns lat and lon hold metres / 111,320, since not all photos have degrees" in lines
 
 
 def test_what_is_held_out_at_random(table, converted):
@@ -383,7 +384,7 @@ def test_areas_that_share_photos_say_so(table, converted):
     rows = [f"p{i}.jpg,{50 * (i // 2)},5000,{2020 + i % 2}-05" for i in range(28)]
     flags = ["--val_area", "0", "4999", "120", "5001", "--test_area", "50", "4999", "220", "5001", "--min_images=2"]
     _, lines, fates = converted(table("path,east,north,time", *rows), *flags, "--gap=60")
-    assert "6 photos of --test_area are not in test: val has them, or they are near it" in lines
+    assert "6 photos in --test_area are not in test: they are in val or near it" in lines
     uses = [fates[f"p{i}.jpg"][0] for i in range(10)]
     assert uses[:6] == ["val/database", "val/queries"] * 3 and uses[8:] == ["test/database", "test/queries"]
     assert uses[6:8] == ["nearer than --gap to what is held out for val"] * 2
@@ -393,13 +394,13 @@ def test_what_has_no_part_beside_labels_is_said(table, tmp_path, converted):
     """And a label that is in two places far apart: of 3 labels here, one, 300 m from end to end."""
     rows = [f"p{i}.jpg,{200 * (i // 4) + 300 * (i == 7)},5000,L{i // 4}" for i in range(12)]
     _, lines, _ = converted(table("path,east,north,label", *rows), "--gap=30")
-    assert "labels say what a place is: --cell has no part; 1 labels reach farther than 30 m, L1 300 m" in lines
+    assert "labels define the places: --cell has no effect; 1 labels reach farther than 30 m, L1 300 m" in lines
     shutil.rmtree(tmp_path / "out")
     _, lines, _ = converted(table("path,east,north,label", *(row.replace(",500,", ",200,") for row in rows)))
-    assert "labels say what a place is: --cell has no part" in lines
+    assert "labels define the places: --cell has no effect" in lines
     shutil.rmtree(tmp_path / "out")
     _, lines, _ = converted(table("path,label", *(f"p{i}.jpg,L{i // 4}" for i in range(12))))
-    assert "labels say what a place is: --cell and --gap have no part" in lines
+    assert "labels define the places: --cell and --gap have no effect" in lines
 
 
 @pytest.mark.parametrize("kind", ["a file", "too long", "no such place"])
@@ -418,7 +419,7 @@ def test_an_output_that_cannot_be_made_is_refused_before_photos_are_read(kind, t
     with pytest.raises(SystemExit) as exit_:
         to_gsv_cities.main([str(source), f"--output={output}"])
     message = capsys.readouterr().err.splitlines()[-1]
-    assert exit_.value.code == 2 and f"error: --output {output} cannot be made" in message
+    assert exit_.value.code == 2 and f"error: --output {output} cannot be created" in message
     assert message.endswith("name another folder") and sorted(tmp_path.rglob("*")) == before
 
 
@@ -466,7 +467,7 @@ def test_an_output_is_there_whole_or_not_at_all(table, tmp_path, monkeypatch, ca
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
     with pytest.raises(SystemExit):
         to_gsv_cities.main(flags)
-    assert f"--output {tmp_path}/out is there already; remove it" in capsys.readouterr().err
+    assert f"--output {tmp_path}/out already exists; remove it" in capsys.readouterr().err
 
 
 TWO = [(1, 0), (100, 0)]
@@ -509,7 +510,7 @@ BAD_TABLES = {  # header, rows, flags, what is said
         "path,east,north",
         rows_at(*TWO),
         "--val_area 5 5 6 6",
-        "--val_area 5 5 6 6 holds no photo; the photos",
+        "--val_area 5 5 6 6 contains no photo; the photos",
     ),
     "all held out": (
         "path,east,north",
@@ -517,18 +518,18 @@ BAD_TABLES = {  # header, rows, flags, what is said
         "--val_area 0 -1 100 1",
         "no photo is left to train on .4 photos: val/.*smaller",
     ),
-    "area of labels": ("path,label", ["a.jpg,x", "b.jpg,y"], "--val_area 5 5 6 6", "labels only; use --val_share"),
+    "area of labels": ("path,label", ["a.jpg,x", "b.jpg,y"], "--val_area 5 5 6 6", "only labels; use --val_share"),
     "no times": (
         "path,east,north",
         rows_at(*TWO),
         "--val_share=0.4 --queries=time",
         "of 4 photos held out for val have",
     ),
-    "share": ("path,east,north", rows_at(*TWO), "--val_share=1.5", "--val_share 1.5 is no share"),
+    "share": ("path,east,north", rows_at(*TWO), "--val_share=1.5", "--val_share 1.5 is not a share"),
     "share and area": ("path,east,north", rows_at(*TWO), "--val_share=.5 --val_area 1 1 2 2", "give one of them"),
-    "queries of nothing": ("path,east,north", rows_at(*TWO), "--queries=time", "--queries time is of a held-out area"),
+    "queries of nothing": ("path,east,north", rows_at(*TWO), "--queries=time", "--queries time needs held-out photos"),
     "cell": ("path,east,north", rows_at(*TWO), "--cell=0", "--cell 0 is too small"),
-    "not a number": ("path,east,north", rows_at(*TWO), "--gap=nan", "--gap nan is too small or no number"),
+    "not a number": ("path,east,north", rows_at(*TWO), "--gap=nan", "--gap nan is too small or not a number"),
     "name": ("path,east,north", rows_at(*TWO), "--name=a/b", "--name 'a/b' becomes part of file names"),
 }
 
