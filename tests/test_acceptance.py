@@ -173,7 +173,7 @@ def test_hand_placed_ratios():
     }
     assert of["distance"]["recall_at_precision"]["99"]["threshold"] == 1.0
     assert of["distance"]["curve"]["accepted"] == [1, 3, 4] and of["queries_with_positives"] == 5
-    assert "of 1 of 5 queries none of 4 matches is so far away" in acceptance.in_words(of, 4, 25.0)
+    assert "for 1 of 5 queries none of 4 matches is that far away" in acceptance.in_words(of, 4, 25.0)
 
 
 def test_what_is_not_known_does_not_count():
@@ -192,7 +192,7 @@ def test_what_is_not_known_does_not_count():
     near = first_matches(
         distances, predictions, correct=correct, findable=findable, judged=judged, elsewhere=elsewhere & False
     )
-    assert near.ratios is None and near.no_ratio == "no match among 4 is of another place than the first"
+    assert near.ratios is None and near.no_ratio == "no match among 4 is from another place than the first"
 
 
 def test_without_anything_to_find_there_is_no_recall():
@@ -525,18 +525,18 @@ def test_a_positives_file_gives_no_metres(evaluated, tmp_path, capsys):
     (tmp_path / "right.csv").write_text("query,database\n" + "".join(f"{n},{n}\n" for n in range(12)))
     found = results_of(evaluated(f"--positives_file={tmp_path}/right.csv"))["contexts"]["file_order"]["first_match"]
     assert found["ratio"] is None and found["queries_with_positives"] == 12 and found["queries"] == 15
-    assert "; by no ratio to another place, since --positives_file gives no metres\n" in capsys.readouterr().err
+    assert "; no ratio to another place, since --positives_file gives no metres\n" in capsys.readouterr().err
 
 
 def test_votes_are_no_distances(evaluated, capsys):
     found = results_of(evaluated("--test_method=maj_voting"))["contexts"]["file_order"]["first_match"]
     assert found["ratio"] is None and found["distance"]["average_precision"] > 0
-    assert "by no ratio to another place, since votes lower the distances" in capsys.readouterr().err
+    assert "; no ratio to another place, since votes lower the distances" in capsys.readouterr().err
 
 
 def test_a_search_of_one_match_has_no_ratio(evaluated, capsys):
     evaluated("--recall_values", 1)
-    assert "since no match among 1 is of another place than the first" in capsys.readouterr().err
+    assert "since no match among 1 is from another place than the first" in capsys.readouterr().err
 
 
 def test_what_an_index_does_not_find_is_never_accepted(evaluated, monkeypatch, capsys):

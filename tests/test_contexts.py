@@ -452,7 +452,7 @@ def test_protocols_name_their_sources(caplog):
     assert sets["queries_rain"] == 937 and sets["queries_occlusion"] == 76
     dataset = tree(range(3), range(3))
     warn_of_counts(dataset, protocol_of("sf_xl"), "queries_v2")
-    assert "line has 3 queries, where published figures are for 598" in caplog.text
+    assert "line has 3 queries, but published figures are for 598" in caplog.text
     caplog.clear()
     warn_of_counts(dataset, protocol_of("sf_xl"), "queries_mine")
     assert not caplog.text

@@ -313,7 +313,7 @@ def test_places_of_similar_descriptors_share_a_batch(tmp_path, monkeypatch, capl
     assert sorted(order) == list(range(16)) and (order.reshape(4, 4) % 4 == order[::4, None] % 4).all()
     (paths,) = asked
     assert len(set(paths)) == 32, "two photos of a place"
-    assert "epoch 2: 16 of 16 places were described in " in caplog.text
+    assert "epoch 2: described 16 of 16 places in " in caplog.text
     assert similar_places.order_by_similarity(batches, describe, torch.device("cpu")).tolist() == order.tolist()
 
 

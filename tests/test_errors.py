@@ -182,6 +182,6 @@ def test_shared_memory_too_small(fails, city, monkeypatch):
     monkeypatch.setattr(reading.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
     message = fails(train_script, *flags)
     assert message.endswith(
-        "/dev/shm has 0.1 MB free, but 2 processes that read images need 0.19 MB; give a container more with docker run "
-        "--shm-size=8g or --ipc=host, or read with fewer processes or none (--num_workers=0)"
+        "/dev/shm has 0.1 MB free, but 2 processes that read images need 0.19 MB; give a container more with docker "
+        "run --shm-size=8g or --ipc=host, or read with fewer processes or none (--num_workers=0)"
     )

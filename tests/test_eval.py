@@ -444,8 +444,8 @@ def test_keys_select_queries_and_make_a_submission(city, weights, tmp_path, caps
     (run,) = (tmp_path / "run").iterdir()
     assert results_of(run)["dataset"]["queries"] == 3
     assert "1 of the 4 keys" in caplog.text
-    assert "msls test has 15 database images, where published figures are for 18,871" in caplog.text
-    assert "msls test has 3 queries, where published figures are for 11,084 or 740" in caplog.text
+    assert "msls test has 15 database images, but published figures are for 18,871" in caplog.text
+    assert "msls test has 3 queries, but published figures are for 11,084 or 740" in caplog.text
     with zipfile.ZipFile(run / "submission.zip") as archive:
         lines = archive.read("submission.csv").decode().splitlines()
     predicted = {}
@@ -469,7 +469,7 @@ def test_protocols(monkeypatch, city, caplog):
     protocols.warn_of_counts(dataset, Protocol(database=15, queries=(3, 15)))
     assert not caplog.text
     protocols.warn_of_counts(dataset, Protocol(database=16, queries=(3, 15)))
-    assert "toy_city test has 15 database images, where published figures are for 16" in caplog.text
+    assert "toy_city test has 15 database images, but published figures are for 16" in caplog.text
 
 
 def test_frames_instead_of_metres(evaluated, monkeypatch, capsys):

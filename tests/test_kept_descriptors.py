@@ -164,7 +164,7 @@ def test_damaged_files_are_begun_anew(evaluate, passed, tmp_path, name, damage):
     (path,) = (tmp_path / "kept").rglob(name)
     damage(path)
     status, said = evaluate()
-    assert status == 0 and len([line for line in said.splitlines() if "computed anew" in line]) == 1
+    assert status == 0 and len([line for line in said.splitlines() if "computed again" in line]) == 1
     assert files_of(tmp_path) == right
     assert {os.path.dirname(path)[-5:] for path in passed} == {"known" if "database" in name else "asked"}
 
@@ -175,7 +175,7 @@ def test_a_record_that_is_none(evaluate, tmp_path, text):
     (path,) = (tmp_path / "kept").rglob("database.json")
     path.write_text(text)
     status, said = evaluate()
-    assert ("computed anew" in said) == (status == 0) and ("remove" in said) == (status == 2)
+    assert ("computed again" in said) == (status == 0) and ("remove" in said) == (status == 2)
 
 
 def test_a_longer_file_is_begun_anew(evaluate, tmp_path):
@@ -185,7 +185,7 @@ def test_a_longer_file_is_begun_anew(evaluate, tmp_path):
         with open(path, "ab") as file:
             file.write(b"\1" * 9)
     status, said = evaluate()
-    assert status == 0 and said.count("computed anew") == 2
+    assert status == 0 and said.count("computed again") == 2
 
 
 def test_a_cut_file_can_be_removed_as_its_message_says(tmp_path):

@@ -231,7 +231,7 @@ def test_a_photo_without_a_position(walk, photo, evaluated, capsys):
         evaluated(*folders)
     assert "1 of 4 query photos have no GPS position" in (shown := capsys.readouterr().err)
     assert "nowhere.jpg" in shown and "--no_labels" in shown
-    with pytest.raises(ValueError, match=r"1 of 1 database photos .* coordinates, e.g. .*/b/oops.jpg; leave"):
+    with pytest.raises(ValueError, match=r"1 of 1 database photos .* coordinates, e.g. .*/b/oops.jpg; remove"):
         photo_positions([photo("a/@1@2@.jpg")], [photo("b/oops.jpg")])
     assert not (evaluated(*folders, "--no_labels") / "recalls.png").exists()
 
@@ -279,7 +279,9 @@ def test_labels_where_known_by_names(photo, tmp_path):
         assert str(dataset) == "x (2 database, 3 queries, 2 of them with a position)"
         metres = dataset.metres(np.array([[0, 1], [1, 0], [0, 1]]))
         np.testing.assert_array_equal(metres, [[10, np.nan], [np.nan, 8000], [np.nan, np.nan]])
-    message = "2 of 5 file names have no UTM coordinates, e.g. .*map/lost.jpg; .* let eval.py .* --labels_where_known, "
+    message = (
+        "2 of 5 file names have no UTM coordinates, e.g. .*map/lost.jpg; .* run eval.py with --labels_where_known "
+    )
     with pytest.raises(ValueError, match=message):
         DatabaseQueries.from_folders(*sides, name="x")
 

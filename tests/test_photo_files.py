@@ -134,7 +134,7 @@ def test_left_out_files_are_counted_by_suffix(tmp_path, photo, caplog):
     (line,) = caplog.messages
     assert line.startswith(f"{tmp_path}: left out 6 files (2 .heic, 1 ")
     assert all(f"1 {kind}" in line for kind in (".mov", ".json", ".txt", "without suffix"))
-    assert f" and 1 link to what is listed already, e.g. {tmp_path}/again; convert photos to JPEG" in line
+    assert f" and 1 link to folders already listed, e.g. {tmp_path}/again; convert photos to JPEG" in line
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(ValueError, match=r"no image .* in .*, but 6 files \(2 .heic, .*converted"):
         list_images(tmp_path, PHOTO_SUFFIXES)
@@ -159,7 +159,7 @@ def test_every_format_of_photos_is_read_in_plain_folders_only(tmp_path, photo, e
         photo(f"data/town/images/test/{side}/@0@0@.webp")
     shown, folder = evaluated(f"--eval_datasets_folder={tmp_path}/data", "--eval_dataset_name=town", database=None)
     assert "Recalls on town test (1 database, 1 queries)" in shown
-    assert shown.count("left out 1 file (1 .webp); of datasets, .jpg, .jpeg and .png are read") == 2
+    assert shown.count("left out 1 file (1 .webp); in datasets only .jpg, .jpeg and .png count") == 2
 
 
 def test_grey_photos_of_16_bits_are_told_apart(tmp_path, evaluated):
@@ -285,7 +285,7 @@ def test_an_unreadable_photo_ends_a_run_that_did_not_ask(places, evaluated, tmp_
     with pytest.raises(SystemExit) as stop:
         evaluated()
     assert stop.value.code == 2
-    assert "cannot read the image" in (shown := capsys.readouterr().err) and "by --skip_unreadable" in shown
+    assert "cannot read the image" in (shown := capsys.readouterr().err) and "with --skip_unreadable" in shown
 
 
 def test_hidden_tables_are_no_cities(tmp_path):

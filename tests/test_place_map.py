@@ -219,7 +219,7 @@ def test_a_program_asks_with_an_array(made, photos, run, weights):
         with pytest.raises(ValueError, match="a photo ") as error:
             asked.locate(wrong)
         assert told in str(error.value)
-    with pytest.raises(ValueError, match="with the weights of plain.pth, and .*other.pth has others"):
+    with pytest.raises(ValueError, match="with the weights of plain.pth, but .*other.pth has others"):
         hubconf.place_map(made, weights / "other.pth")
     with pytest.raises(ValueError, match="accept -1 is not a squared distance; use 0 or above"):
         hubconf.place_map(made, weights / "plain.pth", accept=-1)
@@ -282,7 +282,7 @@ def test_a_distance_that_a_map_does_not_give_is_told(city, run, tmp_path, capsys
 def test_what_does_not_fit_a_map_is_refused_with_its_reason(made, photos, run, capsys):
     ask = [f"--map={made}", f"--queries_folder={photos}/queries"]
     for flags, model, told in (
-        ((), "other", "map.npz was made with the weights of plain.pth, and .*/other.pth has others: .* give the"),
+        ((), "other", "map.npz was made with the weights of plain.pth, but .*/other.pth has others: .* give the"),
         (
             (),
             "encoder",

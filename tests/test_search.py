@@ -482,11 +482,11 @@ def test_a_search_that_fails_can_be_gone_on_with(evaluate, passed, monkeypatch, 
         status, said, failed = evaluate(*more)
     assert status in (1, 2) and "Traceback" not in said and not (failed / "extracted").exists()
     (line,) = [line for line in said.splitlines() if "the descriptors are kept" in line]
-    advice = shlex.split(line.split("the same command with ")[1].split(" goes on")[0])
+    advice = shlex.split(line.split("the same command with ")[1].split(" resumes")[0])
     assert advice == [f"--descriptors_folder={failed}/kept"]
     passed.clear()
     status, said, again = evaluate(*more, *advice)
-    assert status == 0 and passed == [] and "computed anew" not in said
+    assert status == 0 and passed == [] and "computed again" not in said
     assert matches(again) == matches(right) and matches(right)
     with monkeypatch.context() as failing:
         failing.setattr(owner, name, fails_with(error))

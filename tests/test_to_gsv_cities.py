@@ -148,7 +148,7 @@ def test_a_conversion_is_trained_on_beside_other_folders(toy_tree, city, convert
         train_script.main(flags.split())
     places = len({place for use, place in fates.values() if use == "train"}) + 16
     assert f"training on GSV-Cities ({places} places" in caplog.text and "3 cities, 2 folders" in caplog.text
-    assert f"epoch 2: {places // 4 * 4} of {places} places were described" in caplog.text
+    assert f"epoch 2: described {places // 4 * 4} of {places} places in " in caplog.text
     used = Counter(use for use, _ in fates.values())
     test = f"Mine test ({used['test/database']} database, {used['test/queries']} queries)"
     assert f"Recalls on {test}" in caplog.text and used["val/queries"] >= 4
@@ -302,7 +302,7 @@ def test_a_table_with_degrees_headings_and_times(table, converted):
     rows += [f"w{i}.jpg,52.5,13.4,{heading},2021-01-01" for i, heading in enumerate((44, 46, "", 300))]
     source = table("Path,Lat,Lon,Heading,Time,Note", *(f"{row},x" for row in rows))
     output, lines, fates = converted(source, "--heading_bins=4")
-    assert "columns that mean nothing here: note" in lines[0]
+    assert "columns ignored: note" in lines[0]
     assert {fates[f"n{i}.jpg"] for i in range(4)} == {("train", "0")} == {fates["w0.jpg"]}
     assert {fates[f"s{i}.jpg"] for i in range(4)} == {("train", "1")}
     assert fates["w2.jpg"][0].startswith("no heading") and fates["w1.jpg"][0].startswith("a place of fewer than 4")
@@ -318,13 +318,13 @@ def test_of_a_dataset_the_train_split_alone_is_converted(toy_tree, city, tmp_pat
     tree, own, _ = toy_tree
     (tree / "images/test").symlink_to(city / "toy_city/images/test")
     output, lines, fates = converted(tree, "--gap=10")
-    assert set(fates) == set(own) and lines[0] == f"{tree}: its train split is converted, and test left to evaluate on"
+    assert set(fates) == set(own) and lines[0] == f"{tree}: only its train split is converted; test are for evaluation"
     shutil.rmtree(output)
     source = city / "toy_city"
     (tmp_path / "only/images").mkdir(parents=True)
     (tmp_path / "only/images/test").symlink_to(source / "images/test")
     _, lines, _ = converted(tmp_path / "only", "--gap=5", "--min_images=2")
-    assert lines[0] == f"{tmp_path}/only has no train split: do not evaluate on its test what is trained on it"
+    assert lines[0] == f"{tmp_path}/only has no train split: do not evaluate models trained on it on its test"
     assert any("places have fewer than 4 photos: train.py leaves them out unless" in line for line in lines)
 
 
@@ -336,7 +336,7 @@ def test_zones_are_not_on_one_map(tmp_path, small_photo, converted):
         for i in range(4):
             shutil.copy(small_photo, folder / f"@700000.0@5700000.{i}@{zone}@@@{zone[-1]}{i}@.jpg")
     output, lines, fates = converted(folder)
-    assert lines[0].startswith("names tell of 2 UTM zones (30north 56south), whose metres are not on one map")
+    assert lines[0].startswith("names are in 2 UTM zones (30north 56south), whose metres cannot be compared")
     assert lines[1] == "12 photos, of which 12 make 2 places to train on" and lines[2].endswith("4 to 8")
 
 
@@ -476,33 +476,38 @@ BAD_TABLES = {  # header, rows, flags, what is said
     "one cell": ("path,east,north", rows_at((1, 0), (2, 0), (2, 1)), "", "12 photos in 1 cells make 1 place"),
     "sparse": ("path,east,north", rows_at(*TWO, each=3), "", "make 0 places to train on, .*fewer than 4 photos"),
     "gap": ("path,east,north", rows_at(*TWO), "--gap=100", "make 1 place to train on, .*nearer than --gap"),
-    "twice": ("path,east,north", ["a.jpg,1,2", "./a.jpg,1,2"], "", "line 3: .*a.jpg is in line 2 already"),
+    "twice": ("path,east,north", ["a.jpg,1,2", "./a.jpg,1,2"], "", "line 3: .*a.jpg is already in line 2"),
     "no column": (
         "file,east,north",
         rows_at(*TWO),
         "",
-        "line 1: 'file,east,north': a csv begins with the columns path",
+        "line 1: 'file,east,north': a csv starts with the columns path",
     ),
-    "half a pair": ("path,east,lat", rows_at(*TWO), "", "line 1: 'path,east,lat': a csv begins with"),
-    "both pairs": ("path,east,north,lat,lon", ["a.jpg,1,2,3,4"], "", "both east,north and lat,lon; keep the columns"),
-    "column twice": ("path,east,north,east", ["a.jpg,1,2,1"], "", "a column is there twice"),
+    "half a pair": ("path,east,lat", rows_at(*TWO), "", "line 1: 'path,east,lat': a csv starts with"),
+    "both pairs": (
+        "path,east,north,lat,lon",
+        ["a.jpg,1,2,3,4"],
+        "",
+        "both east,north and lat,lon; keep only the columns",
+    ),
+    "column twice": ("path,east,north,east", ["a.jpg,1,2,1"], "", "a column appears twice"),
     "semicolons": ("path;east;north", ["a.jpg;1;2"], "", "separated by commas"),
     "no row": ("path,east,north", [], "", "has no row below its header"),
     "fields": ("path,east,north", ["a.jpg,1,2", "b.jpg,1"], "", "line 3: 2 fields for 3 columns"),
     "no path": ("path,east,north", [",1,2"], "", "line 2: no path"),
-    "word": ("path,east,north", ["a.jpg,one,2"], "", "line 2: east 'one' is no number"),
-    "underscore": ("path,lat,lon", ["a.jpg,4_8.5,2"], "", "line 2: lat '4_8.5' is no number"),
-    "decimal comma": ("path,lat,lon", ['a.jpg,"48,5","2,3"'], "", "line 2: lat '48,5' is no number"),
-    "infinite": ("path,east,north", ["a.jpg,inf,2"], "", "line 2: east,north inf,2.0 is nowhere"),
+    "word": ("path,east,north", ["a.jpg,one,2"], "", "line 2: east 'one' is not a number; correct"),
+    "underscore": ("path,lat,lon", ["a.jpg,4_8.5,2"], "", "line 2: lat '4_8.5' is not a number; correct"),
+    "decimal comma": ("path,lat,lon", ['a.jpg,"48,5","2,3"'], "", "line 2: lat '48,5' is not a number; correct"),
+    "infinite": ("path,east,north", ["a.jpg,inf,2"], "", "line 2: east,north inf,2.0 is infinite"),
     "absurd": ("path,east,north", [*rows_at(*TWO), "a.jpg,1e9,2"], "", "a.jpg: east 1e.09, north 2 is beyond any map"),
     "degrees as metres": ("path,east,north", rows_at((48.85, 2.29), (48.86, 2.29)), "", "look like degrees, .*lat,lon"),
     "metres swapped": ("path,east,north", rows_at((5e6, 4e5), (5.1e6, 4e5)), "", "positions look swapped"),
-    "degrees swapped": ("path,lat,lon", rows_at((139.7, 35.6)), "", "139.7, longitude 35.6 is nowhere .*swapped"),
-    "metres as degrees": ("path,lat,lon", rows_at((4.4e5, 5e6)), "", "nowhere on Earth; metres go into columns east"),
-    "too wide": ("path,lat,lon", rows_at((48.8, 2.3), (40.7, -74.0)), "", "more than a map in metres holds"),
+    "degrees swapped": ("path,lat,lon", rows_at((139.7, 35.6)), "", "139.7, longitude 35.6 is out of range; .*swapped"),
+    "metres as degrees": ("path,lat,lon", rows_at((4.4e5, 5e6)), "", "is out of range; metres go into columns east"),
+    "too wide": ("path,lat,lon", rows_at((48.8, 2.3), (40.7, -74.0)), "", "too far for one map in metres"),
     "no position": ("path,lat,lon", ["a.jpg,,", "b.jpg,0,0"], "", r"no photo of 2 can be used \(2 no position\)"),
     "no file": ("path,east,north", ["gone.jpg,1,2"], "", r"no photo of 1 can be used \(1 there is no such file\)"),
-    "bad heading": ("path,east,north,heading", ["a.jpg,1,2,400"], "", "heading 400 is no direction"),
+    "bad heading": ("path,east,north,heading", ["a.jpg,1,2,400"], "", "heading 400 is out of range"),
     "no heading": ("path,east,north", rows_at(*TWO), "--heading_bins=4", "no photo is left .*8 photos: no heading"),
     "bad time": ("path,east,north,time", ["a.jpg,1,2,noon"], "", "line 2: time 'noon' is not understood"),
     "some labels": ("path,east,north,label", ["a.jpg,1,2,x", "b.jpg,1,2,"], "", r"no photo .*|make 0 places"),
@@ -575,18 +580,16 @@ def test_what_is_no_file_and_names_that_are_no_text(table, tmp_path, small_photo
 def test_folders_that_are_refused(tmp_path, small_photo, table, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()
-    refused(capsys, tmp_path, [str(photos)], "no photo in .*photos; put the photos there")
+    refused(capsys, tmp_path, [str(photos)], "no photo in .*photos; put photos there")
     for name in ("none", "none.csv"):
-        refused(capsys, tmp_path, [str(tmp_path / name)], f"{name} is neither a folder nor a .csv that is there")
+        refused(capsys, tmp_path, [str(tmp_path / name)], f"{name} is neither a folder nor an existing .csv file")
     shutil.copy(small_photo, photos / "a.jpg")
     refused(capsys, tmp_path, [str(photos)], r"no photo of 1 can be used \(1 no GPS position in EXIF data\)")
     shutil.copy(small_photo, photos / "@500100@4000000@.jpg")
-    refused(capsys, tmp_path, [str(photos)], r"1 of 2 names have UTM coordinates .*, and others none, e.g. .*a.jpg")
+    refused(capsys, tmp_path, [str(photos)], r"only 1 of 2 names have UTM coordinates .*, unlike e.g. .*a.jpg")
     (photos / "a.jpg").unlink()
     source = table("path,lat,lon", "a.jpg,48,2")
-    refused(
-        capsys, tmp_path, [str(photos), str(source)], "photos has metres, .*photos.csv has degrees, and they cannot"
-    )
+    refused(capsys, tmp_path, [str(photos), str(source)], "photos has metres, .*photos.csv has degrees, which cannot")
     (photos / "@500100@4000000@.jpg").write_bytes(b"broken")
     refused(capsys, tmp_path, [str(photos)], r"no photo of 1 can be used \(1 cannot be read\)")
     with pytest.raises(SystemExit):
