@@ -117,7 +117,7 @@ class Options:
     num_workers: int | None = option(
         None,
         "number of threads (evaluation) or processes (training) that read images; by default one per CPU core, at most "
-        "16, or one per four cores where the model runs on the CPU too; 0 reads in the main thread",
+        "16, or one per four cores if the model runs on the CPU too; 0 reads in the main thread",
         type=int,
     )
     compile: bool = option(False, "compile the backbone with torch.compile; no faster on a CPU")
@@ -309,7 +309,7 @@ class EvalOptions(Options):
     save_h5: bool = option(False, "write descriptors to global_descriptors.h5, in hloc's format; needs h5py")
     save_map: Path | None = option(
         None,
-        "write a map: a .npz file of the database's descriptors, paths and positions, to search later by --map",
+        "write a map: a .npz file of the database's descriptors, paths and positions, to search later with --map",
         type=Path,
     )
     map: Path | None = option(

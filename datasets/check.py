@@ -20,7 +20,7 @@ def command_line() -> Parser:
     parser = Parser(
         prog="python -m datasets.check",
         usage="%(prog)s FOLDER [FOLDER ...] [--option value ...]; --help lists all options",
-        description="Check photos and tables for faults; needs no model.",
+        description="Check photos and tables without a model.",
     )
     parser.add_argument(
         "folders", type=Path, nargs="+", metavar="FOLDER", help="evaluation dataset, GSV-Cities, or plain photos"

@@ -359,7 +359,7 @@ def _foresee_contexts(task: Task, contexts: Sequence[str], shift: int) -> None:
         )
     same = ""
     if task.test_method == "single_query":
-        same = "with --test_method single_query, queries share no batch"
+        same = "with --test_method single_query, each query has a batch of its own"
     elif shift % batch == 0:
         same = f"--context_shift {shift} is a multiple of the batch size {batch}"
     elif shift % batch >= len(dataset.queries_paths):

@@ -323,7 +323,7 @@ def write(folder: Path, collection: Collection, fate: Fate, *, name: str, copy: 
         target.parent.mkdir(parents=True, exist_ok=True)
         place_photo(photo, target, copy=copy)
     if turned := sum(photo.turn != 1 and use in KEPT for photo, use in zip(photos, fate.uses, strict=True)):
-        lines.append(f"{turned} photos were written turned, as EXIF says")
+        lines.append(f"{turned} photos were rewritten, turned as EXIF says")
     (folder / "gsv_cities" / "Dataframes").mkdir()
     _write_csv(folder / "gsv_cities" / "Dataframes" / f"{name}.csv", [COLUMNS, *table])
     evaluation = folder / name / "images"

@@ -381,7 +381,7 @@ def test_unaligned_is_told_where_it_is_file_order(evaluated, one_to_one, capsys,
     monkeypatch.setattr("test.extract", lambda *_: 1 / 0)
     flags = [f"--eval_datasets_folder={one_to_one}", *"--eval_dataset_name=pairs --encoder_context unaligned".split()]
     for flag, why in (
-        ("--test_method=single_query", "with --test_method single_query, queries share no batch"),
+        ("--test_method=single_query", "with --test_method single_query, each query has a batch of its own"),
         ("--context_shift=8", "--context_shift 8 is a multiple of the batch size 4"),
         ("--infer_batch_size=36", "pairs test has at most 18 queries (--context_shift), which share one batch"),
     ):

@@ -280,7 +280,7 @@ def test_phone_photos(tmp_path, small_photo, converted):
     ]
     assert lines[0] == f"{tmp_path}/phone: left out 1 file (1 .mov); convert other formats (HEIC) to JPEG"
     assert lines[1] == "12 photos, of which 8 make 2 places to train on"
-    assert "1 photos were written turned, as EXIF says" in lines
+    assert "1 photos were rewritten, turned as EXIF says" in lines
     assert fates["broken.jpg"][0] == "cannot be read" and fates["p0_0.png"] == ("train", fates["p0_3.jpg"][1])
     names = sorted(path.name for path in (output / "gsv_cities/Images/Paris").iterdir())
     assert len(names) == 8 and any("_2024_02_351_48.858_2.2945_" in name for name in names)

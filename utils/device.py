@@ -35,7 +35,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA GPU; use --device cpu or auto")
     if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: PyTorch sees none; use --device cpu or auto")
+        raise ValueError("--device mps: PyTorch sees no MPS device; use --device cpu or auto")
     if name == "cuda":
         gpu = distributed.local_rank()
         if gpu >= torch.cuda.device_count():

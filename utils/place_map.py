@@ -341,7 +341,7 @@ class PlaceMap:
             model = " ".join(f"{_MODEL[name]} {value}" for name, value in self.model.items() if value is not None)
             raise ValueError(
                 f"{self.path} was made with {self._checkpoint}, a model with {model}, which {source} does not fit; "
-                "give the checkpoint that the map was made with, or make a map with this one by --save_map"
+                "give the checkpoint that the map was made with, or make a map for this one with --save_map"
             ) from error
 
     def require_weights(self, weights: str, source: str) -> None:
@@ -349,8 +349,8 @@ class PlaceMap:
         if weights != self._weights:
             raise ValueError(
                 f"{self.path} was made with the weights of {self._checkpoint}, but {source} has others: descriptors "
-                "of two models cannot be compared; give the checkpoint that the map was made with, or make a map with "
-                "this one by --save_map"
+                "of two models cannot be compared; give the checkpoint that the map was made with, or make a map for "
+                "this one with --save_map"
             )
 
     def chunks(self, *, shared: bool = False) -> Iterator[Chunk]:

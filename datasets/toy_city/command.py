@@ -1,4 +1,4 @@
-"""The command line of the made city."""
+"""The command line of the toy city."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m datasets.toy_city",
         usage="%(prog)s [--option value ...]; --help lists all options",
-        description="Render a made city for training and evaluation.",
+        description="Render a synthetic city for training and evaluation.",
     )
     parser.add_argument("--output", type=Path, default=Path("data"), help="folder for gsv_cities and toy_city")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
