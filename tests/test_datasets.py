@@ -179,9 +179,9 @@ def test_tables_as_they_come(tmp_path, text):
     [
         (
             (HEADER + ROWS[0] + "\n" + ROWS[1].replace("b", "Z\u00fcrich")).encode("latin-1"),
-            "line 3: .*UTF-8 is needed",
+            "line 3: .*not UTF-8 .*; save the table as UTF-8",
         ),
-        ((HEADER + ROWS[0]).encode("utf-16"), "line 1: .*UTF-8 is needed"),
+        ((HEADER + ROWS[0]).encode("utf-16"), "line 1: .*not UTF-8 .*; save the table as UTF-8"),
         ((HEADER + ROWS[0] + '\n"8\n9",2013').encode(), "line 4"),
         ((HEADER + ROWS[0].replace("7", "1_0", 1)).encode(), "line 2: .*'1_0' is not a whole number"),
         ((HEADER + ROWS[0].replace("7", "7.0", 1)).encode(), "line 2: .*'7.0' is not a whole number"),
@@ -191,7 +191,10 @@ def test_tables_as_they_come(tmp_path, text):
             (HEADER + ROWS[0].replace("51.5", "5_1.5")).encode(),
             "line 2: .*5_1.5, -0.12 is not a latitude and longitude",
         ),
-        ((HEADER + ROWS[0] + "\n" + "\u00fc").replace("\n", "\r").encode("latin-1"), "line 3: .*UTF-8 is needed"),
+        (
+            (HEADER + ROWS[0] + "\n" + "\u00fc").replace("\n", "\r").encode("latin-1"),
+            "line 3: .*not UTF-8 .*; save the table as UTF-8",
+        ),
         ((HEADER + ROWS[0]).replace(",", ";").encode(), "line 1: no column place_id, year, .*separated by commas"),
         (b'"' + b"x" * 200_000, "line 1: field larger"),
         (b"", "line 1: no column place_id"),
