@@ -299,7 +299,7 @@ def test_an_approximate_index(evaluated, capsys):
         ("--index=IVF2,Flat --index_parameters=nprobe=0", "'cur_nprobe > 0' failed", "leave out --index"),
         ("--index=IDMap,Flat", "add does not make sense with IndexIDMap", "leave out --index"),
         ("--index=NSG8", "cannot build a graph smaller than 100", "leave out --index"),
-        ("--index=PCA64,IVF2,Flat", "cannot output 64 dimensions", "use one that reduces to at most 15 dimensions"),
+        ("--index=PCA64,IVF2,Flat", "cannot output 64 dimensions", "use one that reduces to at most 15 numbers"),
         ("--index=IVF16,Flat", "at least as large as number of clusters (16)", "at most 15 lists and 15 codewords"),
         ("--index=PQ7", "should be a multiple of the number of subquantizers", "leave out --index"),
         ("--index=HNSW0", "Faiss assertion", "FAISS crashes with --index 'HNSW0'"),  # it would end this process

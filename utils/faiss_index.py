@@ -79,7 +79,7 @@ def refusals(what: str, rows: int | None = None) -> Iterator[None]:
         if rows is not None and "number of clusters" in reason:
             remedy = f"use one of at most {rows} lists and {rows} codewords"
         elif rows is not None and "PCA matrix cannot output" in reason:
-            remedy = f"use one that reduces to at most {rows} dimensions"
+            remedy = f"use one that reduces to at most {rows} numbers"
         raise ValueError(f"FAISS cannot {what}: {reason}; {remedy}, or leave out --index for exact search") from error
 
 
