@@ -1,10 +1,10 @@
-"""Evaluates a checkpoint: recall@N on database/queries datasets, in every encoder context asked for."""
+"""Evaluates a checkpoint: recall@N on database/queries datasets, in every encoder context chosen."""
 
 from parser import EvalOptions, parse
 from utils.signals import quiet_ctrl_c
 
 if __name__ == "__main__":
-    OPTIONS = parse(EvalOptions)  # before the seconds of importing the rest: a mistake is answered at once
+    OPTIONS = parse(EvalOptions)  # before the slow imports, so that an error is reported at once
     quiet_ctrl_c()
 
 import logging
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 
 def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
-    """Evaluates as the options say.
+    """Runs the evaluation that the options describe.
 
     Returns:
         Recall@N in percent by dataset and encoder context, `{dataset: {context: {N: percent}}}`; empty in all but the
         main process, and for datasets without labels.
 
     Raises:
-        SystemExit: bad input (status 2), or an output that could not be written beside the results (1); the message is
+        SystemExit: bad input (status 2), or an output other than the results could not be written (1); the message is
             in the log and on the terminal.
     """
     with distributed.processes(), run_log.RunLog() as log, Preemption(at_once=True) as preemption, ExitStack() as held:
@@ -48,7 +48,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         save_dir = Path("logs") / options.save_dir
         run_log.require_outside(options.photo_folders, save_dir=save_dir, descriptors_folder=options.descriptors_folder)
 
-        # The data: of each dataset its sets of queries, and the val split if the accepted distance is found there.
+        # Data: the query sets of each dataset, and its val split if the accepted distance is found there.
         place_map = None if options.map is None else PlaceMap(options.map)
         selection = options.part(tasks.Selection)
         groups = tasks.select(selection, place_map)
@@ -56,7 +56,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         all_tasks = [task for group in groups for task in group]
         tasks.require_folders_of_their_own(all_tasks)
 
-        # The model, and all that can be said before it looks at a photo.
+        # Model, and every check and warning that needs no descriptors.
         model, options, weights, pca_paths = load(options, place_map)
         run_log.compare_with_record(asdict(options), device)
         evaluator = Evaluator(
@@ -77,14 +77,14 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
 
         folder = log.open(options.save_dir)
         preemption.advice = (
-            "--descriptors_folder would have kept what was computed"
+            "--descriptors_folder would have kept the descriptors computed so far"
             if options.descriptors_folder is None
-            else "the same command goes on from what is in --descriptors_folder"
+            else "the same command resumes from what is in --descriptors_folder"
         )
         for task in all_tasks:
             task.folder = folder / task.subfolder
 
-        # The accepted distance, the descriptors, the search; all results come before the first output that can fail.
+        # Accepted distance, descriptors, search; all results come before the first output that can fail.
         for group, on_val in zip(groups, val_splits, strict=True):
             evaluator.settle_acceptance(group, on_val, folder)
         stores = [evaluator.extract(group, held) for group in groups]
@@ -96,7 +96,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
             with outputs.writing(str(folder / "results.json")):
                 evaluator.record(folder, {"recalls": table})
 
-        # What there is to look at and to compute with.
+        # Outputs to look at, and for other programs.
         for evaluation in evaluations:
             found = evaluator.found(evaluation, outputs, weights=weights, pca_images=str(options.pca_dataset_folder))
             results.write(found, wanted, outputs)
@@ -109,14 +109,14 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def load(options: EvalOptions, place_map: PlaceMap | None) -> tuple[SuperVLADNet, EvalOptions, str, list[str]]:
-    """The model of a checkpoint, on the CPU.
+    """Loads the model of a checkpoint, on the CPU.
 
     Returns:
-        The model; the options with what the checkpoint, or the map, says of it; a digest of the weights where a map or
-        a PCA carries it, else ""; the images that a PCA is fitted on.
+        The model; the options, completed by the checkpoint or the map; a digest of the weights if a map or a PCA
+        stores it, else ""; the images to fit a PCA on.
 
     Raises:
-        ValueError: file, map and options do not fit each other.
+        ValueError: checkpoint, map and options do not fit each other.
     """
     path = distributed.on_main(lambda: weight_files.find_checkpoint(options.resume))
     content = weight_files.read_file(path)
@@ -134,7 +134,7 @@ def load(options: EvalOptions, place_map: PlaceMap | None) -> tuple[SuperVLADNet
         place_map.require(options.said_of_model, "the command line")
         if options.precision != place_map.precision:
             logger.warning(
-                "the map was made in --precision %s, and is asked in %s", place_map.precision, options.precision
+                "the map was made in --precision %s, but is queried in %s", place_map.precision, options.precision
             )
         options = replace(options, **place_map.settings)
     model = build_model(**options.model)
@@ -144,10 +144,10 @@ def load(options: EvalOptions, place_map: PlaceMap | None) -> tuple[SuperVLADNet
     if model.projection is not None:
         if options.pca_dim and place_map is None:
             raise ValueError(
-                f"--pca_dim {options.pca_dim}: {path} ends with a PCA already, to {model.descriptor_dim} numbers; "
-                "leave it out, or evaluate the checkpoint without"
+                f"--pca_dim {options.pca_dim}: {path} already ends with a PCA to {model.descriptor_dim} numbers; "
+                "leave the option out, or evaluate the checkpoint without its PCA"
             )
-        logger.info("from the checkpoint: a PCA to %d numbers, of unit norm again", model.descriptor_dim)
+        logger.info("from the checkpoint: a PCA to %d numbers, normalised again", model.descriptor_dim)
     carried = place_map is not None or options.save_map is not None or options.pca_dim
     weights = weight_files.state_digest(model) if carried else ""
     if place_map is not None:
@@ -158,7 +158,7 @@ def load(options: EvalOptions, place_map: PlaceMap | None) -> tuple[SuperVLADNet
 
 
 def prepare(model: SuperVLADNet, options: EvalOptions, device: torch.device) -> None:
-    """Moves the model to its device in evaluation mode, and says in the log what it is."""
+    """Moves the model to its device, sets evaluation mode and logs what the model is."""
     model.to(device).eval()
     cast_products(model.backbone, options.precision)
     if options.compile:
@@ -166,7 +166,7 @@ def prepare(model: SuperVLADNet, options: EvalOptions, device: torch.device) -> 
     run_log.log_parameters(model)
     if model.encoder is not None:
         logger.info(
-            "largest difference between the two encoder layers: %.1e (3e-4 or less: one step at published rates)",
+            "largest difference between the two encoder layers: %.1e (3e-4 or less: one step at the published rates)",
             model.encoder.layer_difference(),
         )
     if departures := options.departures(encoder=model.encoder is not None):

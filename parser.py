@@ -105,17 +105,19 @@ class Options:
     recall_values: tuple[int, ...] = option((1, 5, 10, 20), "values of N for recall@N", nargs="+", type=int)
 
     options: Path | None = option(
-        None, "results.json of a run to repeat: what it was given holds where the command line says nothing", type=Path
+        None,
+        "results.json of a run to repeat with the options it was given; the command line overrides them",
+        type=Path,
     )
-    given: tuple[str, ...] = field(default=(), compare=False, repr=False)  # the options that were set, there too
-    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)  # for the log: what was taken from there
-    started_in: str = field(default="", compare=False, repr=False)  # the folder in which relative paths begin
+    given: tuple[str, ...] = field(default=(), compare=False, repr=False)  # the options that were set, or taken there
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)  # log lines about what was taken there
+    started_in: str = field(default="", compare=False, repr=False)  # the folder that relative paths start from
 
     device: str = option("auto", "auto is cuda if available, else cpu", choices=("auto", "cuda", "cpu", "mps"))
     num_workers: int | None = option(
         None,
         "number of threads (evaluation) or processes (training) that read images; by default one per CPU core, at most "
-        "16, or one per four cores where the model runs on the CPU too; 0 reads in the main thread",
+        "16, or one per four cores if the model runs on the CPU too; 0 reads in the main thread",
         type=int,
     )
     compile: bool = option(False, "compile the backbone with torch.compile; no faster on a CPU")
@@ -134,12 +136,12 @@ class Options:
         }
 
     def part(self, of: Callable[..., Part]) -> Part:
-        """An object of a dataclass with these options, or properties of them, as its fields."""
+        """An instance of a dataclass whose fields are taken from these options or their properties."""
         return of(**{entry.name: getattr(self, entry.name) for entry in fields(cast(Any, of))})
 
     @property
     def backbone_known(self) -> bool:
-        """Whether the command line, or its default, decides the backbone."""
+        """Whether the command line or its default decides the backbone."""
         return True
 
     def fit_backbone(self) -> None:
@@ -307,7 +309,7 @@ class EvalOptions(Options):
     save_h5: bool = option(False, "write descriptors to global_descriptors.h5, in hloc's format; needs h5py")
     save_map: Path | None = option(
         None,
-        "write a map: a .npz file of the database's descriptors, paths and positions, to search later by --map",
+        "write a map: a .npz file of the database's descriptors, paths and positions, to search later with --map",
         type=Path,
     )
     map: Path | None = option(
@@ -345,12 +347,12 @@ class EvalOptions(Options):
 
     @property
     def backbone_known(self) -> bool:
-        """Whether the command line, or its default, decides the backbone, rather than a checkpoint."""
+        """Whether the command line or its default decides the backbone, rather than a checkpoint."""
         return "backbone" in self.given or self.resume is None or not self.resume.is_file()
 
     @property
     def depth_wanted(self) -> int:
-        """Matches a query that the outputs show."""
+        """Matches per query that the outputs show."""
         return max(self.save_predictions, self.save_pairs, SUBMITTED if self.save_submission else 0)
 
     def completed(
@@ -361,13 +363,13 @@ class EvalOptions(Options):
         validated_at: tuple[int, int] | None,
         prepared: Mapping[str, bool],
     ) -> "EvalOptions":
-        """The options with what the checkpoint says, where the command line says nothing.
+        """The options completed by what the checkpoint says; the command line takes precedence.
 
         Args:
-            written: what `build_model` takes for the checkpoint.
-            size: of the images that it was trained or exported for; None is the backbone's own.
-            validated_at: of the images that it was validated on, where the checkpoint says so.
-            prepared: how it was exported to have plain photos prepared.
+            written: arguments of `build_model` in the checkpoint.
+            size: image size that it was trained or exported for; None for the backbone's own.
+            validated_at: image size that it was validated at, if the checkpoint says so.
+            prepared: how an exported model expects plain photos to be prepared.
         """
         found = {"supervlad_clusters" if name == "clusters" else name: value for name, value in written.items()}
         of_backbone = ("backbone", "backbone_blocks")
@@ -387,9 +389,9 @@ class EvalOptions(Options):
             own = " (its backbone's own)" * (size is None)
             shown.append("--resize {} {}{}".format(*options.resize, own))
         if validated_at is not None and validated_at != options.resize:
-            logger.warning("the model was validated at %d %d, and --resize is %d %d", *validated_at, *options.resize)
+            logger.warning("the model was validated at %d %d, but --resize is %d %d", *validated_at, *options.resize)
         elif validated_at is None and size is not None and size != options.resize:
-            logger.warning("the file was exported for %d %d, and --resize is %d %d", *size, *options.resize)
+            logger.warning("the file was exported for %d %d, but --resize is %d %d", *size, *options.resize)
         if "antialias" in found:
             shown.append(f"--{'no-' * (not found['antialias'])}antialias")
         if shown:
@@ -398,41 +400,41 @@ class EvalOptions(Options):
 
     @property
     def said_of_model(self) -> dict[str, Any]:
-        """What the command line says of the model and of how photos are prepared; the model's by `model`'s names."""
+        """What the command line sets of the model (named as in `model`) and of how photos are prepared."""
         known = {"backbone_blocks": None, **self.model, "resize": self.resize, "antialias": self.antialias}
         given = {"clusters" if name == "supervlad_clusters" else name for name in self.given}
         return {name: value for name, value in known.items() if name in given}
 
     def departures(self, *, encoder: bool) -> str:
-        """How an evaluation of two plain folders departs from the published protocol, in a line; empty for others."""
+        """How an evaluation of plain folders departs from the published protocol, in one line; empty for others."""
         if not self.plain_folders:
             return ""
         changes = []
         if self.upright:
             changes.append("photos are turned as EXIF says")
         if self.antialias:
-            changes.append("the resize is antialiased (--no-antialias switches that off)")
+            changes.append("the resize is antialiased (--no-antialias turns this off)")
         if encoder and self.encoder_context[0] == "independent":
             changes.append("the encoder sees each photo by itself (--encoder_context file_order: neighbours by name)")
         line = "plain folders" + ", photos not turned as EXIF says since the checkpoint says so" * (not self.upright)
-        return f"{line}, not as benchmarks are published: {'; '.join(changes)}" if changes else line
+        return f"{line}, unlike published benchmarks: {'; '.join(changes)}" if changes else line
 
     def warn_of_depth(self, count: int, name: str, *, labelled: bool) -> None:
-        """Says what asks for more matches than a dataset has database images, and what a submission takes.
+        """Warns of options that want more matches than there are database images, and says what a submission takes.
 
         Args:
-            count: of database images.
-            name: of the dataset.
-            labelled: whether it has recalls.
+            count: number of database images.
+            name: name of the dataset.
+            labelled: whether recall is computed.
         """
         asked = {"--recall_values": max(self.recall_values) if labelled else 0}
         asked |= {"--save_predictions": self.save_predictions, "--save_pairs": self.save_pairs}
         asked |= {"--save_submission": SUBMITTED * self.save_submission}
         for flag, wanted in asked.items():
             if wanted > count and (flag == "--save_submission" or flag.lstrip("-") in self.given):
-                logger.warning("%s asks for %d matches, and %s has %d database images", flag, wanted, name, count)
+                logger.warning("%s asks for %d matches, but %s has %d database images", flag, wanted, name, count)
         if self.save_submission and max(self.recall_values) < SUBMITTED <= count:
-            logger.info("--save_submission: %d images a query are submitted, which are scored", SUBMITTED)
+            logger.info("--save_submission: the %d images per query that are scored are submitted", SUBMITTED)
 
     def unused(self, *, encoder: bool) -> list[str]:
         """A line for each given option that has no effect on a model with or without the cross-image encoder."""
@@ -455,12 +457,12 @@ class EvalOptions(Options):
         if "encoder_context" in self.given and set(self.encoder_context) != {"file_order"}:
             lines.append(
                 f"--encoder_context {' '.join(self.encoder_context)} has no effect without the cross-image encoder: "
-                "all contexts give the same descriptors, which are evaluated once, as file_order"
+                "all contexts give the same descriptors, evaluated once, as file_order"
             )
         return lines
 
     def _require_a_part(self) -> None:
-        """Refuses options that other options would make ineffective."""
+        """Refuses options that have no effect with the others."""
         rules = (
             ("pca_whiten", self.pca_dim > 0, "with --pca_dim"),
             ("majority_weight", self.test_method == "maj_voting", "with --test_method maj_voting"),
@@ -743,10 +745,10 @@ class TrainOptions(Options):
         # These only round differently.
         free |= {"activation_checkpointing", "grad_cache_chunk", "compile", "deterministic"}
         free |= {"options", "given", "notes", "started_in"}
-        if self.lr_schedule != "halving":  # it ends with the last epoch
+        if self.lr_schedule != "halving":  # those end with the last epoch
             free -= {"epochs_num"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in free}
-        # Paths may change, what the files hold may not.
+        # Paths may change, but not the content of the files.
         return {f"--{name}": value for name, value in values.items() if not _is_path(value)}
 
     @property
@@ -765,7 +767,7 @@ class TrainOptions(Options):
         if "lr_end_factor" in self.given and self.lr_schedule == "halving":
             logger.warning("--lr_end_factor has no effect with --lr_schedule halving")
         if self.foundation_model_path is not None and self.resume not in (None, "auto"):
-            logger.warning("--foundation_model_path has no effect: --resume %s gives all weights", self.resume)
+            logger.warning("--foundation_model_path has no effect: --resume %s provides all weights", self.resume)
         _require_patches("--train_resize", self.train_resize, BACKBONES[self.backbone].patch_size)
         _require_positive(self, "images_per_place", "train_batch_size", "patience", "lr", "lr_encoder")
         _require_positive(self, "val_positive_dist_threshold")
@@ -779,16 +781,16 @@ class TrainOptions(Options):
             raise ValueError(f"--lr_end_factor {self.lr_end_factor} is not a fraction of the learning rate; use 0 to 1")
         if self.images_per_place < 2:
             raise ValueError(
-                f"--images_per_place {self.images_per_place} gives no two images of the same place; use 2 or more"
+                f"--images_per_place {self.images_per_place} leaves no two images of the same place; use 2 or more"
             )
         if len(set(self.cities)) < len(self.cities):
             raise ValueError(f"--cities {' '.join(self.cities)} names a city twice; name each once")
         if self.mixed_precision:
             if self.precision not in ("fp32", "fp16"):
-                raise ValueError(f"--mixed_precision means --precision fp16, not {self.precision}; give one of the two")
+                raise ValueError(f"--mixed_precision means --precision fp16, not {self.precision}; give only one")
             object.__setattr__(self, "precision", "fp16")
         if self.freeze_te is not None and self.freeze_te < 0:
-            raise ValueError(f"--freeze_te {self.freeze_te} is not a number of blocks; use 0 or above, or none")
+            raise ValueError(f"--freeze_te {self.freeze_te} is negative; use 0 or above, or none")
         self._require_blocks_to_train()
 
     def _require_blocks_to_train(self) -> None:
@@ -797,22 +799,20 @@ class TrainOptions(Options):
             return
         if self.freeze_te > blocks:
             raise ValueError(
-                f"--freeze_te {self.freeze_te} freezes more blocks than the {blocks} that this backbone has; "
+                f"--freeze_te {self.freeze_te} freezes more than the {blocks} blocks of this backbone; "
                 f"use 0 to {blocks}, or none to train everything"
             )
-        logger.warning(
-            "--freeze_te %d freezes all %d blocks: nothing of the backbone is trained", self.freeze_te, blocks
-        )
+        logger.warning("--freeze_te %d freezes all %d blocks, so the backbone is not trained", self.freeze_te, blocks)
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 def _dataset_name(name: str) -> str:
-    """A dataset's name as a path below the folder of datasets, and below the run's folder.
+    """A dataset's name as a relative path, below the folder of datasets and below the run's folder.
 
     Raises:
-        ValueError: the path leaves that folder, and the results would too.
+        ValueError: the path leaves that folder, as the results would.
     """
     return _folder_name("--eval_dataset_name", name, "--eval_datasets_folder")
 
@@ -830,14 +830,14 @@ def _folder_name(flag: str, name: str, above: str) -> str:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or not parts:
         raise ValueError(
-            f"{flag} {name!r} is not the name of a folder below {above}; put it there, and give its relative "
+            f"{flag} {name!r} is not the name of a folder below {above}; put it there and give its relative "
             "path, without .."
         )
     return "/".join(parts)
 
 
 def _acceptance(text: str) -> tuple[float | None, float | None]:
-    """The value of --accept: a distance, or the precision in percent that auto@ asks for.
+    """Parses --accept: a distance, or the precision in percent of auto@P.
 
     Raises:
         ValueError: it is neither.
@@ -878,17 +878,17 @@ def _require_positive(options: Options, *names: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Prints once for all the processes that torchrun started on a machine.
+    """Prints once for all processes that torchrun started on a machine.
 
     Attributes:
-        source: where the options being read come from, if not from the command line.
+        source: prefix that names the origin of the options being parsed, if not the command line.
     """
 
     source = ""
 
     @property
     def silent(self) -> bool:
-        """Whether another process on this machine prints the same."""
+        """Whether another process on this machine prints instead."""
         return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
     def _print_message(self, message: str, file: Any = None) -> None:  # --help, --version and errors come here
@@ -897,13 +897,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if self.silent:
-            time.sleep(5)  # torchrun stops all once one has exited: let the one that prints come first
+            time.sleep(5)  # torchrun stops all when one exits: let the one that prints go first
             self.exit(2)
         super().error(self.source + message)
 
 
 def version() -> str:
-    """The version of this repository; "unknown" where the file that holds it was left behind."""
+    """The version of this repository; "unknown" if the file VERSION is missing."""
     try:
         return (Path(__file__).parent / "VERSION").read_text().strip()
     except OSError:
@@ -938,7 +938,7 @@ def _unknown(words: Sequence[str], flags: Sequence[str], other: type[Options]) -
 
 
 def _split_values(word: str, argv: Sequence[str], several: Sequence[str]) -> str:
-    """The message for a second value after `--option=value`, which takes only one; empty if that is not the case."""
+    """The message for a second value after `--option=value`, which takes only one; empty for other errors."""
     before = argv[: argv.index(word)]
     flag, joined, first = next((given for given in before[::-1] if given.startswith("-")), "").partition("=")
     if word.startswith("-") or not joined or flag not in several:
@@ -947,7 +947,7 @@ def _split_values(word: str, argv: Sequence[str], several: Sequence[str]) -> str
 
 
 def _names(options_class: type[Options]) -> dict[str, Any]:
-    """The options that a run can be given, with their defaults as a results.json has them."""
+    """The options that a run can be given, with their defaults as in a results.json."""
     defaults = {
         entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
         for entry in fields(options_class)
@@ -960,20 +960,20 @@ def _read_results(file: Path, options_class: type[Options]) -> tuple[dict[str, A
     """The options in a results.json, and the version that wrote it, in words.
 
     Raises:
-        ValueError: it is none, or another script's.
+        ValueError: the file is not a results.json, or another script's.
     """
     named = f"--options {file}"
     remedy = "name the results.json of an earlier run"
     try:
         if not file.is_file():
-            raise ValueError(f"{named} is {'a folder' if file.is_dir() else 'no file'}; {remedy}")
+            raise ValueError(f"{named} is {'a folder' if file.is_dir() else 'not a file'}; {remedy}")
         text = file.read_bytes()
     except OSError as error:
         raise ValueError(f"{named} cannot be read ({error.strerror}); {remedy}") from error
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{named} is damaged, or no JSON ({error}); {remedy}") from error
+        raise ValueError(f"{named} is damaged or not JSON ({error}); {remedy}") from error
     recorded = content.get("options") if isinstance(content, dict) else None
     mine, others = (set(_names(of)) for of in (TrainOptions, EvalOptions))
     here, there = "train.py", "eval.py"
@@ -982,17 +982,17 @@ def _read_results(file: Path, options_class: type[Options]) -> tuple[dict[str, A
     if not isinstance(recorded, dict) or not recorded.keys() & (mine ^ others):
         raise ValueError(f"{named} holds no options of train.py or eval.py; {remedy}")
     if len(recorded.keys() & (others - mine)) > len(recorded.keys() & (mine - others)):
-        raise ValueError(f"{named} is of {there}, whose options {here} does not take; {remedy} of {here}")
+        raise ValueError(f"{named} is from {there}, whose options {here} does not take; {remedy} of {here}")
     written = content.get("environment")
     written = written if isinstance(written, dict) else {}
     return recorded, "version {} ({})".format(*(written.get(name, "unknown") for name in ("version", "git")))
 
 
 def _words(name: str, value: Any, action: argparse.Action) -> list[str]:
-    """An option of a results.json as it is written on a command line.
+    """An option of a results.json as words of a command line.
 
     Raises:
-        ValueError: it cannot have this value.
+        ValueError: the option cannot have this value.
     """
     switch, several = action.nargs == 0, action.nargs not in (None, 0)
     values = value if several and isinstance(value, list) else [value]
@@ -1003,7 +1003,7 @@ def _words(name: str, value: Any, action: argparse.Action) -> list[str]:
     flags = [of for of in values if isinstance(of, str) and of.startswith("-")] if len(values) > 1 else []
     if isinstance(value, list) != several or not counted or not typed or flags:
         raise ValueError(
-            f"--{name} is {json.dumps(value)[:60]} there, which is no value of it; give --{name} on the command line"
+            f"--{name} cannot be {json.dumps(value)[:60]}, as the file says; give --{name} on the command line"
         )
     if switch:
         return [flag for flag in (f"--{name}" if value else f"--no-{name}",) if flag in action.option_strings]
@@ -1012,10 +1012,10 @@ def _words(name: str, value: Any, action: argparse.Action) -> list[str]:
 
 
 def _given_in(recorded: dict[str, Any], options_class: type[Options], written_by: str) -> list[str]:
-    """The options that a recorded run was given; where a file is too old to say, those that are not the default.
+    """The options that a recorded run was given; if the file is too old to say, those that differ from the default.
 
     Raises:
-        ValueError: the file is damaged, or names some that this version does not have.
+        ValueError: the file is damaged, or names options that this version does not have.
     """
     defaults = _names(options_class)
     if "given" not in recorded:
@@ -1026,14 +1026,14 @@ def _given_in(recorded: dict[str, Any], options_class: type[Options], written_by
         ]
     names = recorded["given"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError('"given" is no list of options there; name the file as it was written')
+        raise ValueError('its "given" is not a list of options; use the file as it was written')
     if unknown := [json.dumps(name) for name in names if name not in defaults]:
         raise ValueError(
-            f"that run, of {written_by}, was given {', '.join(unknown)}, which is no option of this version, "
-            f'{version()}; take it out of "given" there'
+            f"that run, {written_by}, was given {', '.join(unknown)}, not an option of this version, "
+            f'{version()}; remove it from "given" in the file'
         )
     if missing := [name for name in names if name not in recorded]:
-        raise ValueError(f"--{missing[0]} was given, and has no value there; name the file as it was written")
+        raise ValueError(f"--{missing[0]} was given but has no value; use the file as it was written")
     return list(dict.fromkeys(names))
 
 
@@ -1046,11 +1046,11 @@ def _taken(
 ) -> tuple[dict[str, Any], list[str]]:
     """What --options takes from a results.json, and lines for the log about it.
 
-    Only what that run was given is taken: the rest follows from it, the defaults and the checkpoint as it did then, and
-    an option that nobody gave stands in nobody's way.
+    Only options that the run was given are taken: the rest follows from them, the defaults and the checkpoint as it did
+    then, and an option that was not given cannot conflict with others.
 
     Args:
-        said: the options that the command line gives.
+        said: the options on the command line.
 
     Raises:
         ValueError: see `_read_results`, `_given_in` and `_words`.
@@ -1068,8 +1068,8 @@ def _taken(
         if recorded["resume"] == "auto" or os.path.realpath(checkpoint.parent) == os.path.realpath(file.parent):
             names.remove("resume")
             notes.append(
-                f"--resume {recorded['resume']} is left out: it went on with that run itself, which is repeated from "
-                "its start; --resume=auto goes on, and if the run began with other weights, --resume names them"
+                f"--resume {recorded['resume']} is left out: it resumed that run itself, which is now repeated from "
+                "its start; use --resume=auto to resume it, or name with --resume any weights that it started from"
             )
     words = [word for name in names for word in _words(name, recorded[name], actions[name])]
     found, rest = parser.parse_known_args(words)
@@ -1077,26 +1077,26 @@ def _taken(
     taken = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()}
     parser.source = ""
 
-    line = f"options from {file}, of {written_by}: {' '.join(f'--{name}' for name in taken) or 'none'}"
-    line += ", those that are not the default, since it does not say what was given" * ("given" not in recorded)
-    notes.insert(0, line + f"; the command line has the last word on {' '.join(others)}" * bool(others))
+    line = f"options from {file}, {written_by}: {' '.join(f'--{name}' for name in taken) or 'none'}"
+    line += ", those that differ from the default, since it does not say what was given" * ("given" not in recorded)
+    notes.insert(0, line + f"; the command line overrides {' '.join(others)}" * bool(others))
     relative = [name for name, value in taken.items() if _is_relative(name, value)]
     if relative and not os.path.isdir(started_in):
-        where = f"{started_in}, where that run was started, is not here" if started_in else "it names no folder"
-        notes.append(f"{where}: its relative paths begin in this one")
+        where = f"no folder {started_in}, where that run was started" if started_in else "it names no folder"
+        notes.append(f"{where}: its relative paths start from the current one")
     elif relative and not os.path.samefile(started_in, "."):
-        notes.append(f"its relative paths begin in {started_in}, where that run was started")
+        notes.append(f"its relative paths start from {started_in}, where that run was started")
         taken |= {name: _from(started_in, taken[name]) for name in relative}
     return taken, notes
 
 
 def _is_relative(name: str, value: Any) -> bool:
-    """Whether an option is a path, or several, that begins in the folder in which a run is started."""
+    """Whether an option is a path, or several, relative to the folder in which a run is started."""
     if name in ("save_dir", "pca_dataset_folder"):  # below logs/, below --eval_datasets_folder
         return False
     if isinstance(value, tuple):
         return any(_is_relative(name, of) for of in value)
-    if name == "resume":  # which may be a name
+    if name == "resume":  # may be the name of released weights
         value = Path(value)
         return not value.is_absolute() and (value.suffix != "" or len(value.parts) > 1)
     return isinstance(value, Path) and not value.is_absolute()
@@ -1115,13 +1115,15 @@ def _here() -> str:
 
 
 def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) -> AnyOptions:
-    """Reads the command line (`sys.argv` when None); bad options print one message and exit with status 2."""
+    """Parses the command line (`sys.argv` when None); bad options print one message and exit with status 2."""
     parser = _Parser(
         description=options_class.__doc__,
         allow_abbrev=False,
         usage="%(prog)s [--option value ...]; %(prog)s --help lists all options",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}", help="print it and exit")
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {version()}", help="print the version and exit"
+    )
     flags, several, actions = ["--help", "--version"], [], {}
     for entry in fields(options_class):
         if not entry.metadata:
@@ -1148,7 +1150,7 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
     logger.disabled = parser.silent
     values: dict[str, Any] = vars(given)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    # A shell does not expand a ~ after =; os.path leaves it where there is no such user.
+    # A shell does not expand a ~ after =; os.path leaves it if there is no such user.
     values = {name: _at_home(value) for name, value in values.items()}
     if isinstance(values.get("resume"), str):
         values["resume"] = os.path.expanduser(values["resume"])
@@ -1163,6 +1165,6 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
         of_file = [flag for flag in of_file if flag.removeprefix("--") not in given]
         parser.error(
             str(error)
-            + f' ({" ".join(of_file)}: from --options {file}; to go without, leave it out of "given" in a copy)'
+            + f' ({" ".join(of_file)}: from --options {file}; to leave it out, remove it from "given" in a copy)'
             * bool(of_file)
         )

@@ -1,4 +1,4 @@
-"""Measures recall@N: the evaluation of train.py, and that of eval.py with all that it can be asked for."""
+"""Measures recall@N: the evaluation of train.py, and that of eval.py with all its options."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ from utils.retrieval import DRAWN_CONTEXTS, Search, searched_by_all
 
 logger = logging.getLogger(__name__)
 
-Stores = dict[str, DescriptorStore | PlaceMap]  # of database and queries
+Stores = dict[str, DescriptorStore | PlaceMap]  # by name: database, query sets and perhaps pca
 
 
 def evaluate(
@@ -50,21 +50,21 @@ def evaluate(
     folder: Path,
     precision: str = "fp32",
 ) -> dict[int, float]:
-    """Recall@N of a model on a dataset, by `hard_resize` and in file order: `{N: percent of the queries}`.
+    """Recall@N of a model on a dataset, with `hard_resize` and in file order: `{N: percent of the queries}`.
 
-    Of several processes each describes its share, and the main one searches, or all do (`searched_by_all`); all get the
-    result. A search that fails costs the extraction too: training can go on from its checkpoint, and does it anew.
+    With several processes, each extracts its share; the main one searches, or all do (`searched_by_all`); all get the
+    result. If the search fails, the descriptors are lost too: training resumed from its checkpoint extracts them again.
 
     Args:
-        model: what is evaluated.
+        model: the model to evaluate.
         dataset: database and queries.
-        read_images: `image_batches` but for the paths and the name of the bar; no recall depends on its batch size.
-        recall_values: the N.
-        positive_distance: a database image this near to a query is correct, in metres.
+        read_images: `image_batches` that needs only paths and the bar's name; its batch size never changes recall.
+        recall_values: values of N.
+        positive_distance: a database image within this many metres of a query is correct.
         infer_batch_size: images that share a batch in `describe`.
-        device: where the model is.
-        folder: for descriptors while they are needed, which are removed afterwards.
-        precision: of the backbone, a name from `utils.device.autocast`.
+        device: device of the model.
+        folder: temporary folder for descriptors, removed afterwards.
+        precision: precision of the backbone, a name from `utils.device.autocast`.
     """
     recalls: dict[int, float] = {}
     stores: dict[str, DescriptorStore] = {}
@@ -86,7 +86,7 @@ def evaluate(
 
 
 class EvaluatedModel(PlaceDescriber, Protocol):
-    """A model whose parts can be told apart: what is kept of an extraction depends on backbone and aggregation."""
+    """A model whose parts are accessible: kept descriptors depend only on backbone and aggregation."""
 
     backbone: Any
     aggregation: Any
@@ -94,22 +94,22 @@ class EvaluatedModel(PlaceDescriber, Protocol):
 
     @property
     def descriptor_dim(self) -> int:
-        """Numbers in a descriptor."""
+        """Dimension of a descriptor."""
 
     def assignments(self, images: Tensor) -> Tensor:
-        """Normalised images B x 3 x H x W to B x (K+G) x h x w, of each patch to each cluster."""
+        """Normalised images B x 3 x H x W to soft assignments B x (K+G) x h x w of each patch to each cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a model is evaluated, by the names of eval.py's options.
+    """How to evaluate a model; most fields are named like eval.py's options.
 
     Attributes:
         shift: queries in the first batch of the "unaligned" context.
-        depth_wanted: matches a query that the outputs show, beyond the recall values.
-        accept_distance: the squared distance of descriptors that `accept` names; None for none.
-        accept_precision: or the precision, in percent, whose distance is found on the val split.
-        plain_folders: whether the photos are anyone's, whose EXIF data may say where they were taken.
+        depth_wanted: matches per query that the outputs show, beyond the recall values.
+        accept_distance: the squared descriptor distance given by `accept`; None if it gives none.
+        accept_precision: or the precision in percent whose distance is found on the val split.
+        plain_folders: whether the photos are in plain folders, so that EXIF may say where they were taken.
     """
 
     resize: tuple[int, int]
@@ -146,13 +146,13 @@ class Evaluator:
     """Evaluates a model on tasks, in steps that all processes take together: extract, then search.
 
     Args:
-        model: what is evaluated; in evaluation mode on its device by the time of the first extraction.
-        settings: how.
-        device: where the model is.
-        place_map: the map that is queried instead of a database, if any.
-        pca_paths: images that a PCA is fitted on.
-        record: writes `results.json` into a folder, given that and the results.
-        stop: called now and then, to leave by an exception.
+        model: the model to evaluate; on its device and in evaluation mode before the first extraction.
+        settings: how to evaluate it.
+        device: device of the model.
+        place_map: a map to query instead of a database, if any.
+        pca_paths: images to fit a PCA on.
+        record: takes a folder and results, and writes `results.json` there.
+        stop: called regularly; it may raise to stop the evaluation.
     """
 
     def __init__(
@@ -176,32 +176,32 @@ class Evaluator:
 
     @property
     def contexts(self) -> tuple[str, ...]:
-        """The encoder contexts that can differ."""
+        """The encoder contexts to evaluate; without the encoder they are all the same, so one."""
         return self.settings.encoder_context if self.model.encoder is not None else ("file_order",)
 
     @property
     def descriptor_dim(self) -> int:
-        """Numbers in a descriptor that is searched."""
+        """Dimension of the descriptors that are searched."""
         return self.settings.pca_dim or self.model.descriptor_dim
 
     def depth(self, task: Task) -> int:
-        """How many database images are searched for each query."""
+        """Number of database images to find for each query."""
         k = max(self.settings.recall_values)
-        if task.test_method != "maj_voting":  # where the depth of the search decides how many crops can agree
+        if task.test_method != "maj_voting":  # there, the depth decides how many crops can agree
             k = max(k, self.settings.depth_wanted)
         return min(k, len(task.dataset.database_paths))
 
     def foresee(self, group: Sequence[Task], on_val: Task | None, wanted: Wanted) -> None:
-        """Says before the extraction what can be known then: outputs, contexts or an index that cannot be, queries that
-        cannot be found, and batches that give the answer away.
+        """Checks before the extraction what can be checked then: outputs, contexts and an index that are impossible,
+        queries that cannot be found, and batches that give the answer away.
 
         Args:
             group: the tasks of a dataset.
-            on_val: its val split, where the accepted distance is found there.
-            wanted: what will be written.
+            on_val: its val split, if the accepted distance is found there.
+            wanted: the outputs to write.
 
         Raises:
-            ValueError: something that is asked for cannot be.
+            ValueError: an option asks for something impossible.
         """
         if not distributed.is_main():
             return
@@ -222,18 +222,18 @@ class Evaluator:
             self._require_index(task)
 
     def _foresee_accepting(self, task: Task) -> None:
-        """Says that a map will be searched otherwise than the accepted distance was found, where that is so."""
+        """Warns if queries of the map will be searched differently from those that gave the accepted distance."""
         settings = self.settings
         approximate = settings.index not in (None, "binary")
         if settings.accept_precision is not None and (approximate or task.test_method != "hard_resize"):
             logger.warning(
-                "--save_map keeps the distance of --accept %s, which %s gives; a map is asked exactly, by hard_resize",
+                "--save_map keeps the distance of --accept %s, found by %s; a map is searched exactly, by hard_resize",
                 settings.accept,
                 f"--index {settings.index}" if approximate else f"--test_method {task.test_method}",
             )
 
     def _require_index(self, task: Task) -> None:
-        """Tries the index, as far as that can be done before the extraction.
+        """Tries the index, as far as possible before the extraction.
 
         Raises:
             ValueError: FAISS refuses it.
@@ -253,9 +253,9 @@ class Evaluator:
         )
 
     def _images_of(self, group: Sequence[Task]) -> dict[str, tuple[list[str], str]]:
-        """What is extracted for the tasks of a dataset: paths and test method by name."""
+        """The images to extract for the tasks of a dataset: paths and test method by name."""
         images = {}
-        if not isinstance(group[0].dataset, MapQueries):  # whose database a map has
+        if not isinstance(group[0].dataset, MapQueries):  # its database is in the map
             images["database"] = (group[0].dataset.database_paths, "hard_resize")
         images |= {task.store: (task.dataset.queries_paths, task.test_method) for task in group}
         if self.pca_paths:
@@ -263,11 +263,11 @@ class Evaluator:
         return images
 
     def _weights(self) -> str:
-        """Of the weights that the extraction depends on."""
+        """Digest of the weights that the extraction depends on."""
         return digest({**self.model.backbone.state_dict(), **self.model.aggregation.state_dict()})
 
     def _fingerprint(self, weights: str, test_method: str) -> dict[str, Any]:
-        """What extracted descriptors depend on, besides the photos."""
+        """Everything that extracted descriptors depend on, besides the photos."""
         return {
             "weights": weights,
             "test_method": test_method,
@@ -278,10 +278,9 @@ class Evaluator:
         }
 
     def extract(self, group: Sequence[Task], held: ExitStack) -> Stores:
-        """Runs the backbone over database, queries and perhaps the images for a PCA, as far as that was not done
-        before.
+        """Runs the backbone on database, queries and any images for a PCA, except on those extracted before.
 
-        What is not kept is removed, and what is kept open to others again, when `held` ends.
+        When `held` ends, descriptors that are not kept are removed, and the folder of kept ones is unlocked.
         """
         settings = self.settings
         batch_size = settings.extraction_batch_size or extraction_batch_size(self.device)
@@ -293,7 +292,7 @@ class Evaluator:
             weights = self._weights()
         stores: Stores = {}
         for name, (paths, test_method) in self._images_of(group).items():
-            if settings.descriptors_folder is not None:  # nobody comes back to the others
+            if settings.descriptors_folder is not None:  # others are not reused
                 fingerprint = self._fingerprint(weights, test_method)
             store = DescriptorStore(
                 folder,
@@ -314,7 +313,7 @@ class Evaluator:
                     test_method,
                     patch_size=self.model.backbone.size.patch_size,
                 ),
-                # single_query keeps each photo's shape; crops are as many images.
+                # single_query keeps each photo's shape; each crop counts as an image.
                 batch_size=1 if test_method == "single_query" else max(1, batch_size // CROPS[test_method]),
                 num_workers=reading_workers(self.device) if settings.num_workers is None else settings.num_workers,
                 device=self.device,
@@ -331,7 +330,7 @@ class Evaluator:
     def kept_if_it_fails(
         self, groups: Sequence[Sequence[Task]], stores: Sequence[Stores], folder: Path
     ) -> Iterator[None]:
-        """Keeps what was extracted in `folder`, as `--descriptors_folder` does, if the search fails in the block."""
+        """Keeps the descriptors in `folder`, as `--descriptors_folder` does, if the search in the block fails."""
         try:
             yield
         except search.UselessDescriptors:
@@ -349,11 +348,11 @@ class Evaluator:
                             store.keep(kept_in(folder, group[0].of), self._fingerprint(weights, test_method), paths)
                         except (OSError, ValueError) as problem:
                             logger.warning("%s of %s could not be kept: %s", name, group[0].of, problem)
-            logger.warning("what was extracted is kept: %s goes on with the search", advice)
+            logger.warning("the descriptors are kept: %s resumes with the search", advice)
             raise
 
     def searches(self, group: Sequence[Task], stores: Stores, context: str) -> Iterator[Search]:
-        """The searches in one encoder context; where it is drawn, an order after the other if recalls are averaged."""
+        """The searches in one encoder context: one per order if it is random and recalls are averaged."""
         dataset, settings = group[0].dataset, self.settings
         for order in range(settings.context_seeds if context in DRAWN_CONTEXTS and dataset.labelled else 1):
             yield Search(
@@ -371,7 +370,7 @@ class Evaluator:
             )
 
     def _matches(self, searched: Search, group: Sequence[Task], context: str) -> list[Matches]:
-        """What a search finds for each set of queries, judged."""
+        """What a search finds for each query set, judged."""
         settings = self.settings
         found = searched.run(
             self.depth(group[0]),
@@ -401,15 +400,15 @@ class Evaluator:
     def evaluate(
         self, groups: Sequence[Sequence[Task]], stores: Sequence[Stores], folder: Path, outputs: Outputs
     ) -> list[Evaluation]:
-        """Searches the sets of queries of each dataset in every encoder context.
+        """Searches the query sets of each dataset in every encoder context.
 
-        Each set has its lines in the log, and its `results.json`, before the next context is searched.
+        Each set is logged, and its `results.json` written, before the next context is searched.
 
         Args:
             groups: the tasks of each dataset.
             stores: what was extracted for them.
-            folder: the run's, where what was extracted is kept if a search fails.
-            outputs: takes what cannot be written.
+            folder: the run's folder, where the descriptors are kept if a search fails.
+            outputs: collects what cannot be written.
 
         Returns:
             An evaluation for each task; none in processes other than the main one, which help with the search.
@@ -417,7 +416,7 @@ class Evaluator:
         if not distributed.is_main():
             for group, of_group in zip(groups, stores, strict=True):
                 self.help_search(group, of_group, self.contexts)
-            return []  # nobody waits for a search that the main process does alone
+            return []  # the others do not wait for a search that the main process does alone
         with self.kept_if_it_fails(groups, stores, folder / "kept"):
             found = [self._evaluate(group, of_group, outputs) for group, of_group in zip(groups, stores, strict=True)]
         return [evaluation for of_group in found for evaluation in of_group]
@@ -457,7 +456,7 @@ class Evaluator:
         return evaluations
 
     def _facts(self, task: Task) -> dict[str, Any]:
-        """What `results.json` says of a task beside what is found."""
+        """What `results.json` says about a task besides what was found."""
         results: dict[str, Any] = {}
         if task.findable is not None:
             results = {"recalls": {}, "positive_distance": task.positive_distance}
@@ -468,16 +467,15 @@ class Evaluator:
         return results | {"test_method": task.test_method}
 
     def settle_acceptance(self, group: Sequence[Task], on_val: Task | None, folder: Path) -> None:
-        """Notes in the tasks of a dataset up to which distance matches are accepted: as given, as the map says, or as
-        found on the val split.
+        """Sets the accepted distance of a dataset's tasks: as given, from the map, or found on the val split.
 
         Args:
             group: the tasks.
-            on_val: the val split, where the distance is found there.
-            folder: the run's.
+            on_val: the val split, if the distance is found there.
+            folder: the run's folder.
 
         Raises:
-            ValueError: as `_found_on_val`.
+            ValueError: see `_found_on_val`.
         """
         found = None if on_val is None else self._found_on_val(on_val, folder)
         distance = self.settings.accept_distance if found is None else found["threshold"]
@@ -487,17 +485,17 @@ class Evaluator:
             task.accepted_distance, task.found_on_val = distance, found
 
     def _found_on_val(self, on_val: Task, folder: Path) -> dict[str, Any]:
-        """What `--accept auto@P` finds on the val split: the largest distance, `threshold`, of such a precision there.
+        """What `--accept auto@P` finds on the val split: the largest distance with that precision, as `threshold`.
 
         The split is extracted and searched as the test split will be, in the first encoder context. All processes call
-        it at the same point.
+        this at the same point.
 
         Args:
             on_val: the val split.
-            folder: the run's.
+            folder: the run's folder.
 
         Raises:
-            ValueError: no distance has such a precision; what was extracted is kept.
+            ValueError: no distance has that precision; the descriptors are kept.
         """
         on_val.folder = folder / on_val.subfolder / "val"
         context = self.contexts[0]
@@ -528,13 +526,13 @@ class Evaluator:
                 return distributed.on_main(found)
 
     def found(self, evaluation: Evaluation, outputs: Outputs, *, weights: str, pca_images: str) -> Found:
-        """What is written of an evaluation.
+        """Collects what `results.write` needs.
 
         Args:
-            evaluation: of a set of queries.
-            outputs: takes that positions cannot be read.
-            weights: a digest of the model's, for the facts of a PCA.
-            pca_images: where its images lie.
+            evaluation: the evaluation of a query set.
+            outputs: notes if positions cannot be read.
+            weights: digest of the model's weights, to store with a PCA.
+            pca_images: folder of the PCA's images.
         """
         assert evaluation.first is not None
         task, matches, settings = evaluation.task, evaluation.first, self.settings
@@ -561,7 +559,7 @@ class Evaluator:
             database=dataset.database_paths,
             predictions=matches.predictions,
             distances=matches.distances,
-            # Not of what a PCA, an index or a mean over crops changes.
+            # A PCA, an index and a mean over crops change the norm or the distances.
             unit=not (plain_pca or mean or task.test_method == "maj_voting") and settings.index is None,
             correct=matches.correct,
             judged=None if matches.correct is None else dataset.judged(matches.predictions),
@@ -580,7 +578,7 @@ class Evaluator:
         )
 
     def _shown_photo(self, path: str) -> Image.Image | None:
-        """A photo for the page of matches; None for one of a map that is not there."""
+        """A photo for the page of matches; None if a map's photo is missing."""
         if self.place_map is not None and not os.path.exists(path):
             return None
         return read_reduced(path, match_page.THUMBNAIL_SIDE, upright=self.settings.upright)
@@ -597,14 +595,14 @@ class Evaluator:
     def save_map(
         self, path: Path, evaluation: Evaluation, model: dict[str, Any], checkpoint: str, weights: str
     ) -> None:
-        """Writes the map of a database: its descriptors as they were searched, and the positions that are known.
+        """Writes the map of a database: its descriptors as they were searched, and the known positions.
 
         Args:
-            path: of the file.
-            evaluation: of a set of queries of the database.
-            model: what `build_model` takes.
-            checkpoint: name of its file.
-            weights: a digest of the model's.
+            path: file to write.
+            evaluation: the evaluation of one of the database's query sets.
+            model: arguments of `build_model`.
+            checkpoint: file name of the checkpoint.
+            weights: digest of the model's weights.
         """
         assert evaluation.first is not None
         searched, settings = evaluation.first.search, self.settings

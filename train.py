@@ -4,7 +4,7 @@ from parser import TrainOptions, parse
 from utils.signals import quiet_ctrl_c
 
 if __name__ == "__main__":
-    OPTIONS = parse(TrainOptions)  # before the seconds of importing the rest: a mistake is answered at once
+    OPTIONS = parse(TrainOptions)  # before the slow imports, so that an error is reported at once
     quiet_ctrl_c()
 
 import logging
@@ -54,18 +54,18 @@ from utils.seed import seed_everything
 
 logger = logging.getLogger(__name__)
 
-ReadImages = Callable[..., Iterator[Tensor]]  # `image_batches` with all but the paths and the progress bar's name set
+ReadImages = Callable[..., Iterator[Tensor]]  # `image_batches` that still needs paths and the progress bar's name
 
 
 def run(options: TrainOptions) -> dict[int, float]:
-    """Trains as the options say and evaluates the best model on the test split.
+    """Runs the training that the options describe and evaluates the best model on the test split.
 
     Returns:
         Recall@N of the best model on the test split in percent, `{N: percent}`.
 
     Raises:
-        SystemExit: bad input (status 2), results.json not written (1), or a signal that asked to stop (128 + signal,
-            after a checkpoint).
+        SystemExit: bad input (status 2), results.json could not be written (1), or a signal asked to stop (128 + its
+            number, after a checkpoint).
     """
     with distributed.processes(), run_log.RunLog() as log, Preemption() as preemption:
         device = pick_device(options.device)
@@ -75,26 +75,26 @@ def run(options: TrainOptions) -> dict[int, float]:
         allow_tf32(options.precision == "tf32")
         require_determinism(options.deterministic)
 
-        # Data: places to train on, a validation split to choose the best model, a test split to measure it.
+        # Data: places to train on, a validation split to choose the best model, a test split to evaluate it.
         num_workers = reading_workers(device) if options.num_workers is None else options.num_workers
         places, batches, loader = load_places(options, num_workers, device)
         val, test = load_splits(options, places)
         read_images = image_reader(options, num_workers, device, preemption)
 
-        # Model: pretrained weights, of which the last blocks, the layer and the encoder are trained.
+        # Model: pretrained weights; the last blocks, the layer and the encoder are trained.
         path = starting_checkpoint(options, log)
         model, content = load_model(options, path, device)
 
         # Optimisation, and the run's folder.
         optimization = build_optimization(options, model, len(batches), content.get("encoder_retired", False))
-        resumed = "optimization" in content  # a last_model.pth; from any other file a new run takes only the weights
+        resumed = "optimization" in content  # a last_model.pth; any other file only gives a new run its weights
         folder = log.open(options.save_dir, path.parent if path and resumed else None)
         preemption.advice = f"nothing was trained yet; run the same command to start again ({folder} can be removed)"
         run_log.log_parameters(model)
         warn_of_hours(options, model, places, device)
         progress = new_progress(options, folder, model, optimization, places, device)
         if distributed.rank():
-            seed_everything(options.seed + distributed.rank())  # so that each process draws its own dropout
+            seed_everything(options.seed + distributed.rank())  # so that each process has its own dropout
 
         # Resume, or start with the layer's clusters found by k-means.
         if resumed:
@@ -115,7 +115,7 @@ def run(options: TrainOptions) -> dict[int, float]:
         while not progress.finished(options.epochs_num, options.patience):
             begin_epoch(options, model, batches, progress, read_images, device)
             speed = train_one_epoch(options, model, loader, batches, optimization, progress, preemption, device)
-            progress.save_last()  # if validation is cut short, nothing is trained again
+            progress.save_last()  # if validation is interrupted, nothing is trained again
             loss = progress.mean_loss
             recalls = recall(val, recall_values=sorted({1, 5, *options.recall_values}), precision=options.val_precision)
             better = progress.record_epoch(recalls, score=recalls[1] + recalls[5])
@@ -141,7 +141,7 @@ def run(options: TrainOptions) -> dict[int, float]:
 def load_places(
     options: TrainOptions, num_workers: int, device: torch.device
 ) -> tuple[GSVCities, PlaceBatches, ImageLoader]:
-    """The places to train on, their batches, and what reads the images of each batch."""
+    """The places to train on, their batches, and the loader of their images."""
     folders = options.train_dataset_folder or (options.eval_datasets_folder / "gsv_cities",)
     photos = [options.eval_datasets_folder / options.eval_dataset_name / "images"]
     photos += [folder / "Images" for folder in folders]
@@ -157,7 +157,7 @@ def load_places(
     if options.place_order == "similar" and not batches.by_similarity:
         logger.warning("--place_order similar has no effect: all %d places share a batch", len(places))
     elif options.epochs_num == 1 and options.place_order != "fixed":
-        logger.warning("--place_order %s has no effect: it begins with the second epoch", options.place_order)
+        logger.warning("--place_order %s has no effect: it starts with the second epoch", options.place_order)
     loader = ImageLoader(
         places,
         batches,
@@ -170,7 +170,7 @@ def load_places(
 
 
 def load_splits(options: TrainOptions, places: GSVCities) -> tuple[DatabaseQueries, DatabaseQueries]:
-    """The validation and the test split; warns if file order tells the cross-image encoder what belongs together."""
+    """The validation and test splits; warns if file order tells the cross-image encoder which photos match."""
     val, test = (
         DatabaseQueries.from_folder(options.eval_datasets_folder, options.eval_dataset_name, split)
         for split in ("val", "test")
@@ -185,7 +185,7 @@ def load_splits(options: TrainOptions, places: GSVCities) -> tuple[DatabaseQueri
 
 
 def image_reader(options: TrainOptions, num_workers: int, device: torch.device, preemption: Preemption) -> ReadImages:
-    """What reads images for evaluation and initialisation; a signal ends the run before the next batch."""
+    """`image_batches` for evaluation and initialisation; a signal ends the run before the next batch."""
     return partial(
         image_batches,
         transform=evaluation_transform(options.resize, options.antialias),
@@ -197,26 +197,26 @@ def image_reader(options: TrainOptions, num_workers: int, device: torch.device, 
 
 
 def starting_checkpoint(options: TrainOptions, log: run_log.RunLog) -> Path | None:
-    """The file of --resume; for `auto` the newest checkpoint in --save_dir, which is locked. None if there is none."""
+    """The file of --resume; for `auto`, the newest checkpoint in --save_dir, which is locked. None if there is none."""
     if options.resume != "auto":
         return Path(options.resume) if options.resume else None
-    log.lock(Path("logs") / options.save_dir)  # so that no two runs find the same checkpoint
+    log.lock(Path("logs") / options.save_dir)  # so that no two runs resume the same checkpoint
     runs = run_log.runs_of(options.save_dir)
     return distributed.on_main(lambda: checkpoint.newest(runs, read=read_file))
 
 
 def load_model(options: TrainOptions, path: Path | None, device: torch.device) -> tuple[SuperVLADNet, dict[str, Any]]:
-    """The model with the weights to start from, its frozen parts frozen, on the device.
+    """The model with its initial weights and frozen parts, on the device.
 
     Returns:
-        The model, and the content of the checkpoint, empty if there is none.
+        The model, and the content of the checkpoint (empty if there is none).
     """
     model = build_model(**options.model)
     content: dict[str, Any] = {}
     if path is not None:
         content = load_checkpoint(model, path)
         if model.projection is not None:
-            logger.warning("%s ends with a PCA: training leaves it out", path)
+            logger.warning("%s ends with a PCA, which training leaves out", path)
             model.projection = None
     else:
         foundation = options.foundation_model_path
@@ -234,7 +234,7 @@ def load_model(options: TrainOptions, path: Path | None, device: torch.device) -
 
 
 def is_published(backbone: str) -> bool:
-    """Whether there are pretrained weights of the backbone, as of all but the tiny ones."""
+    """Whether the backbone has pretrained weights; all but the tiny ones do."""
     return backbone in FOUNDATION_FILES or backbone in GATED_FILES
 
 
@@ -261,7 +261,7 @@ def build_optimization(
 
 
 def warn_of_hours(options: TrainOptions, model: SuperVLADNet, places: GSVCities, device: torch.device) -> None:
-    """Says how long training takes on a CPU, unless the backbone is a tiny one."""
+    """Warns how long training takes on a CPU, except with a tiny backbone."""
     if device.type == "cpu" and is_published(options.backbone) and options.epochs_num:
         seen = options.epochs_num * len(places) * options.images_per_place
         hours = estimated_hours(model.backbone, size=options.train_resize, images=seen)
@@ -276,7 +276,7 @@ def new_progress(
     places: GSVCities,
     device: torch.device,
 ) -> Progress:
-    """The position and the files of a run at its start."""
+    """The progress and the files of a run at its start."""
     return Progress(
         folder,
         model,
@@ -293,15 +293,15 @@ def new_progress(
 
 
 def log_resumed(options: TrainOptions, progress: Progress, path: Path | None) -> None:
-    """Says where a resumed run stands."""
+    """Logs where a run resumes."""
     if progress.finished(options.epochs_num, options.patience):
-        logger.info("%s is of a finished run: only the test split is evaluated again", path)
+        logger.info("the run of %s is finished: only the test split is evaluated again", path)
     else:
         logger.info("resuming from %s: epoch %d, step %d", path, progress.epoch + 1, progress.steps + 1)
 
 
 def initialization_images(options: TrainOptions, places: GSVCities) -> list[str]:
-    """The images whose local features are clustered: the evaluation dataset's train split, else GSV-Cities."""
+    """The images whose local features k-means clusters: the evaluation dataset's train split, else GSV-Cities."""
     folder = options.eval_datasets_folder / options.eval_dataset_name / "images" / "train"
     if folder.is_dir():
         train = DatabaseQueries.from_folder(options.eval_datasets_folder, options.eval_dataset_name, "train")
@@ -311,9 +311,9 @@ def initialization_images(options: TrainOptions, places: GSVCities) -> list[str]
 
 
 def initialize(model: SuperVLADNet, paths: Sequence[str], read_images: ReadImages, seed: int) -> None:
-    """Sets the layer by k-means over local features of 5,000 of the images, or of all if there are fewer.
+    """Initialises the layer by k-means on local features of 5,000 images, or of all if there are fewer.
 
-    Each process reads its share of them; only the main one sets its model.
+    Each process reads its share of them; only the main one initialises its model.
     """
     rng = np.random.default_rng(seed)
     drawn = [paths[index] for index in rng.choice(len(paths), size=min(5000, len(paths)), replace=False)]
@@ -330,7 +330,7 @@ def initialize(model: SuperVLADNet, paths: Sequence[str], read_images: ReadImage
 def recall_function(
     options: TrainOptions, model: SuperVLADNet, read_images: ReadImages, folder: Path, device: torch.device
 ) -> Callable[..., dict[int, float]]:
-    """`test.evaluate` for a split, recall values and a precision."""
+    """`test.evaluate` that still needs a split, recall values and a precision."""
     return partial(
         evaluate,
         model,
@@ -350,7 +350,7 @@ def begin_epoch(
     read_images: ReadImages,
     device: torch.device,
 ) -> None:
-    """Sets the batches to the next epoch and step, in an order by similarity if --place_order asks for it."""
+    """Sets the batches to the next epoch and step, ordered by similarity with --place_order similar."""
     batches.epoch, batches.start = progress.epoch, len(progress.losses)
     if batches.by_similarity and progress.epoch and progress.order is None:
         transform = evaluation_transform(options.train_resize, antialias=True)
@@ -364,7 +364,7 @@ def begin_epoch(
 def describe_images(
     model: SuperVLADNet, read_images: ReadImages, paths: Sequence[str], *, device: torch.device, precision: str
 ) -> NDArray[np.float32]:
-    """Descriptors of N images, N x D; each image is described by itself, in evaluation mode."""
+    """Descriptors of N images, N x D; in evaluation mode, each image in a batch of its own."""
     model.eval()
     rows = [np.empty((0, model.descriptor_dim), dtype=np.float32)]
     for images in read_images(paths, progress="similar places"):
@@ -384,14 +384,14 @@ def train_one_epoch(
     preemption: Preemption,
     device: torch.device,
 ) -> str:
-    """Takes the steps of the epoch that are left: multi-similarity loss on mined pairs, one step a batch of places.
+    """Trains the remaining steps of the epoch: multi-similarity loss on mined pairs, one step per batch of places.
 
     Returns:
-        Images a second, share of the time spent waiting for data, and peak memory, for the log.
+        Images per second, share of the time spent waiting for data, and peak memory, for the log.
 
     Raises:
         ValueError: a loss is not finite.
-        SystemExit: a signal asked to stop; the step under way is finished and a checkpoint written.
+        SystemExit: a signal asked to stop; the current step was finished and a checkpoint written.
     """
     criterion = MinedMultiSimilarity()
     model.train()
@@ -432,8 +432,8 @@ def train_one_epoch(
         waiting = time.perf_counter()
     if seen and not mined:
         logger.warning(
-            "no pair of images was mined in epoch %d, so nothing was learnt: the model already tells all places of a "
-            "batch apart; use a larger --train_batch_size or other places",
+            "no pair of images was mined in epoch %d, so nothing was learnt: the model already separates all places "
+            "of a batch; use a larger --train_batch_size or other places",
             progress.epoch + 1,
         )
     seconds = max(time.perf_counter() - started, 1e-9)
@@ -443,11 +443,11 @@ def train_one_epoch(
 
 
 def log_epoch(progress: Progress, loss: float, recalls: dict[int, float], speed: str, better: bool) -> None:
-    """Writes the line of the epoch and draws the curves so far."""
+    """Logs the epoch and draws the training curves so far."""
     if distributed.is_main():
         try:
             report.draw_training(progress.folder)
-        except Exception as error:  # a full disk, or a table that somebody edited
+        except Exception as error:  # a full disk, or an edited table
             logger.warning("cannot draw %s (%s)", progress.folder / report.TRAINING, error)
     logger.info(
         "epoch=%02d loss=%.4f lr=%.3g %s %s%s",

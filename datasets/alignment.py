@@ -1,4 +1,4 @@
-"""Whether the batches of the cross-image encoder tell which places belong together."""
+"""Whether the batches of the cross-image encoder give away which photos match."""
 
 import logging
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ SAME_POSITION = 0.01  # metres; coordinates are written to the centimetre
 def aligned_queries(
     dataset: DatabaseQueries, positives: Sequence[NDArray[np.int64]], batch_size: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """The queries whose batch, in file order, holds the places of the database batch at the same place in the order.
+    """The queries whose batch, in file order, holds the same places as the database batch of the same number.
 
-    In sets that pair queries and database images one to one, in one order of names, an encoder that looks across a
-    batch sees the same company on both sides, and descriptors can match by that. One batch on a side tells nothing.
+    If a dataset pairs queries and database images one to one by name, an encoder that looks across a batch sees the
+    same places on both sides, and descriptors can match by that. A single batch on a side gives nothing away.
 
     Args:
-        dataset: what is evaluated.
+        dataset: the dataset to evaluate.
         positives: the correct database images of each query.
         batch_size: images that share a batch.
 
     Returns:
         Two masks of the queries, Q each. In the first, a query's places are the correct images at its own position, or
-        all that a file says are correct: the pairs of a one-to-one set. In the second they are its nearest correct
-        images, as where both sides follow one route.
+        all correct images in a file: the pairs of a one-to-one set. In the second, they are its nearest correct images,
+        for two sides that follow one route.
     """
     queries = len(dataset.queries_paths)
     masks = np.zeros((2, queries), dtype=bool)
@@ -56,8 +56,8 @@ def aligned_queries(
 def alignment(
     dataset: DatabaseQueries, positives: Sequence[NDArray[np.int64]], batch_size: int
 ) -> dict[str, bool | int]:
-    """What `aligned_queries` counts, for the record: of the `queries` with a correct image those in the first mask,
-    `paired`, and in the second, `nearest`; a majority that is paired is to be `warned` of."""
+    """Counts of `aligned_queries`, for `results.json`: `queries` with a correct image, and of these those in the first
+    mask, `paired`, and the second, `nearest`; `warned` is true if the majority is paired."""
     paired, nearest = aligned_queries(dataset, positives, batch_size)
     queries = sum(map(bool, map(len, positives)))
     counts = {"queries": queries, "paired": int(paired.sum()), "nearest": int(nearest.sum())}
@@ -65,18 +65,18 @@ def alignment(
 
 
 def log_alignment(dataset: DatabaseQueries, found: dict[str, bool | int], advice: str) -> None:
-    """Says what `alignment` found, if it is a majority.
+    """Logs what `alignment` found, if it is a majority.
 
     Args:
-        dataset: what is evaluated.
-        found: what was found.
-        advice: how to test what it means.
+        dataset: the dataset to evaluate.
+        found: the result of `alignment`.
+        advice: the options that test its effect.
     """
     if found["warned"]:
         logger.warning(
-            "%s: for %d of %d queries, the batch in file order holds exactly the places of the database batch at the "
-            "same place in the order, so the encoder sees the same company on both sides, and recall may come from "
-            "that: %s tests it",
+            "%s: for %d of %d queries, the batch in file order holds exactly the places of the database batch of the "
+            "same number, so the encoder sees the same places on both sides, and recall may come from that: %s tests "
+            "it",
             dataset.name,
             found["paired"],
             found["queries"],
@@ -85,7 +85,7 @@ def log_alignment(dataset: DatabaseQueries, found: dict[str, bool | int], advice
     elif 2 * found["nearest"] > found["queries"]:
         logger.info(
             "%s: queries and database follow one route in the order of names (%d of %d queries share their batch with "
-            "the neighbours of their nearest database image): %s tells what that adds",
+            "the neighbours of their nearest database image): %s shows what that adds",
             dataset.name,
             found["nearest"],
             found["queries"],
@@ -94,7 +94,7 @@ def log_alignment(dataset: DatabaseQueries, found: dict[str, bool | int], advice
 
 
 def pair_up(positives: Sequence[NDArray[np.int64]], database: int) -> bool:
-    """Whether there are as many queries as database images, and nine queries of ten have the database image of their
-    own number among the correct ones."""
+    """Whether there are as many queries as database images, and for nine of ten queries the database image of the same
+    number is correct."""
     found = [query in of_query for query, of_query in enumerate(positives)]
     return len(found) == database and float(np.mean(found)) >= 0.9

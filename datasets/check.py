@@ -1,13 +1,12 @@
-"""Verifies photos and their tables before hours are spent on them; no model is needed.
+"""Checks photos and tables before hours are spent on them; needs no model.
 
     python -m datasets.check data/toy_city data/gsv_cities
     python -m datasets.check known asked
 
 A folder is one evaluation dataset (`images/<split>/{database,queries}`; `gallery` for database and several
-`queries_...` are fine), GSV-Cities (`Dataframes` and `Images`), or
-anyone's photos. Each fault is one line on stdout, `<kind>: <path>: <what and what to do>`; what is only to be known,
-such as an image of 16 bits, is a line of the same form. The exit status is 0 if there is no fault, 1 if there is any, 2
-for a folder that is none of these.
+`queries_...` are fine), GSV-Cities (`Dataframes` and `Images`), or plain photos. Each fault is one line on stdout,
+`<kind>: <path>: <what and what to do>`; notes, such as an image of 16 bits, are lines of the same form. The exit status
+is 0 without faults, 1 with any, and 2 for a folder that is none of these.
 """
 
 from pathlib import Path
@@ -17,22 +16,22 @@ from utils.signals import left_on_signals, mapped, process_pool, quiet_ctrl_c
 
 
 def command_line() -> Parser:
-    """What the command takes."""
+    """The parser of the command line."""
     parser = Parser(
         prog="python -m datasets.check",
         usage="%(prog)s FOLDER [FOLDER ...] [--option value ...]; --help lists all options",
-        description="Verify data without a model.",
+        description="Check photos and tables without a model.",
     )
     parser.add_argument(
-        "folders", type=Path, nargs="+", metavar="FOLDER", help="evaluation dataset, GSV-Cities, or photos"
+        "folders", type=Path, nargs="+", metavar="FOLDER", help="evaluation dataset, GSV-Cities, or plain photos"
     )
     parser.add_argument("--threshold", type=float, default=25.0, help="metres from a query to a positive (default: 25)")
-    parser.add_argument("--workers", type=int, help="processes to read with (default: one for each core)")
+    parser.add_argument("--workers", type=int, help="processes that read photos (default: one per core)")
     return parser
 
 
 if __name__ == "__main__":
-    command_line().parse()  # before the seconds of importing the rest: a mistake is answered at once
+    command_line().parse()  # before the slow imports, so that an error is reported at once
     quiet_ctrl_c()
 
 import csv
@@ -60,7 +59,7 @@ IMAGES_PER_TASK = 16
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one file or folder, and what to do about it; or, as a note, what is only to be known."""
+    """What is wrong with one file or folder, and what to do about it; or a note for information only."""
 
     kind: str
     path: str
@@ -69,7 +68,7 @@ class Fault:
 
     def __str__(self) -> str:
         line = f"{self.kind}: {self.path}: {self.message}"
-        # A file name may hold a line break, or bytes that are not text.
+        # A file name may contain a line break, or bytes that are not text.
         return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
@@ -78,9 +77,9 @@ class Photo:
     """A file that decodes to its last pixel.
 
     Attributes:
-        digest: of the file.
-        note: how it came to have 8 bits a channel, None where these are stored.
-        located: whether its EXIF data says where it was taken; None where nobody asked.
+        digest: digest of the file.
+        note: how it was converted to 8 bits per channel; None if it is stored so.
+        located: whether its EXIF data says where it was taken; None if not read.
     """
 
     digest: bytes
@@ -89,7 +88,7 @@ class Photo:
 
 
 def read_image(path: str, *, exif: bool = False) -> Photo | Fault:
-    """What is in an image file, with `exif` its position too, or else its fault."""
+    """Reads an image file, with `exif` also its position; returns its content or its fault."""
     try:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
@@ -98,10 +97,10 @@ def read_image(path: str, *, exif: bool = False) -> Photo | Fault:
         _, depth, how = open_noted(path)
         located = not np.isnan(gps_position(path)[0]) if exif else None
     except FileNotFoundError:
-        return Fault("unreadable", path, "a link to a file that is not there; restore that file or remove the link")
+        return Fault("unreadable", path, "a link to a missing file; restore that file or remove the link")
     except OSError as error:
-        return Fault("unreadable", path, f"{error.strerror}; mend, replace or remove it")
-    except Exception as error:  # whatever a decoder stumbles over: one bad file must not end the check of the others
+        return Fault("unreadable", path, f"{error.strerror}; repair, replace or remove it")
+    except Exception as error:  # any decoder failure: one bad file must not end the check of the others
         return Fault("unreadable", path, f"{error.__cause__ or error}; replace or remove it")
     note = None
     if depth is not Depth.STORED:
@@ -113,8 +112,8 @@ def read_images(paths: Sequence[str], *, workers: int | None, name: str, exif: b
     """`read_image` of each path, in that order.
 
     Args:
-        workers: processes to read with; None takes one for each core.
-        name: stands at the progress bar.
+        workers: processes that read photos; None uses one per core.
+        name: name of the progress bar.
     """
     pool = process_pool(workers)
     with mapped(pool, partial(read_image, exif=exif), paths, chunksize=IMAGES_PER_TASK) as results:
@@ -122,24 +121,24 @@ def read_images(paths: Sequence[str], *, workers: int | None, name: str, exif: b
 
 
 def images_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
-    """As `scan`, but nothing where there is no such folder."""
+    """Like `scan`, but an empty listing if the folder is missing."""
     return scan(folder, suffixes) if folder.is_dir() else Listing([], Counter(), [])
 
 
 def left_out_faults(folder: Path, listing: Listing) -> list[Fault]:
-    """Photos that are not read, which is a fault, and other files, which is not."""
+    """A fault for photos that are not read, and a note for other files."""
     photos = Counter({suffix: n for suffix, n in listing.others.items() if suffix in PHOTO_SUFFIXES + UNREAD_PHOTOS})
     faults = []
     if photos:
         advice = f"{Listing([], photos, []).left_out} not read; convert them to JPEG or PNG, or remove them"
         faults.append(Fault("left-out", str(folder), advice))
     if rest := Listing([], listing.others - photos, listing.links).left_out:
-        faults.append(Fault("left-out", str(folder), f"{rest} passed over", note=True))
+        faults.append(Fault("left-out", str(folder), f"{rest} skipped", note=True))
     return faults
 
 
 def has_position(path: str) -> bool:
-    """Whether the file name holds finite UTM coordinates."""
+    """Whether the file name has finite UTM coordinates."""
     try:
         utm_positions([path])
     except ValueError:
@@ -149,11 +148,11 @@ def has_position(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one split, whatever their names and content.
+    """The images of one split, with any names and content.
 
     Attributes:
-        names: of the split, and of later ones whose folder is a link to the same (as MSLS's test is to its val).
-        listings: by folder; that of the database comes first, one or more of queries follow.
+        names: name of the split, and of later ones that link to the same folder (as MSLS's test to its val).
+        listings: listings by folder; the database first, then one or more query sets.
     """
 
     names: list[str]
@@ -161,7 +160,7 @@ class Split:
 
     @property
     def database(self) -> list[str]:
-        """Paths, sorted."""
+        """Sorted paths."""
         return next(iter(self.listings.values())).paths
 
     @property
@@ -172,7 +171,7 @@ class Split:
 
     @property
     def image_count(self) -> int:
-        """Of both parts."""
+        """Number of images in database and queries."""
         return len(self.database) + len(self.queries)
 
     def __str__(self) -> str:
@@ -185,7 +184,7 @@ def is_tree(folder: Path) -> bool:
 
 
 def parts_of(split: Path) -> list[Path]:
-    """The folders of a split, there or not: of the database, and of one or more sets of queries."""
+    """The folders of a split, existing or not: the database and one or more query sets."""
     sets = sorted(path for path in split.glob("queries*") if path.is_dir() or path.is_symlink())
     return [database_folder(split), *(sets or [split / "queries"])]
 
@@ -205,7 +204,7 @@ def find_splits(folder: Path) -> list[Split]:
 
 
 def folder_faults(split: Split) -> list[Fault]:
-    """A missing or empty `database` or `queries`, and files that are left out."""
+    """Faults for a missing or empty `database` or `queries`, and for files that are left out."""
     faults = []
     for path, listing in split.listings.items():
         paths = listing.paths
@@ -218,15 +217,15 @@ def folder_faults(split: Split) -> list[Fault]:
 
 
 def degree_faults(folder: Path, paths: Sequence[str]) -> list[Fault]:
-    """Names that seem to hold degrees; not for certain, so it is a note."""
+    """A note for names that seem to hold degrees."""
     if not like_degrees(utm_positions(paths)):
         return []
-    advice = "positions in the names look like degrees, but are taken for metres; name photos by UTM metres"
+    advice = "positions in the names look like degrees, but are read as metres; name photos by UTM metres"
     return [Fault("degrees", str(folder), advice, note=True)]
 
 
 def position_faults(split: Split, threshold: float) -> list[Fault]:
-    """Names without coordinates, and queries with no database image within `threshold` metres (closed ball)."""
+    """Names without coordinates, and queries with no database image within `threshold` metres (inclusive)."""
     nowhere = {path for path in split.database + split.queries if not has_position(path)}
     advice = "no finite UTM coordinates in the file name; name it @<UTM east>@<UTM north>@...@.jpg"
     faults = [Fault("name", path, advice) for path in split.database + split.queries if path in nowhere]
@@ -257,9 +256,9 @@ def content_faults(split: Split, *, workers: int | None, name: str) -> list[Faul
 
 
 def result_faults(paths: Sequence[str], results: Sequence[Photo | Fault], apart: Set[str] = frozenset()) -> list[Fault]:
-    """Of what `read_images` gave: faults, files that repeat an earlier one, and notes.
+    """Faults of what `read_images` returned, files that repeat an earlier one, and notes.
 
-    Paths that are `apart` repeat only each other.
+    Paths in `apart` are only compared with each other.
     """
     faults = []
     first: dict[tuple[bytes, bool], str] = {}
@@ -278,9 +277,9 @@ def check_tree(folder: Path, *, threshold: float = 25.0, workers: int | None = N
     """The faults of an evaluation dataset.
 
     Args:
-        folder: holds `images/<split>/{database,queries}`.
-        threshold: in metres; how near a query needs a database image.
-        workers: processes to read with; None takes one for each core.
+        folder: folder with `images/<split>/{database,queries}`.
+        threshold: metres within which a query needs a database image.
+        workers: processes that read photos; None uses one per core.
 
     Returns:
         Split by split: folders, names, queries without a positive, content; each sorted by path, database first.
@@ -313,7 +312,7 @@ def is_gsv_cities(folder: Path) -> bool:
 
 
 def read_tables(folder: Path) -> tuple[list[City], list[Fault]]:
-    """The tables that parse and hold a row, and the faults of the others, each by name."""
+    """The tables that parse and have rows, and the faults of the others, sorted by name."""
     cities, faults = [], []
     for path in tables(folder):
         try:
@@ -322,7 +321,7 @@ def read_tables(folder: Path) -> tuple[list[City], list[Fault]]:
                 raise ValueError("no row in it")
         except (OSError, ValueError, csv.Error) as error:
             what = str(error).removeprefix(str(path)).lstrip(", ")
-            faults.append(Fault("table", str(path), f"{what}; mend it and check again: its images were left out"))
+            faults.append(Fault("table", str(path), f"{what}; repair it and check again: its images were left out"))
         else:
             cities.append(City(path.stem, len(np.unique(places)), [name.decode() for name in images]))
     return cities, faults
@@ -337,12 +336,12 @@ def check_gsv_cities(folder: Path, *, workers: int | None = None) -> list[Fault]
     """The faults of GSV-Cities.
 
     Args:
-        folder: holds `Dataframes` and `Images`.
-        workers: processes to read with; None takes one for each core.
+        folder: folder with `Dataframes` and `Images`.
+        workers: processes that read photos; None uses one per core.
 
     Returns:
         Tables by name; repeated rows, missing images and unreadable ones in the order of the rows; images that no row
-        names, sorted. A folder of which all images are missing, or which no row names, is one fault.
+        names, sorted. A folder with all images missing, or that no row names, is one fault.
     """
     cities, faults = read_tables(folder)
     broken = {Path(fault.path).stem for fault in faults}
@@ -354,7 +353,7 @@ def check_gsv_cities(folder: Path, *, workers: int | None = None) -> list[Fault]
     for city in cities:
         for row, name in enumerate(city.images, 1):
             if name in named:
-                advice = f"row {row} below the header names {name} once more; remove it"
+                advice = f"row {row} below the header names {name} again; remove it"
                 faults.append(Fault("repeated-row", str(folder / "Dataframes" / f"{city.name}.csv"), advice))
             named[name] = None
 
@@ -395,12 +394,12 @@ def is_photos(folder: Path) -> bool:
 
 
 def check_photos(folders: Sequence[Path], *, workers: int | None = None) -> list[Fault]:
-    """The faults of folders of anyone's photos, seen together: known places, say, and photos of unknown ones.
+    """The faults of folders of plain photos, checked together, e.g. a database and queries.
 
     Returns:
-        Folder by folder what is left out or in an earlier folder too; then photos that cannot be read, repeat an
-        earlier one, or are of 16 bits or a guessed mode; then photos without a position. Where one folder lies in
-        another, copies in it of photos outside it are counted with what both hold.
+        Folder by folder, what is left out or also in an earlier folder; then photos that cannot be read, repeat an
+        earlier one, or have 16 bits or a guessed mode; then photos without a position. If one folder lies in another,
+        copies in it of photos outside it are counted with the photos in both.
     """
     listings = [images_below(folder, PHOTO_SUFFIXES) for folder in folders]
     paths = []
@@ -416,7 +415,7 @@ def check_photos(folders: Sequence[Path], *, workers: int | None = None) -> list
     results = read_images(paths, workers=workers, name=" ".join(folder.name for folder in folders), exif=True)
     digests = {path: result.digest for path, result in zip(paths, results, strict=True) if isinstance(result, Photo)}
     roots = [os.path.join(os.path.realpath(folder), "") for folder in folders]
-    # By its folder: a link to a photo outside lies inside.
+    # By folder: a link to a photo outside counts as inside.
     nested = {
         path for path in paths if sum(map(os.path.join(os.path.realpath(parent(path)), "").startswith, roots)) > 1
     }
@@ -431,21 +430,21 @@ def check_photos(folders: Sequence[Path], *, workers: int | None = None) -> list
             if later is folder:
                 copies = sum(path in nested and digests.get(path) in outside for path in photos)
                 of_them = f" ({copies} the same picture as one outside)" if copies else ""
-                advice = f"photos that are in {earlier} too, {len(photos)}{of_them}; as queries they are left out of "
+                advice = f"photos also in {earlier}: {len(photos)}{of_them}; as queries they are left out of "
                 faults.append(Fault("shared", str(folder), f"{advice}the database"))
     return faults + result_faults(paths, results, nested) + location_faults(folders, paths, results)
 
 
 def location_faults(folders: Sequence[Path], paths: Sequence[str], results: Sequence[Photo | Fault]) -> list[Fault]:
-    """Photos without a position: in all names, or else in EXIF data."""
+    """Photos without a position in all names, or else in EXIF data."""
     if all(map(has_position, paths)):
         return [fault for folder in folders for fault in degree_faults(folder, _below(folder, paths))]
     readable = {path: result for path, result in zip(paths, results, strict=True) if isinstance(result, Photo)}
     if not any(photo.located for photo in readable.values()):
-        advice = "no photo has a position, neither all in their names nor any in EXIF data; search by --no_labels"
+        advice = "no photo has a position: not all have one in their names, none in EXIF data; use --no_labels"
         return [Fault("no-position", str(folder), advice) for folder in folders if _below(folder, paths)]
     advice = (
-        "no GPS position in its EXIF data, and not all names have UTM coordinates; leave it out, search by "
+        "no GPS position in its EXIF data, and not all names have UTM coordinates; leave it out, search with "
         "--labels_where_known or --no_labels, or name all photos @<UTM east>@<UTM north>@...@.jpg"
     )
     return [Fault("no-position", path, advice) for path, photo in readable.items() if not photo.located]
@@ -456,7 +455,7 @@ def _below(folder: Path, paths: Sequence[str]) -> list[str]:
 
 
 def totals(folder: Path) -> tuple[int, list[str]]:
-    """How many images there are to check, and a line for each split or city."""
+    """The number of images to check, and a line for each split or city."""
     images, lines = 0, []
     if is_tree(folder):
         splits = find_splits(folder)
@@ -484,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.threshold >= 0:
         parser.error(f"--threshold {args.threshold} is not a distance; give metres, 0 or more")
     if args.workers is not None and args.workers < 1:
-        parser.error(f"--workers {args.workers} cannot read; give 1 or more")
+        parser.error(f"--workers {args.workers} is too few; give 1 or more")
     try:
         with left_on_signals():
             return check(parser, args.folders, threshold=args.threshold, workers=args.workers)
@@ -493,7 +492,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(parser: Parser, folders: Sequence[Path], *, threshold: float, workers: int | None) -> int:
-    """Checks folders and prints what it finds; the parser says which folder is none."""
+    """Checks folders and prints what it finds; the parser reports a folder of no known kind."""
     distinct: dict[str, Path] = {}
     again = [folder for folder in folders if distinct.setdefault(os.path.realpath(folder), folder) is not folder]
     folders = list(distinct.values())
@@ -504,7 +503,7 @@ def check(parser: Parser, folders: Sequence[Path], *, threshold: float, workers:
         if not is_photos(folder):
             parser.error(
                 f"{folder} is neither an evaluation dataset (no images/<split>/database or queries in it, for a split "
-                "of train, val, test) nor GSV-Cities (no Dataframes in it); name the folder that holds images, the "
+                "train, val or test) nor GSV-Cities (no Dataframes in it); name the folder that holds images, the "
                 "one that holds Dataframes and Images, or one of photos"
             )
         photos.append(folder)

@@ -1,4 +1,4 @@
-"""A place-recognition dataset on disk: database and query photos with their positions in the file names.
+"""A place recognition dataset on disk: database and query photos with positions in the file names.
 
 <folder>/images/<split>/{database,queries}/**/@<UTM east>@<UTM north>@...@.jpg
 """
@@ -27,18 +27,18 @@ from .transforms import Transform, prepare, read_noted, read_pixels
 
 logger = logging.getLogger(__name__)
 
-EARTH_RADIUS = 6_371_009.0  # the mean one, in metres
-PAIRS_TOGETHER = 2**20  # of a query and a database image within the distance, about, while positives are gone over
-LISTED = 20  # photos that a line of the log names, at most; debug.log has all
+EARTH_RADIUS = 6_371_009.0  # mean, in metres
+PAIRS_TOGETHER = 2**20  # pairs of a query and a positive that are in memory at a time, roughly
+LISTED = 20  # photos named in one line of the log, at most; debug.log has all
 
 
 class ImageList:
-    """The images at the given paths, in that order, each through the transform; bytes 3 x H x W without one.
+    """The images at the given paths, in that order, each transformed; bytes 3 x H x W without a transform.
 
     With `upright`, they are turned as their EXIF data says.
 
     Attributes:
-        depths: how each image that was read came to have 8 bits a channel.
+        depths: how each image read so far was converted to 8 bits per channel.
     """
 
     def __init__(self, paths: Sequence[str], transform: Transform | None = None, *, upright: bool = False):
@@ -56,10 +56,10 @@ class ImageList:
         return pixels if self.transform is None else prepare(pixels, self.transform)
 
     def log_depths(self, name: str) -> None:
-        """Says how many images were not of 8 bits a channel, `name` in front."""
+        """Logs, after `name`, how many images do not have 8 bits per channel."""
         for depth, what in (
-            (Depth.SIXTEEN, "read by the upper 8 of more bits a channel"),
-            (Depth.GUESSED, "of a mode whose scale was guessed"),
+            (Depth.SIXTEEN, "read by the upper 8 of more bits per channel"),
+            (Depth.GUESSED, "in a mode whose scale was guessed"),
         ):
             of_it = np.flatnonzero(self.depths == depth)
             if len(of_it):
@@ -77,7 +77,7 @@ def utm_positions(paths: Sequence[str]) -> NDArray[np.float64]:
     """UTM east and north of each image from its file name, N x 2, in metres.
 
     Raises:
-        ValueError: a name has no coordinates; it says how many have none.
+        ValueError: names have no coordinates; it says how many.
     """
     positions = named_positions(paths)
     _require_named((paths,), (positions,))
@@ -85,24 +85,24 @@ def utm_positions(paths: Sequence[str]) -> NDArray[np.float64]:
 
 
 def _require_named(sides: Sequence[Sequence[str]], positions: Sequence[NDArray[np.float64]]) -> None:
-    """Raises ValueError if a name of any side has no coordinates; it counts all."""
+    """Raises ValueError if a name on any side has no coordinates; it counts all."""
     lost = [path for paths, found in zip(sides, positions, strict=True) for path in compress(paths, ~known(found))]
     if lost:
         some = all(known(found).any() for found in positions)
         raise ValueError(
             f"{len(lost)} of {sum(map(len, sides))} file names have no UTM coordinates, e.g. {lost[0]}; name photos "
-            "@<UTM east>@<UTM north>@...@.jpg, or let eval.py "
-            f"{'count the others only by --labels_where_known, ' if some else ''}take what is correct from a "
-            "--positives_file, or search without labels by --no_labels"
+            "@<UTM east>@<UTM north>@...@.jpg, or run eval.py with "
+            f"{'--labels_where_known to count only the others, ' if some else ''}a --positives_file, or --no_labels to "
+            "search without labels"
         )
 
 
 def named_positions(paths: Sequence[str]) -> NDArray[np.float64]:
-    """As `utm_positions`, but not a number where a name has none."""
+    """Like `utm_positions`, but NaN for names without coordinates."""
     positions = np.full((len(paths), 2), np.nan)
     for row, path in enumerate(paths):
         with suppress(ValueError):
-            # The name alone: a folder above may hold an @ too.
+            # Only the name: a folder above may contain an @ too.
             _, east, north, *_ = os.path.basename(path).split("@")
             positions[row] = float(east), float(north)
     return positions
@@ -116,20 +116,20 @@ def _first_nowhere(positions: NDArray[np.float64]) -> int | None:
 def photo_positions(
     database: Sequence[str], queries: Sequence[str], *, exif: bool = True, where_known: bool = False
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
-    """Positions of photos from their names or, where one has none, of all photos from their EXIF data.
+    """Positions of photos from their names or, if a name has none, of all photos from their EXIF data.
 
     Args:
         database: paths of N photos.
         queries: paths of Q photos.
-        exif: whether EXIF data counts.
-        where_known: photos without a position are not a number. Of names and EXIF data, what more photos have counts.
+        exif: whether to use EXIF data.
+        where_known: photos without a position get NaN. Names or EXIF data are used, whichever more photos have.
 
     Returns:
-        Of the database photos and the queries, N x 2 and Q x 2; and whether these are latitude and longitude in
-        degrees, rather than UTM east and north in metres.
+        Positions of the database photos and the queries, N x 2 and Q x 2; and whether they are latitude and longitude
+        in degrees rather than UTM east and north in metres.
 
     Raises:
-        ValueError: a photo has no position of the kind that the others have; with `where_known`, no photo of a side.
+        ValueError: a photo has no position of the kind used; with `where_known`, no photo of a side has one.
     """
     named = named_positions(database), named_positions(queries)
     unnamed = [_first_nowhere(positions) for positions in named]
@@ -142,8 +142,8 @@ def photo_positions(
         by_name, by_exif = (sum(int(known(positions).sum()) for positions in of) for of in (named, taken))
         if exif and by_name and by_exif:
             logger.warning(
-                "%d photos have UTM coordinates in their names and %d a position in their EXIF data; what more have "
-                "counts, %s",
+                "%d photos have UTM coordinates in their names and %d a position in their EXIF data; the more common "
+                "is used: %s",
                 by_name,
                 by_exif,
                 "EXIF" if by_exif > by_name else "the names",
@@ -152,8 +152,8 @@ def photo_positions(
         for what, positions in zip(("database photos", "queries"), found, strict=True):
             if not known(positions).any():
                 raise ValueError(
-                    f"--labels_where_known: none of the {len(positions)} {what} has a position, neither in its name "
-                    "nor in EXIF data; search without labels by --no_labels"
+                    f"--labels_where_known: none of the {len(positions)} {what} has a position in its name or EXIF "
+                    "data; use --no_labels to search without labels"
                 )
         return *found, geographic
     example = queries[unnamed[1]] if unnamed[0] is None and unnamed[1] is not None else database[unnamed[0] or 0]
@@ -163,23 +163,23 @@ def photo_positions(
             missing = int((~known(positions)).sum())
             raise ValueError(
                 f"{missing} of {len(paths)} {what} photos have no GPS position in their EXIF data, e.g. "
-                f"{paths[nowhere]}, and not all names have UTM coordinates, e.g. {example}; leave such photos out, "
-                "name all of them @<UTM east>@<UTM north>@...@.jpg, count the others only by --labels_where_known, or "
-                "search without positions by --no_labels"
+                f"{paths[nowhere]}, and not all names have UTM coordinates, e.g. {example}; remove such photos, name "
+                "all of them @<UTM east>@<UTM north>@...@.jpg, count only the others with --labels_where_known, or "
+                "search without positions with --no_labels"
             )
     return *taken, True
 
 
 def known(positions: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which of N x 2 positions are there, N."""
+    """Which of N x 2 positions are known, N."""
     return np.asarray(np.isfinite(positions).all(axis=1))
 
 
 def like_degrees(positions: NDArray[np.float64]) -> bool:
     """Whether N x 2 numbers in metres look like latitude and longitude, in either order.
 
-    Nearly all, 9 of 10, lie within 90 and 180, so that a stray one hides no others; and not all of these are whole:
-    metres of a small map often are, degrees never.
+    That is, 9 of 10 lie within 90 and 180, so that an outlier does not hide the others, and these are not all whole
+    numbers: metres on a small map often are, degrees never.
     """
     found = positions[known(positions)]
     for bounds in ((90, 180), (180, 90)):
@@ -190,7 +190,7 @@ def like_degrees(positions: NDArray[np.float64]) -> bool:
 
 
 def haversine_metres(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Distances over the mean sphere, in metres, between latitudes and longitudes in degrees, ... x 2 each."""
+    """Distances on the mean sphere in metres between latitudes and longitudes in degrees, ... x 2 each."""
     a, b = np.radians(a), np.radians(b)
     squared = np.sin((b - a) / 2) ** 2  # of half the chord, along each axis
     along = squared[..., 0] + np.cos(a[..., 0]) * np.cos(b[..., 0]) * squared[..., 1]
@@ -198,25 +198,25 @@ def haversine_metres(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[
 
 
 def image_key(path: str) -> str:
-    """The image's own key, e.g. MSLS's: the seventh field of `@east@north@zone@letter@lat@lon@key@...`; "" without."""
+    """The image's own key, e.g. in MSLS: the seventh field of `@east@north@zone@letter@lat@lon@key@...`, or ""."""
     fields = os.path.basename(path).split("@")
     return fields[7] if len(fields) > 8 else ""
 
 
 def database_folder(split: Path) -> Path:
-    """Where a split of a dataset has its database images: `database`, or else `gallery`, as in SVOX."""
+    """The folder of a split's database images: `database`, or else `gallery`, as in SVOX."""
     folder = split / "database"
     return split / "gallery" if not folder.is_dir() and (split / "gallery").is_dir() else folder
 
 
 class _Near(Sequence[NDArray[np.int64]]):
-    """For each query the database images within a distance, found anew each time: kept, dense ones fill the memory.
+    """For each query, the database images within a distance; computed at each access, since dense ones fill the memory.
 
     Args:
-        database: N x 2 positions, not a number where unknown.
+        database: N x 2 positions, NaN where unknown.
         queries: Q x 2, likewise.
         geographic: whether these are latitude and longitude in degrees.
-        distance: in metres; closed ball.
+        distance: in metres, inclusive.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class _Near(Sequence[NDArray[np.int64]]):
             placed, self._queries = np.radians(placed), np.radians(queries)
             self._radius = distance / EARTH_RADIUS
         if len(placed):
-            from sklearn.neighbors import BallTree, KDTree  # nearly a second to import: not at every start
+            from sklearn.neighbors import BallTree, KDTree  # takes nearly a second to import
 
             self._tree = (
                 BallTree(placed, leaf_size=30, metric="haversine") if geographic else KDTree(placed, leaf_size=30)
@@ -274,15 +274,14 @@ class DatabaseQueries:
     """One split of a dataset.
 
     Attributes:
-        name: to show.
+        name: name to show.
         database_paths: N images.
         queries_paths: Q images.
-        database_positions: N x 2 UTM east and north, in metres, not a number where a photo's is unknown; None where
-            nothing is known of them.
+        database_positions: N x 2 UTM east and north in metres, NaN where unknown; None if all are unknown.
         queries_positions: Q x 2, likewise.
-        geographic: whether positions are latitude and longitude, in degrees, instead.
-        known_positives: for each query the indices of its correct database images, where a file says so.
-        set_sizes: the number of queries in each of several sets, one behind the other; empty for one set.
+        geographic: whether positions are latitude and longitude in degrees instead.
+        known_positives: for each query, the indices of its correct database images, if a file lists them.
+        set_sizes: the number of queries in each of several consecutive sets; empty for one set.
     """
 
     name: str
@@ -304,17 +303,17 @@ class DatabaseQueries:
         queries_names: Sequence[str] = ("queries",),
         **settings: Any,
     ) -> "DatabaseQueries":
-        """Lists `<datasets_folder>/<name>/images/<split>/{database,queries}`, as `from_folders`.
+        """Lists `<datasets_folder>/<name>/images/<split>/{database,queries}`, like `from_folders`.
 
         Args:
-            datasets_folder: holds the dataset.
-            name: of the dataset's folder.
+            datasets_folder: folder that holds the dataset.
+            name: name of the dataset's folder.
             split: train, val or test.
-            queries_names: the folders of queries, each a set of its own.
-            settings: of `from_folders`.
+            queries_names: the query folders, each a set of its own.
+            settings: arguments of `from_folders`.
 
         Raises:
-            FileNotFoundError: there is no such set of queries; it names those that are there.
+            FileNotFoundError: there is no such query set; it names those that exist.
         """
         folder = datasets_folder / name / "images" / split
         database = database_folder(folder)
@@ -322,7 +321,7 @@ class DatabaseQueries:
         others = sorted(path.name for path in folder.glob("queries*") if path.is_dir())
         if lost and others:
             raise FileNotFoundError(
-                f"no folder {folder / lost[0]}; the queries there are {', '.join(others)}: name them by eval.py's "
+                f"no folder {folder / lost[0]}; the query sets there are {', '.join(others)}: name them with eval.py's "
                 "--queries_names"
             )
         sets = [folder / queries for queries in queries_names]
@@ -341,23 +340,23 @@ class DatabaseQueries:
         labels_where_known: bool = False,
         skip_unreadable: bool = False,
     ) -> "DatabaseQueries":
-        """Lists a folder of database images and one or more of queries.
+        """Lists a folder of database images and one or more query folders.
 
         Args:
-            database_folder: searched below, too.
+            database_folder: its subfolders are listed too.
             queries_folders: likewise; each is a set of its own, see `sets`.
-            name: to show.
-            labelled: whether the file names hold positions; without them and a file, nothing is known to be correct.
-            exif: whether these are anyone's photos: of every format, turned as their EXIF data says, which may hold
-                their positions; and queries among the database are left out of it.
-            positives_file: says which images are correct, see `read_positives`; it counts what the folders hold (the
-                queries of the keys), whatever is left out afterwards. Of one set of queries only.
-            query_keys: a text file; of the queries, those whose `image_key` stands in it are kept.
-            labels_where_known: photos without a position are searched, but neither counted nor correct.
-            skip_unreadable: leave out photos that cannot be read, which takes reading all of them.
+            name: name to show.
+            labelled: whether to read positions; without them and a file, no correct images are known.
+            exif: whether these are plain folders: photos of all formats, turned as their EXIF data says, with positions
+                in names or EXIF data; queries that are also in the database are left out of it.
+            positives_file: lists the correct images, see `read_positives`; its indices refer to what the folders hold
+                (the queries after `query_keys`), before anything is left out. For one query set only.
+            query_keys: a text file; only queries whose `image_key` is in it are kept.
+            labels_where_known: photos without a position are searched, but never counted or correct.
+            skip_unreadable: leave out photos that cannot be read, which requires reading all of them.
 
         Raises:
-            FileNotFoundError, ValueError: as `list_images`, `utm_positions`, `photo_positions` and `read_positives`;
+            FileNotFoundError, ValueError: see `list_images`, `utm_positions`, `photo_positions` and `read_positives`;
                 or nothing is left.
         """
         suffixes = {"suffixes": PHOTO_SUFFIXES} if exif else {}
@@ -381,7 +380,7 @@ class DatabaseQueries:
             )
         if not stays.any():
             raise ValueError(
-                f"every photo in {database_folder} {'that can be read ' if skip_unreadable else ''}is a query too, in "
+                f"every photo in {database_folder} {'that can be read ' if skip_unreadable else ''}is also a query, in "
                 f"{', '.join(map(str, queries_folders))}; name a --database_folder that holds more than the queries"
             )
         sizes: tuple[int, ...] = ()
@@ -391,7 +390,7 @@ class DatabaseQueries:
         database, queries = list(compress(database, stays)), list(compress(queries, asked))
         if positives is not None:
             if not (stays.all() and asked.all()):
-                number = np.cumsum(stays) - 1  # of each database image among those that are left
+                number = np.cumsum(stays) - 1  # new index of each database image
                 named = list(compress(positives, asked))
                 positives = [number[found[stays[found]]] for found in named]
                 lost = sum(
@@ -399,8 +398,8 @@ class DatabaseQueries:
                 )
                 if lost:
                     logger.warning(
-                        "%s: of %d of %d queries, all correct photos that %s names were left out of the database, as "
-                        "queries too%s; they count as missed",
+                        "%s: for %d of %d queries, all correct photos in %s were left out of the database because they "
+                        "are also queries%s; they count as missed",
                         name,
                         lost,
                         len(queries),
@@ -426,13 +425,13 @@ class DatabaseQueries:
         return dataset
 
     def sets(self, names: Sequence[str]) -> list["DatabaseQueries"]:
-        """Each set of queries with the same database; the name has that of the set behind it, but for plain `queries`.
+        """Each query set with the shared database; its name follows the dataset's, except for plain `queries`.
 
         Args:
-            names: of the sets, as many as there are.
+            names: names of the sets, one for each.
 
         Raises:
-            ValueError: a set has no query with a position, so that nothing could be counted.
+            ValueError: no query of a set has a position, so recall could not be computed.
         """
         if names == ("queries",):
             return [self]
@@ -443,7 +442,7 @@ class DatabaseQueries:
             if positions is not None and not known(positions).any():
                 raise ValueError(
                     f"--labels_where_known: none of the {len(positions)} queries in {name} has a position; leave that "
-                    "set out of --queries_names, or search without labels by --no_labels"
+                    "set out of --queries_names, or use --no_labels to search without labels"
                 )
             queries = self.queries_paths[part]
             name = f"{self.name} {name}"
@@ -460,7 +459,7 @@ class DatabaseQueries:
         ]
         if unknown:
             logger.warning(
-                "%s: %s have no position; they are searched and shown, but recall counts the other queries only, and "
+                "%s: %s have no position; they are searched and shown, but recall counts only the other queries, and "
                 "no image without a position as correct",
                 self.name,
                 " and ".join(unknown),
@@ -472,8 +471,8 @@ class DatabaseQueries:
         for what, positions in sides.items():
             if positions is not None and not self.geographic and like_degrees(positions):
                 logger.warning(
-                    "%s: the positions of the %s look like degrees (nearly all within 90 and 180), but are taken for "
-                    "metres, in which everything is near; write UTM metres into the names, or degrees into EXIF data",
+                    "%s: the positions of the %s look like degrees (nearly all within 90 and 180), but are read as "
+                    "metres, so everything is near; write UTM metres into the names, or degrees into EXIF data",
                     self.name,
                     what,
                 )
@@ -485,7 +484,7 @@ class DatabaseQueries:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Name and number of images, for the record."""
+        """Name and numbers of images, for `results.json`."""
         sizes = {"name": self.name, "database": len(self.database_paths), "queries": len(self.queries_paths)}
         if self.labelled and not self.judged_queries.all():
             sizes["queries_with_position"] = int(self.judged_queries.sum())
@@ -493,13 +492,13 @@ class DatabaseQueries:
 
     @property
     def judged_queries(self) -> NDArray[np.bool_]:
-        """The queries of which it is known what is correct, which recall counts: Q."""
+        """The queries that recall counts, since their correct images are known: Q."""
         if self.known_positives is not None or self.queries_positions is None:
             return np.full(len(self.queries_paths), self.labelled)
         return known(self.queries_positions)
 
     def judged(self, predictions: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Of which predictions it is known whether they are correct, Q x k: both positions are, or a file says it."""
+        """For which predictions it is known if they are correct, Q x k: by both positions, or by a file."""
         judged = np.repeat(self.judged_queries[:, None], predictions.shape[1], axis=1)
         if self.known_positives is None and self.database_positions is not None:
             judged &= known(self.database_positions)[predictions]
@@ -507,30 +506,30 @@ class DatabaseQueries:
 
     @property
     def labelled(self) -> bool:
-        """Whether it is known what is correct."""
+        """Whether correct images are known."""
         return self.known_positives is not None or self.database_positions is not None
 
     def covered_images(self, distance: float) -> list[str]:
-        """Paths of the database images, and of the queries that have one of them within `distance` metres."""
+        """Paths of the database images, and of the queries with one of them within `distance` metres."""
         near = self.positives(distance)
         return self.database_paths + [path for path, found in zip(self.queries_paths, near, strict=True) if len(found)]
 
     def positives(self, distance: float) -> Sequence[NDArray[np.int64]]:
-        """For each query, the indices of its correct database images: those of the file, else those within `distance`
-        metres of it (closed ball). These are found anew each time they are gone over, some queries at a time."""
+        """For each query, the indices of its correct database images: those in the file, else those within `distance`
+        metres of it (inclusive). The latter are computed at each pass, for some queries at a time."""
         if self.known_positives is not None:
             return self.known_positives
         assert self.database_positions is not None and self.queries_positions is not None
         return _Near(self.database_positions, self.queries_positions, geographic=self.geographic, distance=distance)
 
     def located(self, *, exif: bool) -> "DatabaseQueries":
-        """The same photos with the positions that are known of them, to be shown: what is correct they do not say.
+        """The same photos with their known positions, for display only: they do not decide what is correct.
 
         Args:
-            exif: whether EXIF data counts; of names and EXIF data, what more photos have is taken.
+            exif: whether to use EXIF data; names or EXIF data are used, whichever more photos have.
 
         Raises:
-            ValueError: as `gps_positions`.
+            ValueError: see `gps_positions`.
         """
         if self.database_positions is not None:
             return self
@@ -553,20 +552,20 @@ class DatabaseQueries:
         return located
 
     def metres(self, predictions: NDArray[np.int64]) -> NDArray[np.float64] | None:
-        """How far each query is from its predicted database images, Q x k, not a number where a position is unknown;
-        None without positions."""
+        """Distance of each query to its predicted database images, Q x k, NaN where a position is unknown; None without
+        positions."""
         if self.database_positions is None or self.queries_positions is None:
             return None
         return self._apart(self.queries_positions[:, None], self.database_positions[predictions])
 
     def metres_to(self, query: int, images: NDArray[np.int64]) -> NDArray[np.float64] | None:
-        """How far a query is from some database images, as `metres`."""
+        """Distance of a query to some database images, like `metres`."""
         if self.database_positions is None or self.queries_positions is None:
             return None
         return self._apart(self.queries_positions[query], self.database_positions[images])
 
     def metres_from_first(self, predictions: NDArray[np.int64]) -> NDArray[np.float64] | None:
-        """How far each query's predicted database images are from the first one of them, as `metres`."""
+        """Distance of each query's predicted database images to the first of them, like `metres`."""
         if self.database_positions is None:
             return None
         found = self.database_positions[predictions]
@@ -579,13 +578,13 @@ class DatabaseQueries:
 def _other_than_queries(
     database: Sequence[str], queries: Sequence[str], folder: Path, *, keep: bool
 ) -> NDArray[np.bool_]:
-    """Which database images stay: all but those that are queries too, under whatever path, or all where these are
-    kept. The log counts them either way."""
+    """Which database images stay: all but those that are also queries, under any path, or all with `keep`. The log
+    counts them either way."""
     of_queries = set(map(identity, queries))
     shared = np.array([identity(path) in of_queries for path in database])
     if shared.any():
         logger.warning(
-            "%d of the %d photos in %s are queries too: %s",
+            "%d of the %d photos in %s are also queries: %s",
             shared.sum(),
             len(shared),
             folder,
@@ -595,10 +594,10 @@ def _other_than_queries(
 
 
 def readable(paths: Sequence[str], folder: Path, *, upright: bool) -> NDArray[np.bool_]:
-    """Which photos can be read, `upright` or not; the log counts and names the others.
+    """Which photos can be read, with `upright` or without; the log counts and names the others.
 
     Raises:
-        ValueError: none can.
+        ValueError: none can be read.
     """
     found = distributed.on_main(
         lambda: unreadable(paths, partial(read_pixels, upright=upright), progress=f"reading {folder.name}")
@@ -627,9 +626,9 @@ def _with_keys(paths: list[str], keys_file: Path) -> list[str]:
     kept = [path for path in paths if image_key(path) in keys]
     if not kept:
         raise ValueError(
-            f"none of the {len(keys)} keys in {keys_file} is that of a query, e.g. {image_key(paths[0])!r}; "
-            "give a text file of keys"
+            f"none of the {len(keys)} keys in {keys_file} is a query's key, e.g. {image_key(paths[0])!r}; "
+            "give a text file of query keys"
         )
     if len(kept) < len(keys):
-        logger.warning("%d of the %d keys in %s are of no query", len(keys) - len(kept), len(keys), keys_file)
+        logger.warning("%d of the %d keys in %s match no query", len(keys) - len(kept), len(keys), keys_file)
     return kept

@@ -1,4 +1,4 @@
-"""What a camera wrote beside the pixels: how it was held, and where."""
+"""EXIF data: how the camera was held, and where."""
 
 import os
 import struct
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
-# What Pillow, or the arithmetic, makes of tags that are absent or not as the standard says.
+# Errors of Pillow, or of arithmetic, on tags that are missing or not as the standard says.
 _NOT_AS_IT_SHOULD_BE = (
     LookupError, ValueError, TypeError, ArithmeticError, AttributeError, SyntaxError, struct.error,
 )  # fmt: skip
@@ -19,26 +19,26 @@ _SIGNS = {"N": 1, "S": -1, "E": 1, "W": -1}
 
 
 def cannot_read(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    """The error of a photo that cannot be read, which names the file and what can be done."""
+    """The error for a photo that cannot be read, with the file and the remedy."""
     return ValueError(
-        f"cannot read the image {os.fspath(path)} ({str(error) or type(error).__name__}); replace or remove it, or let "
-        "eval.py leave it out by --skip_unreadable"
+        f"cannot read the image {os.fspath(path)} ({str(error) or type(error).__name__}); replace or remove it, or run "
+        "eval.py with --skip_unreadable to leave it out"
     )
 
 
 def orientation(path: str | os.PathLike[str]) -> int:
-    """How the image that Pillow reads is to be turned, 1 to 8 as in the EXIF standard; 1, not at all, where the file
-    does not say, or is a TIFF, which Pillow turns itself.
+    """How to turn the image that Pillow reads, 1 to 8 as in the EXIF standard; 1, not at all, if the file does not say,
+    or is a TIFF, which Pillow turns itself.
 
     Raises:
-        OSError, PIL.Image.DecompressionBombError: no image can be recognised in the file, or one too large.
+        OSError, PIL.Image.DecompressionBombError: the file is not an image, or one that is too large.
     """
     with Image.open(path) as image:
         return orientation_of(image)
 
 
 def orientation_of(image: Image.Image) -> int:
-    """`orientation` of an image that is open."""
+    """`orientation` of an open image."""
     if image.format == "TIFF":
         return 1
     try:
@@ -49,7 +49,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def turned(pixels: Tensor, orientation: int) -> Tensor:
-    """Stored pixels, C x H x W, as they are to be seen: C x H x W, or C x W x H for orientations above 4."""
+    """Turns stored pixels, C x H x W, upright: C x H x W, or C x W x H for orientations above 4."""
     if orientation > 4:
         pixels = pixels.transpose(1, 2)
     # Now the first stored row is at the top or the bottom, and the first column at the left or the right.
@@ -58,10 +58,10 @@ def turned(pixels: Tensor, orientation: int) -> Tensor:
 
 
 def gps_position(path: str) -> tuple[float, float]:
-    """Latitude and longitude in degrees, north and east positive; not a number where the photo does not say.
+    """Latitude and longitude in degrees, north and east positive; NaN if the photo does not say.
 
     Raises:
-        OSError, PIL.Image.DecompressionBombError: as `orientation`.
+        OSError, PIL.Image.DecompressionBombError: see `orientation`.
     """
     with Image.open(path) as image:
         try:
@@ -70,7 +70,7 @@ def gps_position(path: str) -> tuple[float, float]:
             longitude = _degrees(gps[ExifTags.GPS.GPSLongitude], gps[ExifTags.GPS.GPSLongitudeRef])
         except _NOT_AS_IT_SHOULD_BE:
             return np.nan, np.nan
-    if not (abs(latitude) <= 90 and abs(longitude) <= 180) or latitude == longitude == 0:  # no fix: some write zeros
+    if not (abs(latitude) <= 90 and abs(longitude) <= 180) or latitude == longitude == 0:  # without a fix some write 0
         return np.nan, np.nan
     return latitude, longitude
 
@@ -84,13 +84,13 @@ def gps_positions(paths: Sequence[str]) -> NDArray[np.float64]:
     """`gps_position` of each photo, N x 2.
 
     Raises:
-        ValueError: no image can be recognised in one of the files, or one too large; the message names it.
+        ValueError: a file is not an image, or one that is too large; the message names it.
     """
 
     def of(path: str) -> tuple[float, float]:
         try:
             return gps_position(path)
-        except Exception as error:  # decoders stumble over a damaged file in many ways
+        except Exception as error:  # decoders fail on damaged files in many ways
             raise cannot_read(path, error) from error
 
     with ThreadPoolExecutor() as pool:

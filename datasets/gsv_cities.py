@@ -26,19 +26,19 @@ from .transforms import open_image
 
 logger = logging.getLogger(__name__)
 
-# Their order gives a label its city: label = place_id + 100,000 * index of the city.
+# The order matters for labels: label = place_id + 100,000 * index of the city.
 CITIES = (
     "Bangkok", "BuenosAires", "LosAngeles", "MexicoCity", "OSL", "Rome", "Barcelona", "Chicago", "Madrid", "Miami",
     "Phoenix", "TRT", "Boston", "Lisbon", "Medellin", "Minneapolis", "PRG", "WashingtonDC", "Brussels", "London",
     "Melbourne", "Osaka", "PRS",
 )  # fmt: skip
 LABELS_PER_CITY = 100_000
-MADE = "MADE.txt"  # stands in a folder of this form that holds made photos
+MADE = "MADE.txt"  # marks a folder in this format that holds synthetic photos
 COLUMNS = ("place_id", "year", "month", "northdeg", "city_id", "lat", "lon", "panoid")
 
 
 def tables(folder: Path) -> list[Path]:
-    """The csv files of a GSV-Cities folder, sorted; hidden ones, such as macOS leaves, are none."""
+    """The csv files of a GSV-Cities folder, sorted; without hidden ones, such as macOS leaves."""
     return sorted(path for path in (folder / "Dataframes").glob("*.csv") if not path.name.startswith("."))
 
 
@@ -50,8 +50,8 @@ def find_cities(folder: Path) -> list[str]:
     """
     present = {path.stem for path in tables(folder)}
     if not present:
-        below = folder / "gsv_cities"  # as the toy city and one's own photos have it
-        remedy = f"give {below}" if tables(below) else "download GSV-Cities, or name its place"
+        below = folder / "gsv_cities"  # as in the toy city and in converted photos
+        remedy = f"give {below}" if tables(below) else "download GSV-Cities, or name its folder"
         raise FileNotFoundError(
             f"no GSV-Cities in {folder}: {folder}/Dataframes/<City>.csv is missing; {remedy} with "
             "--train_dataset_folder"
@@ -60,15 +60,15 @@ def find_cities(folder: Path) -> list[str]:
 
 
 def select_cities(folders: Sequence[Path], cities: Sequence[str] | None = None) -> list[tuple[Path, str]]:
-    """The cities asked for, each with its folder; a name that several folders have is a city in each of them.
+    """The selected cities, each with its folder; a name in several folders is a city in each of them.
 
     Args:
-        folders: of GSV-Cities' form.
-        cities: names, in the order that gives the labels; None takes all, folder by folder, as `find_cities`.
+        folders: folders in GSV-Cities' format.
+        cities: names, in the order of the labels; None takes all, folder by folder, as `find_cities` sorts them.
 
     Raises:
-        FileNotFoundError: a folder without a table, or a name that no folder has.
-        ValueError: the same folder twice.
+        FileNotFoundError: a folder has no table, or no folder has a name.
+        ValueError: a folder is given twice.
     """
     for i, folder in enumerate(folders):
         if twin := next((other for other in folders[:i] if other.resolve() == folder.resolve()), None):
@@ -83,13 +83,13 @@ def select_cities(folders: Sequence[Path], cities: Sequence[str] | None = None) 
             )
         found = [(folder, name) for city in cities for folder, name in found if name == city]
         if unused := [str(folder) for folder in folders if all(folder != other for other, _ in found)]:
-            logger.warning("--cities %s leaves nothing of %s", " ".join(cities), " and ".join(unused))
+            logger.warning("--cities %s uses nothing from %s", " ".join(cities), " and ".join(unused))
     else:
         _warn_of_missing(found)
     for city, count in Counter(name for _, name in found).items():
         if count > 1:
             logger.warning(
-                "%s is in %s: taken as %d cities, so a place that is in two of them would pass for two places",
+                "%s is in %s: read as %d cities, so a place in two of them would count as two places",
                 city,
                 " and ".join(str(folder) for folder, name in found if name == city),
                 count,
@@ -98,12 +98,12 @@ def select_cities(folders: Sequence[Path], cities: Sequence[str] | None = None) 
 
 
 def _warn_of_missing(found: Sequence[tuple[Path, str]]) -> None:
-    """Names the known cities that are nowhere, where some of them are somewhere."""
-    # A folder with none of them holds something else, and so does the toy city's: nothing is missing there.
+    """Names the missing ones of the 23 known cities, unless all are missing."""
+    # A folder with none of them holds other data, as does the toy city's: nothing is missing there.
     present = {city: folder for folder, city in found if city in CITIES and not (folder / MADE).exists()}
     if missing := [city for city in CITIES if city not in present] if present else []:
         folders = " and ".join(dict.fromkeys(map(str, present.values())))
-        logger.warning("%d of the 23 GSV-Cities are not in %s: %s", len(missing), folders, " ".join(missing))
+        logger.warning("%d of the 23 cities of GSV-Cities are not in %s: %s", len(missing), folders, " ".join(missing))
 
 
 def _is_whole(text: str) -> bool:
@@ -111,7 +111,7 @@ def _is_whole(text: str) -> bool:
 
 
 class _Padded(dict[str, str]):
-    """Whole numbers as text, padded with zeros to a width; each is worked out once."""
+    """Whole numbers as text, zero-padded to a width; each is computed once."""
 
     def __init__(self, width: int):
         self.width = width
@@ -138,7 +138,7 @@ def image_name(
     latitude: type[float] = float,
     longitude: type[float] = float,
 ) -> str:
-    """The file name of a csv row's image, without its folder; lat and lon appear as Python prints those types."""
+    """The file name of a csv row's image, without its folder; lat and lon as Python prints those types."""
     return (
         f"{city_id}_{_PLACES[place_id]}_{_YEARS[year]}_{_MONTHS[month]}_{_DEGREES[northdeg]}"
         f"_{latitude(lat)!r}_{longitude(lon)!r}_{panoid}.jpg"
@@ -146,63 +146,63 @@ def image_name(
 
 
 def _text_of(path: Path) -> str:
-    """A table's text with \n between its lines, as UTF-8 says, with or without a byte order mark.
+    """A table's UTF-8 text with \n between its lines; a byte order mark is dropped.
 
     Raises:
-        ValueError: it is in another encoding; the message names the line.
+        ValueError: it is not UTF-8; the message names the line.
     """
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = len((content[: error.start] + b".").splitlines())
-        raise ValueError(f"{path}, line {line}: {error.reason}, where UTF-8 is needed; save the table so") from error
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the table as UTF-8") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_city(folder: Path, city: str) -> tuple[NDArray[np.int64], NDArray[np.bytes_]]:
-    """The table of one city.
+    """Reads the table of one city.
 
     Returns:
         The place_id and the path below `<folder>/Images` (UTF-8) of each row.
 
     Raises:
-        FileNotFoundError: no such table.
-        ValueError: a row that does not follow the format.
+        FileNotFoundError: there is no such table.
+        ValueError: a row does not follow the format.
     """
     path = folder / "Dataframes" / f"{city}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"no table {path}; leave {city} out of --cities or add the file")
     text = _text_of(path)
-    # Half a million rows in all: csv.DictReader would take twice the time, and csv.reader is for what is quoted.
+    # Half a million rows in all: csv.DictReader would take twice the time; csv.reader is only for quoted fields.
     reader = csv.reader(io.StringIO(text, newline="")) if '"' in text else None
     rows = (line.split(",") for line in text.split("\n")) if reader is None else iter(reader)
     try:
         header = next(rows, [])
     except csv.Error as error:
-        raise ValueError(f"{path}, line 1: {error}; a table begins with the columns {','.join(COLUMNS)}") from error
+        raise ValueError(f"{path}, line 1: {error}; a table starts with the columns {','.join(COLUMNS)}") from error
     if missing := [column for column in COLUMNS if column not in header]:
         raise ValueError(
-            f"{path}, line 1: no column {', '.join(missing)}; a table begins with the columns {','.join(COLUMNS)}, in "
-            "any order and separated by commas"
+            f"{path}, line 1: no column {', '.join(missing)}; a table starts with the columns {','.join(COLUMNS)}, in "
+            "any order, separated by commas"
         )
     columns = itemgetter(*map(header.index, COLUMNS))
     table, places, names, line = [], [], [], 1
     try:
         for row in rows:
             line += 1
-            if len(row) > 1 or (row and row[0].strip()):  # a blank line is no row
+            if len(row) > 1 or (row and row[0].strip()):  # skip blank lines
                 table.append(values := columns(row))
                 places.append(int(_PLACES[values[0]]))
                 names.append(f"{values[4]}/{image_name(*values)}".encode())
                 if "_" in values[5] or "_" in values[6]:  # float() takes 5_1.0 too
-                    raise ValueError(f"{values[5]}, {values[6]} are no latitude and longitude")
+                    raise ValueError(f"{values[5]}, {values[6]} is not a latitude and longitude")
     except (IndexError, ValueError, csv.Error) as error:
         raise ValueError(
             f"{path}, line {line if reader is None else reader.line_num}: {error!r}; the columns "
             f"{','.join(COLUMNS)} are needed, the first four as whole numbers"
         ) from error
-    # GSV-Cities' own loader takes a column of nothing but whole numbers for integers, _51_0_ instead of _51.0_0.0_. No
+    # GSV-Cities' own loader reads a column of only whole numbers as integers: _51_0_ instead of _51.0_0.0_. No
     # published table has such a column, so the files decide.
     types = [int if all(_is_whole(values[column]) for values in table) else float for column in (5, 6)]
     if table and int in types:
@@ -210,22 +210,22 @@ def read_city(folder: Path, city: str) -> tuple[NDArray[np.int64], NDArray[np.by
         if (folder / "Images" / integers[0].decode()).exists():
             names = integers
     if places and not 0 <= min(places) <= max(places) < LABELS_PER_CITY:
-        raise ValueError(f"{path} has a place_id outside 0 to {LABELS_PER_CITY - 1}; labels of cities would collide")
+        raise ValueError(f"{path} has a place_id outside 0 to {LABELS_PER_CITY - 1}, so cities would share labels")
     return np.array(places, dtype=np.int64), np.array(names, dtype=np.bytes_)
 
 
 class GSVCities(Dataset[tuple[Tensor, int]]):
     """Places of GSV-Cities; an item is one place: K of its images and its label.
 
-    The table is kept in NumPy arrays sorted by place: finding a place's images is one slice, and worker processes share
-    the arrays instead of copying them.
+    The table is kept in NumPy arrays sorted by place: a place's images are one slice, and worker processes share the
+    arrays instead of copying them.
 
     Args:
-        folders: each holds `Dataframes` and `Images`; one, or several, whose cities follow each other.
-        cities: which, in the order that gives the labels; None takes all that are there. See `select_cities`.
+        folders: one or several folders with `Dataframes` and `Images`; their cities follow each other.
+        cities: the cities in the order of the labels; None takes all. See `select_cities`.
         images_per_place: K; places with fewer images are left out.
-        transform: a Pillow image to bytes 3 x H x W, drawing from torch's global generator if at all.
-        seed: of the images drawn and of their augmentation.
+        transform: a Pillow image to bytes 3 x H x W; any random numbers come from torch's global generator.
+        seed: seed of the choice of images and of their augmentation.
 
     Attributes:
         cities: their names, in the order of the labels.
@@ -274,12 +274,12 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
 
     @property
     def image_count(self) -> int:
-        """Images of the places kept."""
+        """Number of images of all places."""
         return int(self.counts.sum())
 
     @property
     def digest(self) -> str:
-        """Of the tables: what tells these places and images from others of the same number."""
+        """Digest of the tables, which differs for other places and images even if their numbers are the same."""
         found = hashlib.sha256(self.names.tobytes())
         for array in (self.labels, self.first, self.counts):
             found.update(array.tobytes())
@@ -292,7 +292,7 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
         return [f"{folder}/{name.decode()}" for name in names.tolist()]
 
     def drawn_paths(self, place: int, count: int, rng: np.random.Generator) -> list[str]:
-        """Paths of so many images of a place, drawn without replacement, or of all where it has fewer."""
+        """Paths of `count` images of a place, drawn without replacement, or of all if there are fewer."""
         paths = self.image_paths(place)
         return [paths[index] for index in rng.choice(len(paths), size=min(count, len(paths)), replace=False)]
 
@@ -304,7 +304,7 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
         """The images (bytes, K x 3 x H x W) and the label of a place.
 
         Args:
-            key: epoch and place; with the seed they decide every random draw, in whichever process this runs.
+            key: epoch and place; with the seed they decide every random draw, in any process.
         """
         epoch, place = key
         rng = np.random.default_rng((self.seed, epoch, place))
@@ -317,41 +317,41 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
 
 
 class PlaceBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, place) keys for `GSVCities`; set `epoch`, and `start` to leave batches out, before each pass.
+    """Batches of (epoch, place) keys for `GSVCities`; before each pass set `epoch`, and `start` to skip batches.
 
-    Each city's rows are shuffled and its places taken in order of first appearance, city after city: so nearly every
+    Each city's rows are shuffled and its places taken in order of first appearance, city after city. So nearly every
     batch comes from one city, and its negatives are harder. The last batch may be short.
 
     Args:
-        dataset: whose places.
-        batch_size: places a batch.
+        dataset: the places.
+        batch_size: places per batch.
         place_order: "fixed" keeps the first epoch's order, as the released code does; "reshuffled" draws a new one each
-            epoch, as GSV-Cities' own code does, and so does "similar", for what `mined` is made of.
+            epoch, as GSV-Cities' own code does, and so does "similar", as the starting point of `mined`.
 
     Attributes:
-        mined: the order of the present epoch where it was made of what the model confuses, see `similar_places`.
+        mined: order of the current epoch by what the model confuses, if there is one; see `similar_places`.
 
     Raises:
-        ValueError: there are no two places, or a batch holds too few of them.
+        ValueError: there are fewer than two places, or a batch holds too few of them.
 
-    Of several processes each gets its share of every batch: a run of neighbours, so that the shares make up the batch
-    in its order. A process whose share of a short last batch is empty gets a place that does not count, see `shares`.
+    With several processes, each gets a contiguous share of every batch, so that the shares together are the batch in
+    order. If its share of a short last batch is empty, it gets a place that does not count, see `shares`.
     """
 
     def __init__(self, dataset: GSVCities, *, batch_size: int, place_order: str = "fixed"):
         if len(dataset) < 2:
             raise ValueError(
-                f"{dataset}: training needs two places or more; add cities, or lower --images_per_place to keep places "
-                "with fewer images"
+                f"{dataset}: training needs at least two places; add cities, or lower --images_per_place to keep "
+                "places with fewer images"
             )
         if batch_size < distributed.world_size():
             raise ValueError(
                 f"--train_batch_size {batch_size} is too small for {distributed.world_size()} processes, which need a "
-                "place each; use as many places or more"
+                "place each; use at least that many"
             )
         if batch_size < 2:
             raise ValueError(
-                f"--train_batch_size {batch_size} leaves the loss no negatives, which are the other places of a batch; "
+                f"--train_batch_size {batch_size} leaves the loss no negatives (the other places of a batch); "
                 "use 2 or more"
             )
         self.dataset = dataset
@@ -359,16 +359,16 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
         self.place_order = place_order
         self.epoch = 0
         self.mined: NDArray[np.int64] | None = None
-        self.start = 0  # the first batch of the epoch that is still to come
+        self.start = 0  # the next batch of the epoch
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Number of batches in a whole epoch."""
         return -(-len(self.dataset) // self.batch_size)
 
     @property
     def by_similarity(self) -> bool:
-        """Whether `mined` is to be set, from the second epoch on: "similar" was asked for, and there are batches to
-        tell apart."""
+        """Whether `mined` must be set from the second epoch on: the order is "similar", and there are several
+        batches."""
         return self.place_order == "similar" and len(self) > 1
 
     def shares(self, step: int) -> list[int]:

@@ -31,21 +31,21 @@ def image_batches(
 
     Args:
         paths: the images.
-        transform: bytes B x 3 x H x W to what the model takes, B x (crops x) 3 x H' x W', of one size unless the batch
-            size is 1. It runs where the images are read, or on the device where that is no CPU.
-        batch_size: images at a time.
-        num_workers: threads that read images ahead, and end with this generator; 0 reads in the caller's.
-        device: where the batches go.
-        progress: the bar's name.
-        upright: turn the images as their EXIF data says. Such photos can be large, and are resized where they are
-            read: whole ones would fill the memory.
-        stop: called before each batch, to leave by an exception.
+        transform: turns bytes B x 3 x H x W into the model's input B x (crops x) 3 x H' x W', of one size unless the
+            batch size is 1. It runs on the device, or in the reading threads if the device is a CPU.
+        batch_size: images per batch.
+        num_workers: threads that read images ahead, and end with this generator; 0 reads in the caller's thread.
+        device: device of the batches.
+        progress: name of the progress bar.
+        upright: turn the images as their EXIF data says. Such photos can be large, so the reading threads resize them:
+            full-size ones would fill the memory.
+        stop: called before each batch; it may raise to stop.
 
     Yields:
         B x (crops x) 3 x H x W on the device.
 
     Raises:
-        ValueError: an image cannot be read, the first in order; the message names the file.
+        ValueError: an image cannot be read; the message names the first such file in order.
     """
     on_device = device.type != "cpu" and not upright
     images = ImageList(paths, None if on_device else transform, upright=upright)

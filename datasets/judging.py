@@ -1,4 +1,4 @@
-"""What matches are worth by the labels of a dataset: recall@N, and which first matches may be believed."""
+"""How good matches are by the labels of a dataset: recall@N, and which first matches to accept."""
 
 import logging
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ def format_recalls(recalls: dict[int, float]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Matches:
-    """What the search found for one set of queries.
+    """What a search found for one query set.
 
     Attributes:
-        search: which it was.
-        context: of it.
-        distances: squared, of the descriptors, Q x k.
+        search: the search.
+        context: its encoder context.
+        distances: squared descriptor distances, Q x k.
         predictions: database indices, Q x k, best first; -1 is none.
-        correct: which of them are right, Q x k; None without labels.
+        correct: which of them are correct, Q x k; None without labels.
     """
 
     search: Search
@@ -44,17 +44,17 @@ class Matches:
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """What comes out for one set of queries, one encoder context after the other.
+    """The results of one query set, collected one encoder context after another.
 
     Attributes:
         task: what was evaluated.
-        recall_values: the N.
-        accept: the value of --accept; None where a map says it, or nobody.
-        results: of all contexts, as in `results.json`.
-        recalls: recall@N in percent by context, of several orders the mean.
-        curves: likewise, for N from 1 to the depth of the search.
-        first_matches: what first matches are accepted by, by context.
-        first: what was found in the first search of the first context.
+        recall_values: values of N.
+        accept: the value of --accept; None if it is not given.
+        results: results of all contexts, as in `results.json`.
+        recalls: recall@N in percent by context; the mean over several orders.
+        curves: the same, for N from 1 to the depth of the search.
+        first_matches: the facts by which first matches are accepted, by context.
+        first: matches of the first search in the first context.
     """
 
     task: Task
@@ -67,10 +67,10 @@ class Evaluation:
     first: Matches | None = None
 
     def note(self, context: str, searched: Sequence[Matches]) -> list[str]:
-        """Takes what the searches of a context found, one for each order.
+        """Adds what the searches of a context found, one search per order.
 
         Returns:
-            The lines that tell of it.
+            The lines for the log.
         """
         task, dataset = self.task, self.task.dataset
         starts = self.first is None
@@ -110,7 +110,7 @@ class Evaluation:
 
 
 def first_matches(task: Task, found: Matches) -> acceptance.FirstMatches:
-    """What the first matches of a search in a dataset with labels are judged by."""
+    """The facts by which first matches are accepted and judged; the dataset has labels."""
     assert found.correct is not None and task.findable is not None
     dataset, predictions = task.dataset, found.predictions
     nothing = predictions[:, 0] < 0
@@ -132,7 +132,7 @@ def first_matches(task: Task, found: Matches) -> acceptance.FirstMatches:
 
 
 def what_is_accepted(task: Task, matches: Matches, accept: str | None) -> tuple[dict[str, Any], str]:
-    """What `--accept` comes to on a task: for `results.json`, and in a line."""
+    """What `--accept` gives on a task: for `results.json`, and as a line for the log."""
     assert task.accepted_distance is not None
     first, distances = matches.predictions[:, 0] >= 0, matches.distances[:, 0]
     count = int((first & acceptance.accepted(distances, task.accepted_distance)).sum())
@@ -170,37 +170,37 @@ def distance_on_val(
     precision: float | None,
     query_keys: Path | None,
 ) -> dict[str, Any]:
-    """The largest distance of the precision that `--accept auto@P` asks for, with what it gives there, as in the log.
+    """The largest distance with the precision of `--accept auto@P`, and what it gives on the val split; logs them.
 
     Args:
         found: the first matches on the val split.
         val: the split.
-        context: of the encoder.
+        context: the encoder context.
         accept: the value of --accept.
-        precision: that it asks for, in percent.
-        query_keys: the file of keys, which are of the test split; None without.
+        precision: the precision P in percent.
+        query_keys: the file of the test split's query keys, if any.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no distance has that precision.
     """
     assert precision is not None
     curve = acceptance.distance_curve(found)
     best = curve.at_precision(precision)
     if best is None:
-        most = f"but {curve.precision.max():.1f}% at most" if len(curve.precision) else "as no match can be judged"
+        most = f"only up to {curve.precision.max():.1f}%" if len(curve.precision) else "as no match can be judged"
         raise ValueError(
             f"--accept {accept}: on {val.name} no distance gives {precision:g}% precision, "
-            f"{most}; ask for less, or give a distance"
+            f"{most}; use a lower P, or give a distance"
         )
     point = curve.point(best)
     logger.info(
-        "--accept %s is %s, the largest squared distance of that precision on %s, %s%s: %d of %d first matches are "
+        "--accept %s is %s, the largest squared distance with that precision on %s, %s%s: %d of %d first matches are "
         "accepted, precision %.1f, recall %.1f",
         accept,
         acceptance.written(point["threshold"]),
         val,
         context,
-        ", all its queries, since --query_keys are of the test split" if query_keys else "",
+        ", all its queries, since --query_keys applies to the test split" if query_keys else "",
         point["accepted"],
         len(found.distances),
         point["precision"],

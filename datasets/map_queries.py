@@ -1,4 +1,4 @@
-"""Queries of a map, whose database is known by its descriptors and positions: its photos need not be there."""
+"""Queries for a map, whose database is descriptors and positions: its photos may be missing."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class MapQueries(DatabaseQueries):
-    """A map and the photos that it is asked with; labelled where some of both have positions.
+    """A map and its query photos; labelled if some of both have positions.
 
     Attributes:
-        map_positions: N x 2, to be shown; None where nothing is known of them.
-        asked_positions: Q x 2, not a number where unknown.
+        map_positions: N x 2, for display; None if all are unknown.
+        asked_positions: positions of the queries, Q x 2, NaN where unknown.
         map_geographic: whether positions are latitude and longitude.
-        photos_there: whether the map's photos are.
+        photos_there: whether the map's photos exist.
     """
 
     map_positions: NDArray[np.float64] | None
@@ -37,17 +37,17 @@ class MapQueries(DatabaseQueries):
     def asked(
         cls, place_map: PlaceMap, folder: Path, *, labelled: bool = True, skip_unreadable: bool = False
     ) -> "MapQueries":
-        """Lists a folder of photos to ask a map with. Their positions are of the map's kind, degrees from EXIF data or
-        metres from the names, and recall counts the queries that have one.
+        """Lists a folder of query photos for a map. Positions must be of the map's kind, degrees from EXIF data or
+        metres from names; recall counts the queries that have one.
 
         Args:
             place_map: the map.
-            folder: searched below, too; photos of every format count.
-            labelled: whether to count at all.
-            skip_unreadable: leave out photos that cannot be read, which takes reading all of them.
+            folder: its subfolders are listed too; photos of all formats count.
+            labelled: whether to compute recall at all.
+            skip_unreadable: leave out photos that cannot be read, which requires reading all of them.
 
         Raises:
-            FileNotFoundError, ValueError: as `list_images`; or no photo can be read.
+            FileNotFoundError, ValueError: see `list_images`; or no photo can be read.
         """
         queries = list_images(folder, PHOTO_SUFFIXES)
         if skip_unreadable:
@@ -55,7 +55,7 @@ class MapQueries(DatabaseQueries):
         there = set(map(identity, place_map.paths if place_map.root else ()))
         own = sum(identity(path) in there for path in queries)
         if own:
-            logger.warning("%d of the %d queries are photos of the map: they find themselves", own, len(queries))
+            logger.warning("%d of the %d queries are photos of the map, so they find themselves", own, len(queries))
         positions, geographic = place_map.positions, place_map.geographic
         found = np.full((len(queries), 2), np.nan)
         if positions is not None:
@@ -76,14 +76,14 @@ class MapQueries(DatabaseQueries):
             logger.info("no recall: the map has no positions")
             return dataset
         if not known(found).any():
-            logger.info("no recall: none of the %d queries has a position, which is sought in %s", len(queries), where)
+            logger.info("no recall: none of the %d queries has a position in %s", len(queries), where)
             return dataset
         dataset = replace(dataset, database_positions=positions, queries_positions=found, geographic=geographic)
         dataset._warn_of_positions()
         return dataset
 
     def located(self, *, exif: bool) -> DatabaseQueries:
-        """As of any dataset; what is known stands in the map and was sought when the queries were listed."""
+        """See `DatabaseQueries.located`; positions come from the map, and from the listing of the queries."""
         if self.map_positions is None:
             return self
         return replace(

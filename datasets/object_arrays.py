@@ -1,7 +1,7 @@
-"""Reads the pickle of an object array of lists, arrays and numbers, and runs none.
+"""Reads the pickle of an object array of lists, arrays and numbers without running it.
 
-A pickle is a program, which can call anything, and a damaged one can take the interpreter down. So the unpickler never
-runs: this reads the few instructions that NumPy writes for such arrays, and builds nothing else.
+A pickle is a program that can call anything, and a damaged one can crash the interpreter. So the unpickler never runs:
+this module reads the few instructions that NumPy writes for such arrays, and builds nothing else.
 """
 
 import math
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-NUMBERS = "b1|[iu][1248]|f[248]"  # types of NumPy, as its files write them
+NUMBERS = "b1|[iu][1248]|f[248]"  # NumPy's data types, as written in its files
 
 
 class _Global(str):
-    """The name of one of the few things that an array's pickle names."""
+    """One of the few global names in an array's pickle."""
 
 
 class _Dtype:
@@ -60,7 +60,7 @@ class Unfinished:
                 flat[index] = item.value if isinstance(item, Unfinished) else item
         else:
             kind = np.dtype(dtype.text)
-            if isinstance(data, str):  # as Python 2 wrote bytes
+            if isinstance(data, str):  # how Python 2 wrote bytes
                 data = data.encode("latin-1")
             if not isinstance(data, bytes) or len(data) != count * kind.itemsize:
                 raise ValueError("damaged")
@@ -72,7 +72,7 @@ _MULTIARRAY = {"numpy.core.multiarray", "numpy._core.multiarray"}
 
 
 def shown(value: Any) -> str:
-    """A value in an error; of lists only what they are, since one that holds another many times would never end."""
+    """A value for an error; of lists only the type, since one that repeats another many times would never end."""
     return repr(value)[:60] if type(value) in (str, int, float, bool) else type(value).__name__
 
 
@@ -87,7 +87,7 @@ def _global(module: Any, name: Any) -> _Global:
 
 
 def _called(function: Any, arguments: Any) -> Any:
-    """What the pickle of an array calls, done by hand."""
+    """Does what the pickle of an array calls, without calling it."""
     if not isinstance(function, _Global) or not isinstance(arguments, tuple):
         raise ValueError("damaged")
     if function == "_reconstruct" and len(arguments) == 3 and arguments[0] == "ndarray":
@@ -109,14 +109,14 @@ def _called(function: Any, arguments: Any) -> Any:
 def object_array(data: bytes) -> NDArray[Any]:
     """The object array of lists, arrays and numbers that a pickle describes.
 
-    Lists may hold `Unfinished` arrays, whose `value` is the array.
+    Lists may contain `Unfinished` arrays, whose `value` is the array.
 
     Raises:
-        ValueError: there is another instruction, or they do not fit together.
+        ValueError: the pickle has other instructions, or inconsistent ones.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd text in a damaged file
+            warnings.simplefilter("ignore")  # about odd text in a damaged file
             array = _run(data)
     except (LookupError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise ValueError(f"damaged, {type(error).__name__}") from error

@@ -1,4 +1,4 @@
-"""Anyone's photos with what is known of them: by the names of a tree, by EXIF data, or by a csv."""
+"""Your photos, with positions and more from file names, EXIF data or a csv."""
 
 import csv
 import hashlib
@@ -28,11 +28,11 @@ from .utm import to_utm, zone_of
 
 SPLITS = ("train", "val", "test")
 ZONES_APART = 1e7  # metres east
-LARGEST = 2e7  # metres: beyond this no map reaches
+LARGEST = 2e7  # metres; no map reaches farther
 METRES, DEGREES, LABELS = "metres", "degrees", "labels"
 TIMES = ("%Y:%m:%d %H:%M:%S", "%Y%m%d_%H%M%S", "%Y-%m")
-DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 14: "%Y%m%d%H%M%S"}  # by how many: a month may be one digit to strptime
-WANTED = "a csv begins with the columns path, and east,north or lat,lon or label; heading, time and label may follow"
+DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 14: "%Y%m%d%H%M%S"}  # by length, since strptime takes one-digit months
+WANTED = "a csv starts with the columns path, and east,north or lat,lon or label; heading, time and label may follow"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +40,15 @@ class Photo:
     """One photo.
 
     Attributes:
-        path: of its file.
-        position: east and north in metres, or latitude and longitude in degrees, as the kind of its source says; not a
-            number where it is not known.
-        degrees: latitude and longitude, where these are known; else not a number.
-        zone: of UTM, and whether it is north of the equator, where a name says so.
-        heading: in degrees from north, clockwise, 0 to 360; None where it is not known.
-        time: when it was taken, None where it is not known.
-        label: of its place, None where positions decide.
-        turn: how it is to be turned, as `exif.orientation`.
+        path: path of its file.
+        position: east and north in metres, or latitude and longitude in degrees, depending on its source; NaN if
+            unknown.
+        degrees: latitude and longitude; NaN if unknown.
+        zone: UTM zone, and whether it is north of the equator, if the name says so.
+        heading: degrees from north, clockwise, 0 to 360; None if unknown.
+        time: when it was taken; None if unknown.
+        label: label of its place; None if positions define places.
+        turn: how to turn it, see `exif.orientation`.
     """
 
     path: str
@@ -63,15 +63,15 @@ class Photo:
 
 @dataclass
 class Collection:
-    """Photos that can be used, and those that cannot.
+    """Usable photos, and those that were dropped.
 
     Attributes:
-        photos: in the order of the sources, and of names within a folder.
-        metres: east and north of each, N x 2; made up, a place a kilometre, where only labels are known.
-        kind: what their positions were given as: metres, degrees or labels.
+        photos: photos in the order of the sources, and of names within a folder.
+        metres: east and north of each, N x 2; made up, with places 1 km apart, if there are only labels.
+        kind: how positions were given: metres, degrees or labels.
         dropped: paths by reason.
-        notes: what else there is to know, a line each.
-        copies: paths of photos that are others byte for byte, and of these.
+        notes: lines about anything else to know.
+        copies: paths of photos that equal another byte for byte, and the path of that one.
     """
 
     photos: list[Photo]
@@ -83,7 +83,7 @@ class Collection:
 
 
 def parse_time(text: str) -> datetime:
-    """A time as EXIF data, ISO 8601, the names of datasets (201405), or seconds since 1970 say it.
+    """Parses a time of EXIF data, ISO 8601, dataset file names (201405), or seconds since 1970.
 
     Raises:
         ValueError: it is none of these.
@@ -97,7 +97,7 @@ def parse_time(text: str) -> datetime:
         return found if found.tzinfo is None else found.astimezone(UTC).replace(tzinfo=None)
     seconds = float(text)
     if not 10**8 <= seconds < 2**33:  # a smaller number is something else
-        raise ValueError(f"{text} is no time")
+        raise ValueError(f"{text} is not a time")
     return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
 
 
@@ -106,10 +106,10 @@ def _direction(degrees: float) -> float | None:
 
 
 def from_name(path: str) -> Photo:
-    """A photo whose name says where it was taken, and perhaps how and when: @east@north@zone@letter@lat@lon@...
+    """A photo whose name says where it was taken, and perhaps heading and time: @east@north@zone@letter@lat@lon@...
 
     Raises:
-        ValueError: it does not.
+        ValueError: the name has no position.
     """
     fields = os.path.basename(path).split("@")
     _, east, north, *_ = fields
@@ -126,11 +126,11 @@ def from_name(path: str) -> Photo:
 
 
 def from_exif(path: str) -> Photo:
-    """A photo with what its camera wrote: position, direction and time, as far as they are there."""
+    """A photo with what its EXIF data has of position, heading and time."""
     position = gps_position(path)
     photo = Photo(path=path, position=position, degrees=position)
     with Image.open(path) as image:
-        with suppress(Exception):  # what Pillow makes of tags that are not as the standard says
+        with suppress(Exception):  # Pillow's errors on tags that are not as the standard says
             gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
             photo = replace(photo, heading=_direction(float(gps[ExifTags.GPS.GPSImgDirection])))
         with suppress(Exception):
@@ -140,26 +140,24 @@ def from_exif(path: str) -> Photo:
 
 
 def read_folder(folder: Path, notes: list[str]) -> tuple[str, list[Photo]]:
-    """The photos below a folder, by their names where these have coordinates; else EXIF data are read later.
+    """The photos below a folder, with positions from their names; if these have none, EXIF data are read later.
 
-    Of an evaluation dataset the train split alone counts, where it has one: the others are to evaluate on.
+    In an evaluation dataset with a train split, only that counts: the others are for evaluation.
 
     Raises:
-        ValueError: no photo, or some names only have coordinates.
+        ValueError: there is no photo, or only some names have coordinates.
     """
     splits = [split for split in SPLITS if (folder / "images" / split).is_dir()]
     if "train" in splits and len(splits) > 1:
-        notes.append(f"{folder}: its train split is converted, and {' and '.join(splits[1:])} left to evaluate on")
+        notes.append(f"{folder}: only its train split is converted; {' and '.join(splits[1:])} are for evaluation")
         folder = folder / "images" / "train"
     elif splits and splits != ["train"]:
-        notes.append(
-            f"{folder} has no train split: do not evaluate on its {' and '.join(splits)} what is trained on it"
-        )
+        notes.append(f"{folder} has no train split: do not evaluate models trained on it on its {' and '.join(splits)}")
     listing = scan(folder, PHOTO_SUFFIXES)
     if listing.left_out:
         notes.append(f"{folder}: left out {listing.left_out}; convert other formats (HEIC) to JPEG")
     if not listing.paths:
-        raise ValueError(f"no photo in {folder}; put the photos there, other formats (HEIC) converted to JPEG")
+        raise ValueError(f"no photo in {folder}; put photos there, other formats (HEIC) converted to JPEG")
     photos = []
     for path in listing.paths:
         with suppress(ValueError):
@@ -170,17 +168,17 @@ def read_folder(folder: Path, notes: list[str]) -> tuple[str, list[Photo]]:
         named = {photo.path for photo in photos}
         example = next(path for path in listing.paths if path not in named)
         raise ValueError(
-            f"{folder}: {len(photos)} of {len(listing.paths)} names have UTM coordinates (@<east>@<north>@...), and "
-            f"others none, e.g. {example}; convert the two kinds apart, or list all in a csv"
+            f"{folder}: only {len(photos)} of {len(listing.paths)} names have UTM coordinates (@<east>@<north>@...), "
+            f"unlike e.g. {example}; convert the two kinds separately, or list all in a csv"
         )
     return METRES, photos
 
 
 def read_csv(path: Path, notes: list[str]) -> tuple[str, list[Photo]]:
-    """The photos that a csv names, each once; paths are below the csv's folder unless they are absolute.
+    """The photos that a csv names, each once; paths are relative to the csv's folder unless absolute.
 
     Raises:
-        ValueError: columns are missing or contradict each other, or a row does not follow them; the message names it.
+        ValueError: columns are missing or contradictory, or a row does not match them; the message names it.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     rows: list[tuple[int, list[str]]] = []
@@ -196,7 +194,7 @@ def read_csv(path: Path, notes: list[str]) -> tuple[str, list[Photo]]:
     kind = _kind_of(path, header)
     known = {"path", "east", "north", "lat", "lon", "label", "heading", "time"}
     if ignored := [name for name in header if name not in known]:
-        notes.append(f"{path}: columns that mean nothing here: {', '.join(ignored)}")
+        notes.append(f"{path}: columns ignored: {', '.join(ignored)}")
     photos: list[Photo] = []
     lines: dict[str, int] = {}
     for line, row in rows[1:]:
@@ -209,18 +207,18 @@ def read_csv(path: Path, notes: list[str]) -> tuple[str, list[Photo]]:
         cells["path"] = os.path.join(path.parent, cells["path"])
         first = lines.setdefault(os.path.realpath(cells["path"]), line)
         if first != line:
-            raise ValueError(f"{where}: {cells['path']} is in line {first} already; name each photo once")
+            raise ValueError(f"{where}: {cells['path']} is already in line {first}; name each photo once")
         photos.append(_from_cells(cells, kind, where))
     return kind, photos
 
 
 def _kind_of(path: Path, header: list[str]) -> str:
-    """What a csv says where photos were taken by."""
+    """How a csv says where photos were taken."""
     if len(set(header)) < len(header):
-        raise ValueError(f"{path}, line 1: a column is there twice; {WANTED}")
+        raise ValueError(f"{path}, line 1: a column appears twice; {WANTED}")
     kinds = [kind for kind, pair in ((METRES, {"east", "north"}), (DEGREES, {"lat", "lon"})) if pair <= {*header}]
     if len(kinds) > 1:
-        raise ValueError(f"{path}, line 1: both east,north and lat,lon; keep the columns that are to count")
+        raise ValueError(f"{path}, line 1: both east,north and lat,lon; keep only the columns to use")
     if "path" not in header or (not kinds and "label" not in header):
         shown = ",".join(header)
         raise ValueError(f"{path}, line 1: {shown[:80]!r}: {WANTED}, separated by commas")
@@ -234,19 +232,19 @@ def _from_cells(cells: dict[str, str], kind: str, where: str) -> Photo:
                 raise ValueError(cells[name])
             return float(cells[name]) if cells[name] else np.nan
         except ValueError as error:
-            raise ValueError(f"{where}: {name} {cells[name]!r} is no number; mend it, or leave it empty") from error
+            raise ValueError(f"{where}: {name} {cells[name]!r} is not a number; correct or empty it") from error
 
     photo = Photo(path=cells["path"], label=cells.get("label"))
     if kind != LABELS:
         pair = ("east", "north") if kind == METRES else ("lat", "lon")
         position = number(pair[0]), number(pair[1])
         if np.isinf(position).any():
-            raise ValueError(f"{where}: {pair[0]},{pair[1]} {position[0]},{position[1]} is nowhere; mend it")
+            raise ValueError(f"{where}: {pair[0]},{pair[1]} {position[0]},{position[1]} is infinite; correct it")
         photo = replace(photo, position=position, degrees=position if kind == DEGREES else photo.degrees)
     if cells.get("heading"):
         heading = number("heading")
         if not -360 <= heading <= 360:
-            raise ValueError(f"{where}: heading {cells['heading']} is no direction; give degrees from north, 0 to 360")
+            raise ValueError(f"{where}: heading {cells['heading']} is out of range; give degrees from north, 0 to 360")
         photo = replace(photo, heading=heading % 360)
     if cells.get("time"):
         try:
@@ -257,11 +255,11 @@ def _from_cells(cells: dict[str, str], kind: str, where: str) -> Photo:
 
 
 def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
-    """The photos of all sources: folders, and csv files.
+    """The photos of all sources: folders and csv files.
 
     Raises:
         OSError: a source is missing or cannot be read.
-        ValueError: nothing can be made of one, or they say in different ways where photos were taken.
+        ValueError: a source is unusable, or the sources give positions in different ways.
     """
     notes: list[str] = []
     dropped: dict[str, list[str]] = defaultdict(list)
@@ -276,7 +274,7 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
             kind, found = read_csv(source, notes)
         else:
             raise ValueError(
-                f"{source} is neither a folder nor a .csv that is there; name folders of photos, or csv files"
+                f"{source} is neither a folder nor an existing .csv file; name folders of photos, or csv files"
             )
         kinds.setdefault(kind, source)
         for photo in found:
@@ -284,12 +282,12 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
                 dropped["the same file as another photo"].append(photo.path)
     if len(kinds) > 1:
         listed = ", ".join(f"{source} has {kind}" for kind, source in kinds.items())
-        raise ValueError(f"{listed}, and they cannot be put on one map; convert them one at a time")
+        raise ValueError(f"{listed}, which cannot be combined; convert them one at a time")
     (kind,) = kinds
 
     def look(photo: Photo) -> tuple[Photo, bytes] | str:
         """The photo with what its file says, and a digest of its bytes; or why it cannot be used."""
-        if not os.path.isfile(photo.path):  # a pipe would be waited for
+        if not os.path.isfile(photo.path):  # reading a pipe would block
             return "there is no such file"
         exif = photo.path in by_exif
         try:
@@ -297,7 +295,7 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
             photo = replace(from_exif(photo.path) if exif else photo, turn=orientation(photo.path))
             with open(photo.path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").digest()
-        except Exception:  # decoders stumble over a damaged file in many ways
+        except Exception:  # decoders fail on damaged files in many ways
             return "cannot be read"
         if photo.label == "":
             return "no label"
@@ -325,7 +323,7 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
     if len(zones) > 1:
         names = " ".join("unknown" if zone is None else f"{zone[0]}{'north' if zone[1] else 'south'}" for zone in zones)
         notes.append(
-            f"names tell of {len(zones)} UTM zones ({names}), whose metres are not on one map: put "
+            f"names are in {len(zones)} UTM zones ({names}), whose metres cannot be compared: zones are put "
             f"{ZONES_APART / 1e3:g} km apart, so that places on both sides of a border are not compared"
         )
         metres[:, 0] += [zones.index(photo.zone) * ZONES_APART for photo in kept]
@@ -336,7 +334,7 @@ def _metres(photos: Sequence[Photo], kind: str) -> NDArray[np.float64]:
     """East and north of each photo, N x 2.
 
     Raises:
-        ValueError: positions that cannot be what they are said to be.
+        ValueError: positions cannot be of the given kind.
     """
     if kind == LABELS:
         _, places = np.unique([photo.label or "" for photo in photos], return_inverse=True)
@@ -347,7 +345,7 @@ def _metres(photos: Sequence[Photo], kind: str) -> NDArray[np.float64]:
             if abs(latitude) > 90 or abs(longitude) > 180:
                 swapped = abs(longitude) <= 90 and abs(latitude) <= 180
                 raise ValueError(
-                    f"{photo.path}: latitude {latitude:g}, longitude {longitude:g} is nowhere on Earth"
+                    f"{photo.path}: latitude {latitude:g}, longitude {longitude:g} is out of range"
                     + ("; are the columns lat and lon swapped?" if swapped else "; metres go into columns east,north")
                 )
         try:
@@ -360,12 +358,12 @@ def _metres(photos: Sequence[Photo], kind: str) -> NDArray[np.float64]:
     if np.abs(positions[farthest]).max() > LARGEST:
         east, north = positions[farthest]
         raise ValueError(
-            f"{photos[farthest].path}: east {east:g}, north {north:g} is beyond any map in metres; mend it"
+            f"{photos[farthest].path}: east {east:g}, north {north:g} is beyond any map in metres; correct it"
         )
     if like_degrees(positions):
         raise ValueError(
-            f"positions look like degrees, e.g. {positions[0, 0]:g}, {positions[0, 1]:g} of {photos[0].path}, where "
-            "metres are meant; give a csv with columns lat,lon, or add 1000 to the metres of a map as small as that"
+            f"positions look like degrees, e.g. {positions[0, 0]:g}, {positions[0, 1]:g} of {photos[0].path}, but "
+            "metres are expected; give a csv with columns lat,lon, or add 1000 to metres on a map as small as that"
         )
     if (positions[:, 0] > 1e6).all() and ((positions[:, 1] >= 1e5) & (positions[:, 1] <= 9e5)).all():
         raise ValueError(

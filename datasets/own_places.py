@@ -1,4 +1,4 @@
-"""Places of photos by their positions: which photos make one, which places can be kept together, what is held out."""
+"""Places from photo positions: which photos form one, which places can be kept together, and what to hold out."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from .own_photos import Photo
 
 
 def cells_of(metres: NDArray[np.float64], cell: float) -> NDArray[np.int64]:
-    """The cell of each of N positions, N: what stands together within `cell` metres, else squares of a grid."""
+    """The cell of each of N positions, N: a group that fits within `cell` metres, else a square of a grid."""
     together = DBSCAN(eps=cell / 2, min_samples=1).fit_predict(metres)
     low, high = (np.full((int(together.max()) + 1, 2), value) for value in (np.inf, -np.inf))
     np.minimum.at(low, together, metres)
@@ -25,7 +25,7 @@ def cells_of(metres: NDArray[np.float64], cell: float) -> NDArray[np.int64]:
 
 
 def heading_bins(photos: Sequence[Photo], bins: int) -> NDArray[np.int64]:
-    """Which of `bins` directions each photo looks to, the first of them around north; -1 where it does not say."""
+    """Which of `bins` directions each photo faces, the first around north; -1 if its heading is unknown."""
     headings = np.array([np.nan if photo.heading is None else photo.heading for photo in photos])
     found = np.floor((headings + 180 / bins) % 360 / (360 / bins))
     return np.where(np.isnan(found), -1, found).astype(np.int64) if bins > 1 else np.zeros(len(photos), dtype=np.int64)
@@ -34,16 +34,16 @@ def heading_bins(photos: Sequence[Photo], bins: int) -> NDArray[np.int64]:
 def apart(
     metres: NDArray[np.float64], places: NDArray[np.int64], directions: NDArray[np.int64], gap: float, bins: int
 ) -> NDArray[np.bool_]:
-    """Which of N photos are of places that stay: those with many photos first, each `gap` metres from those before.
+    """Which of N photos belong to places that stay: those with most photos first, each `gap` metres from those before.
 
-    Places stay together at any distance if they look to directions that are not the same and no neighbours.
+    Places at any distance stay if their directions are neither the same nor neighbours.
 
     Args:
-        metres: of the photos, N x 2.
-        places: of the photos, N.
-        directions: of the photos, the same for all of a place, N.
-        gap: between the nearest photos of two places.
-        bins: directions that there are.
+        metres: positions of the photos, N x 2.
+        places: places of the photos, N.
+        directions: directions of the photos, the same within a place, N.
+        gap: metres between the nearest photos of two places.
+        bins: number of directions.
     """
     stays = np.ones(len(places), dtype=bool)
     if not gap or not len(places):
@@ -64,7 +64,7 @@ def apart(
 
 
 def in_area(positions: NDArray[np.float64], corners: Sequence[float]) -> NDArray[np.bool_]:
-    """Which of N x 2 positions lie between two corners, given as one after the other."""
+    """Which of N x 2 positions lie between two corners, given as four numbers."""
     low, high = np.sort(np.reshape(corners, (2, 2)), axis=0)
     return np.asarray(((positions >= low) & (positions <= high)).all(axis=1))
 
@@ -72,22 +72,22 @@ def in_area(positions: NDArray[np.float64], corners: Sequence[float]) -> NDArray
 def connected_share(
     metres: NDArray[np.float64], cells: NDArray[np.int64], share: float, gap: float, rng: Generator
 ) -> NDArray[np.bool_]:
-    """Which of N photos to hold out: those of cells that hang together, each within reach of one before.
+    """Which of N photos to hold out: those of connected cells, each within reach of one before.
 
-    From a random cell the next is always the nearest to what is held out that lies within twice the gap; where there is
-    none, another random cell begins.
+    From a random cell on, the next is the one nearest to the held-out cells, if within twice the gap; otherwise another
+    random cell follows.
 
     Args:
-        metres: of the photos, N x 2.
-        cells: of the photos, N.
-        share: of the photos, about.
+        metres: positions of the photos, N x 2.
+        cells: cells of the photos, N.
+        share: approximate share of the photos.
         gap: in metres.
-        rng: draws the cells to begin with.
+        rng: draws the random cells.
     """
     unique, inverse, counts = np.unique(cells, return_inverse=True, return_counts=True)
     centres = np.stack([np.bincount(inverse, metres[:, axis]) / counts for axis in (0, 1)], axis=1)
     held = np.zeros(len(unique), dtype=bool)
-    distances = np.full(len(unique), np.inf)  # to what is held out
+    distances = np.full(len(unique), np.inf)  # to the held-out cells
     starts = rng.permutation(len(unique)).tolist()
     while counts[held].sum() < share * len(metres) and not held.all():
         distances[held] = np.inf
@@ -100,5 +100,5 @@ def connected_share(
 
 
 def nearer(metres: NDArray[np.float64], others: NDArray[np.float64], gap: float) -> NDArray[np.bool_]:
-    """Which of N x 2 positions lie nearer than the gap to one of M x 2 others."""
+    """Which of N x 2 positions are nearer than the gap to one of M x 2 others."""
     return np.asarray(KDTree(others).query(metres)[0][:, 0] < gap)

@@ -1,4 +1,4 @@
-"""Which files below a folder are images, and which photos are there twice or cannot be read."""
+"""Finds the images below a folder, photos that appear twice, and photos that cannot be read."""
 
 import logging
 import os
@@ -14,34 +14,34 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-# Of datasets: more would change the figures of one where such a file happens to lie.
+# For datasets: more formats would change the figures of a dataset that happens to contain such a file.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
-# Of anyone's photos: the formats that Pillow reads by itself and that hold photos; of several frames the first counts.
+# For plain folders: the photo formats that Pillow reads by itself; of several frames, the first counts.
 PHOTO_SUFFIXES = (
     *IMAGE_SUFFIXES, ".jpe", ".jfif", ".mpo", ".apng", ".webp", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".tif",
     ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".pcx",
     ".sgi", ".qoi", ".dds", ".psd",
 )  # fmt: skip
 
-# What cameras write and nothing here reads.
+# Camera formats that nothing here reads.
 UNREAD_PHOTOS = (
     ".heic", ".heif", ".hif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef",
     ".srw",
 )  # fmt: skip
 
-SPECIAL = "pipe, socket or device"  # counted like a suffix; to read one may take for ever
+SPECIAL = "pipe, socket or device"  # counted like a suffix; reading one may block for ever
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies below a folder.
+    """The content of a folder and its subfolders.
 
     Attributes:
-        paths: of the images, sorted.
-        others: how many other files there are, by their suffix in lower case; "" stands for none, and
-            `SPECIAL` for what is no regular file, whatever its name.
-        links: to folders that are listed already, or that hold this one; they were not followed.
+        paths: sorted paths of the images.
+        others: numbers of other files by lower-case suffix, "" for none, and `SPECIAL` for any that are not regular
+            files.
+        links: links to folders that are already listed, or that contain this one; they were not followed.
     """
 
     paths: list[str]
@@ -50,13 +50,13 @@ class Listing:
 
     @property
     def left_out(self) -> str:
-        """What was left out, e.g. "3 files (2 .heic, 1 .mov)"; "" where nothing was."""
+        """What was left out, e.g. "3 files (2 .heic, 1 .mov)"; "" if nothing."""
         said = []
         if count := self.others.total():
             kinds = ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in self.others.most_common())
             said.append(f"{count:,} file{'s' if count > 1 else ''} ({kinds})")
         if self.links:
-            said.append(f"{len(self.links)} link{'s' if len(self.links) > 1 else ''} to what is listed already")
+            said.append(f"{len(self.links)} link{'s' if len(self.links) > 1 else ''} to folders already listed")
             said[-1] += f", e.g. {self.links[0]}"
         return " and ".join(said)
 
@@ -67,21 +67,21 @@ def _refuse(error: OSError) -> NoReturn:
 
 def _is_special(entry: os.DirEntry[str]) -> bool:
     """Whether it is neither a folder nor a regular file, nor a link to one; a broken link is not special."""
-    if entry.is_file(follow_symlinks=False):  # known without a look at the file itself
+    if entry.is_file(follow_symlinks=False):  # known without reading the file's status
         return False
     try:
         mode = entry.stat().st_mode
     except OSError:
-        return False  # who reads it says why it cannot be read
+        return False  # reading it will report why it cannot be read
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def scan(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
     """Lists the images below a folder.
 
-    Names that begin with a dot are passed over, and only regular files, or links to them, count as images. A folder is
-    visited once: links to folders come after the folders themselves, each in the order of their names, and the first
-    path to a folder stays.
+    Names that begin with a dot are skipped, and only regular files, or links to them, count as images. A folder is
+    visited once: links to folders come after the folders themselves, each in the order of names, and the first path to
+    a folder is kept.
 
     Raises:
         OSError: a folder cannot be read.
@@ -105,7 +105,7 @@ def scan(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
                 path = os.path.join(parent, name)
                 if os.path.islink(path):
                     waiting.append(path)
-                elif os.path.realpath(path) not in visited:  # a link may lead to a folder that holds a visited one
+                elif os.path.realpath(path) not in visited:  # a link may lead to a folder that contains a visited one
                     folders.append(name)
             with os.scandir(parent) as entries:
                 special = {entry.name for entry in entries if entry.name[0] != "." and _is_special(entry)}
@@ -120,11 +120,11 @@ def scan(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
 
 
 def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[str]:
-    """Paths of the images below a folder, sorted by name, as `scan`; the log says what was left out.
+    """Paths of the images below a folder, sorted by name, see `scan`; the log says what was left out.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no image in it.
+        FileNotFoundError: there is no such folder.
+        ValueError: it has no image.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -136,18 +136,18 @@ def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[
     if not listing.paths:
         raise ValueError(
             f"no image ({', '.join(suffixes[:3])}{', ...' if len(suffixes) > 3 else ''}) in {folder}"
-            f"{f', but {left_out}' if left_out else ''}; put the photos there, other formats (HEIC) converted"
+            f"{f', but {left_out}' if left_out else ''}; put photos there, other formats (HEIC) converted"
         )
     if left_out:
         advice = (
-            "of datasets, .jpg, .jpeg and .png are read" if suffixes == IMAGE_SUFFIXES else "convert photos to JPEG"
+            "in datasets only .jpg, .jpeg and .png count" if suffixes == IMAGE_SUFFIXES else "convert photos to JPEG"
         )
         logger.warning("%s: left out %s; %s", folder, left_out, advice)
     return listing.paths
 
 
 def identity(path: str) -> tuple[int, int] | str:
-    """The same for two paths, links or hard links, to one file."""
+    """An identity that is the same for all paths, links and hard links to a file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -159,9 +159,9 @@ def unreadable(paths: Sequence[str], read: Callable[[str], object], progress: st
     """The photos that cannot be read, and why.
 
     Args:
-        paths: any number of them.
+        paths: any number of photos.
         read: reads one, or raises ValueError.
-        progress: the bar's name.
+        progress: name of the progress bar.
     """
 
     def reason(path: str) -> str | None:

@@ -1,20 +1,20 @@
-"""Any image that Pillow opens as RGB, 8 bits a channel.
+"""Converts any image that Pillow opens to RGB, 8 bits per channel.
 
 | mode | e.g. | becomes |
 |---|---|---|
-| 1, L, RGB, HSV, YCbCr, LAB, CMYK | any file of 8 bits a channel | what Pillow's `convert("RGB")` gives, as released |
-| P, PA, LA, RGBA, RGBX | palettes, transparency | likewise: the colours themselves, whatever their transparency |
-| La, RGBa | TIFF with its colours multiplied by its opacity | the colours themselves |
-| RGB, RGBA, CMYK of 16 bits a channel | PNG, TIFF, SGI, PPM | what Pillow reads: the upper 8 bits (PPM: rounded) |
+| 1, L, RGB, HSV, YCbCr, LAB, CMYK | any file of 8 bits per channel | result of Pillow's `convert("RGB")`, as released |
+| P, PA, LA, RGBA, RGBX | palettes, transparency | likewise: the colours themselves, ignoring transparency |
+| La, RGBa | TIFF with colours multiplied by opacity | the colours themselves |
+| RGB, RGBA, CMYK of 16 bits per channel | PNG, TIFF, SGI, PPM | what Pillow reads: the upper 8 bits (PPM: rounded) |
 | I;16, I;16B, I;16L, I;16N | grey of 16 bits: PNG, TIFF, JPEG 2000 | value / 256 |
 | I;16 of a TIFF of 12 bits | | value / 16 |
 | I from PGM | grey of 9 to 16 bits, which Pillow scales to 16 | value / 256 |
-| I from others | TIFF of 32 bits, or of 16 with a sign | GUESSED: value where none is above 255, else value / 256 |
-| F | TIFF and PFM of real numbers | GUESSED: 255 value where none is above 1, value up to 255, else value / 256 |
+| I from others | TIFF of 32 bits, or of 16 with a sign | GUESSED: value if none is above 255, else value / 256 |
+| F | TIFF and PFM of real numbers | GUESSED: 255 value if none is above 1, value up to 255, else value / 256 |
 
-A TIFF whose zero is white is turned round in every mode. I and F with values below 0 or above 65,535, or F with values
-that are not finite, have no scale that could be guessed, and are refused. A whole number is rounded down, as Pillow
-does it by taking the upper bits; a real one to the nearest.
+A TIFF whose zero is white is inverted in every mode. I and F with values below 0 or above 65,535, or F with values that
+are not finite, have no scale that could be guessed, and are refused. Whole numbers are rounded down, as Pillow does by
+taking the upper bits; real ones to the nearest.
 """
 
 from enum import IntEnum
@@ -29,28 +29,28 @@ _PHOTOMETRIC = 262  # TIFF's tag for what 0 means: 0 for white
 
 
 class Depth(IntEnum):
-    """How an image came to have 8 bits a channel."""
+    """How an image was converted to 8 bits per channel."""
 
     STORED = 0
-    SIXTEEN = 1  # reduced from what the file says
+    SIXTEEN = 1  # reduced by a known scale
     GUESSED = 2
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, Depth, str]:
-    """An opened image as RGB, how, and in words, "" where its bits are those stored.
+    """An open image as RGB, how it was converted, and that in words, "" if its bits are as stored.
 
     Raises:
-        ValueError: it has values of no scale that could be guessed.
-        OSError, SyntaxError, ...: whatever a decoder stumbles over.
+        ValueError: its values have no scale that could be guessed.
+        OSError, SyntaxError, ...: any decoder failure.
     """
     mode, deep = image.mode, _is_deep(image)
     if mode in _PREMULTIPLIED:
         return image.convert(_PREMULTIPLIED[mode]).convert("RGB"), Depth.STORED, ""
     if mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # the same colours, but Pillow would warn of each such image
+        image = image.convert("RGBA")  # the same colours; without it, Pillow warns for each such image
     if not mode.startswith(("I", "F")):
         if deep:
-            return image.convert("RGB"), Depth.SIXTEEN, f"{mode} of 16 bits a channel, of which the upper 8 are read"
+            return image.convert("RGB"), Depth.SIXTEEN, f"{mode} of 16 bits per channel, of which the upper 8 are read"
         return image.convert("RGB"), Depth.STORED, ""
 
     zero_is_white = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
@@ -79,7 +79,7 @@ def _decoder_arguments(image: Image.Image) -> list[Any]:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether the file has 16 bits a channel, or is a PPM whose white is more than 255."""
+    """Whether the file has 16 bits per channel, or is a PPM whose white is above 255."""
     return any(
         ";16" in part if isinstance(part, str) else image.format == "PPM" and isinstance(part, int) and part > 255
         for part in _decoder_arguments(image)
@@ -88,8 +88,8 @@ def _is_deep(image: Image.Image) -> bool:
 
 def _guessed(values: NDArray[Any]) -> tuple[NDArray[np.uint8], str]:
     low, high = values.min(), values.max()
-    if not 0 <= low <= high <= 65_535:  # false for what is not a number, too
-        raise ValueError(f"values from {low:g} to {high:g}, whose scale is unknown: make it an image of 8 or 16 bits")
+    if not 0 <= low <= high <= 65_535:  # false for NaN, too
+        raise ValueError(f"values from {low:g} to {high:g}, whose scale is unknown: convert it to 8 or 16 bits")
     if values.dtype.kind == "f" and high <= 1:
         return np.rint(255 * values).astype(np.uint8), "255 x value"
     if high <= 255:

@@ -1,7 +1,7 @@
-"""Which database images are correct for each query, as a file says it: `.csv` pairs, or `.npy` indices or a matrix.
+"""Reads which database images are correct for each query: `.csv` pairs, or `.npy` indices or a matrix.
 
-An index counts the photos of its side in the order of their names; where all names of a side are plain numbers, in the
-order of these numbers (0, 1, 2, ..., 10), as VPR-Bench counts them.
+An index counts the photos of its side in the order of their names or, if all names of a side are plain numbers, in the
+order of these numbers (0, 1, 2, ..., 10), as VPR-Bench does.
 """
 
 import csv
@@ -32,12 +32,12 @@ LONGEST_HEADER = 2**16  # of a .npy file, in bytes; NumPy pads it to 128
 
 @dataclass(frozen=True)
 class _Side:
-    """The database or the queries: photos that a file names or counts.
+    """The database or the queries: photos that a file refers to by name or index.
 
     Attributes:
         what: "query" or "database image".
-        paths: in the order of their names.
-        folder: that they were found in; None where it is not known.
+        paths: paths in the order of names.
+        folder: folder they were found in; None if unknown.
     """
 
     what: str
@@ -53,7 +53,7 @@ class _Side:
         return found
 
     def counted(self) -> NDArray[np.int64]:
-        """What the numbers 0, 1, 2, ... of a file mean: indices of `paths`. The log says so where it is doubtful."""
+        """What the indices 0, 1, 2, ... in a file mean, as indices of `paths`. Logs it if that is ambiguous."""
         order, numeric = natural_order(self.paths)
         text = np.arange(len(self.paths))
         differ = np.flatnonzero(numeric != text)
@@ -75,21 +75,20 @@ class _Side:
 
 
 def _number(path: str) -> int | None:
-    """The number that is the file's name; None where it is none."""
+    """The file's name as a number; None if it is not one."""
     stem = os.path.splitext(os.path.basename(path))[0]
     return int(stem) if re.fullmatch("[0-9]+", stem) else None
 
 
 def natural_order(paths: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The order that indices count sorted paths in, and the one by all numbers in their names.
+    """The order in which indices count sorted paths, and the order by all numbers in their names.
 
-    Both are indices of `paths`. They are the same where every name is a plain number, and the first is 0, 1, 2, ...
-    otherwise. Photos in several folders count by their numbers alone, unless a number comes twice; then folder by
-    folder.
+    Both are indices of `paths`. They are the same if every name is a plain number; otherwise the first is 0, 1, 2, ...
+    Photos in several folders are counted by their numbers alone, unless a number appears twice; then folder by folder.
     """
 
     def by_folder(index: int) -> list[tuple[bool, int, str]]:
-        # Digits before text, so that what is compared is of one kind.
+        # Digits before text, so that only values of one type are compared.
         parts = re.split("([0-9]+)", paths[index].replace(os.sep, "\0"))
         return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts if part]
 
@@ -107,23 +106,24 @@ def read_positives(
     queries_paths: Sequence[str],
     folders: tuple[Path, Path] | None = None,
 ) -> list[NDArray[np.int64]]:
-    """Which database images are correct for each query, from a file.
+    """Reads from a file which database images are correct for each query.
 
     Args:
         path: text with two columns, query and database image, a row for each correct pair, both as indices (from 0) or
-            as file names, alone or with folders, perhaps below a header; separated by commas, semicolons or tabs. Or a
-            NumPy array: indices as integers Q x P (negative ones are left out) or as an object array of Q arrays or
-            lists, perhaps each behind its query's own index as in VPR-Bench's files; or a 0/1 or boolean matrix Q x N.
+            as file names, with or without folders, and an optional header; separated by commas, semicolons or tabs. Or
+            a NumPy array: indices as integers Q x P (negative ones are ignored) or as an object array of Q arrays or
+            lists, each optionally after its query's own index as in VPR-Bench's files; or a 0/1 or boolean matrix
+            Q x N.
         database_paths: the N images of the database, sorted.
         queries_paths: the Q queries, sorted.
-        folders: of database and queries, which paths in the file may start below.
+        folders: folders of database and queries, to which paths in the file may be relative.
 
     Returns:
         For each query, in the order of `queries_paths`, sorted indices of `database_paths`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is malformed, ambiguous, or names what is not there; the message names file and line or row.
+        FileNotFoundError: there is no such file.
+        ValueError: it is malformed or ambiguous, or names missing photos; the message names file and line or row.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; check --positives_file")
@@ -143,12 +143,12 @@ def read_positives(
         raise ValueError(f"{path} is not a {suffix if suffix == '.npy' else '.csv or .npy'} file; {WANTED}")
     positives = read(path, database, queries)
     if not any(map(len, positives)):
-        raise ValueError(f"{path} names no correct image for any query; {WANTED}")
+        raise ValueError(f"{path} has no correct image for any query; {WANTED}")
     return positives
 
 
 def _placed(rows: Sequence[NDArray[np.int64]], database: _Side, queries: _Side) -> list[NDArray[np.int64]]:
-    """Rows as a file counts them, of counted database images, in the order of the paths."""
+    """Converts rows, with queries and database images as the file counts them, to the order of the paths."""
     of_database, of_queries = database.counted(), queries.counted()
     if all(np.array_equal(order, np.arange(len(order))) for order in (of_database, of_queries)):
         return list(rows)  # not copied: a matrix may be dense
@@ -159,10 +159,10 @@ def _placed(rows: Sequence[NDArray[np.int64]], database: _Side, queries: _Side) 
 
 
 def read_text(path: Path) -> str:
-    """Text that names files or keys, without a byte order mark; bytes that are not UTF-8 are read as in file names.
+    """Reads text with file names or keys, without byte order mark; bytes that are not UTF-8 are read as in file names.
 
     Raises:
-        ValueError: it is no text.
+        ValueError: it is not text.
     """
     content = path.read_bytes()
     if b"\0" in content:
@@ -200,7 +200,7 @@ def _from_text(path: Path, database: _Side, queries: _Side) -> list[NDArray[np.i
         where = f"{path}, line {line}"
         if len(row) != 2:
             raise ValueError(
-                f"{where}: {_shown(row)} has {len(row)} column{'s' if len(row) != 1 else ''} where 2 are wanted, "
+                f"{where}: {_shown(row)} has {len(row)} column{'s' if len(row) != 1 else ''} instead of 2, "
                 "query and database image, separated by a comma, semicolon or tab; correct it"
             )
         pair = []
@@ -208,7 +208,7 @@ def _from_text(path: Path, database: _Side, queries: _Side) -> list[NDArray[np.i
             if not re.fullmatch("[0-9]+", cell):
                 pair.append(_named(cell, side, names[column], where, row))
                 continue
-            # Longer numbers, which Python would refuse to read, are of nothing.
+            # Longer numbers, which Python might refuse to read, are out of range.
             index = int(cell) if len(cell) < 19 else math.inf
             if index >= len(side.paths):
                 raise ValueError(
@@ -230,13 +230,13 @@ def _shown(row: list[str]) -> str:
 
 
 def _separator(text: str) -> str:
-    """A semicolon or a tab where the first line that is not blank has one and no comma."""
+    """The separator: a semicolon or tab if the first non-blank line has one and no comma, else a comma."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     return next((sign for sign in ";\t" if sign in first and "," not in first), ",")
 
 
 def _database_first(header: list[str], where: str) -> bool:
-    """Whether a header names the database images before the queries; what says neither goes by the other column."""
+    """Whether a header names the database images before the queries; an unclear column follows from the other."""
     words = [re.sub("(?<=[a-z])(?=[A-Z])", "_", cell).lower() for cell in header]
     of_queries = [re.search("quer|(?<![a-z])q(?![a-z])", word) is not None for word in words]
     of_database = [
@@ -252,7 +252,7 @@ def _database_first(header: list[str], where: str) -> bool:
 
 
 def _is_header(row: list[str], names: Sequence[dict[str, list[int]]]) -> bool:
-    """Whether a first row holds two words, rather than numbers or what could be the names of files."""
+    """Whether a first row has two words rather than numbers or possible file names."""
     return len(row) == 2 and not any(
         re.fullmatch("[-+]?[0-9][0-9.eE+-]*", cell) or os.path.splitext(cell)[1] or os.path.basename(cell) in by_name
         for cell, by_name in zip(row, names, strict=True)
@@ -260,7 +260,7 @@ def _is_header(row: list[str], names: Sequence[dict[str, list[int]]]) -> bool:
 
 
 def _named(cell: str, side: _Side, by_name: dict[str, list[int]], where: str, row: list[str]) -> int:
-    """The photo that a text names: by its name alone, or with any of the folders above it."""
+    """The photo that a cell names: by its file name, with or without folders above it."""
     parts = os.path.normpath(cell).split(os.sep)
     candidates = [
         index for index in by_name.get(parts[-1], []) if side.paths[index].split(os.sep)[-len(parts) :] == parts
@@ -279,7 +279,7 @@ def _named(cell: str, side: _Side, by_name: dict[str, list[int]], where: str, ro
     if len(candidates) > 1:
         first, second = (side.paths[index] for index in candidates[:2])
         raise ValueError(
-            f"{where}: {len(candidates)} photos are called {cell!r}, e.g. {first} and {second}; give its folder too"
+            f"{where}: {len(candidates)} photos are named {cell!r}, e.g. {first} and {second}; give its folder too"
         )
     return candidates[0]
 
@@ -291,26 +291,26 @@ def _from_npy(path: Path, database: _Side, queries: _Side) -> list[NDArray[np.in
         try:
             array = object_array(path.read_bytes()[offset:])
             if array.shape != shape:
-                raise ValueError(f"its header says {shape}, and its content {array.shape}")
+                raise ValueError(f"its header says {shape}, but its content {array.shape}")
         except ValueError as error:
             raise ValueError(f"{path} is not a .npy file of index arrays ({str(error)[:100]}); {WANTED}") from error
         rows = _object_rows(path, array, *counts)
     else:
         if not re.fullmatch(rf"[|<>=]?({NUMBERS})", descr):
-            raise ValueError(f"{path} holds values of the type {descr!r}, which are no indices; {WANTED}")
+            raise ValueError(f"{path} holds values of type {descr!r}, which are not indices; {WANTED}")
         dtype = np.dtype(descr)
         size, expected = path.stat().st_size - offset, math.prod(shape) * dtype.itemsize
         if size != expected:
-            raise ValueError(f"{path} holds {size} bytes of values where its header says {expected}; write it again")
+            raise ValueError(f"{path} holds {size} bytes of values, but its header says {expected}; write it again")
         if not expected:
-            raise ValueError(f"{path} holds no value, shape {shape}; {WANTED}")
+            raise ValueError(f"{path} holds no values, shape {shape}; {WANTED}")
         order: Any = "F" if fortran else "C"
         rows = _number_rows(path, np.memmap(path, dtype, "r", offset, shape, order), *counts)
     return _placed(rows, database, queries)
 
 
 def _npy_header(path: Path) -> tuple[str, bool, tuple[int, ...], int]:
-    """Type, Fortran order, shape and where the values begin; by patterns, since Python's parser can be overrun."""
+    """Type, Fortran order, shape and offset of the values; by patterns, since input can overrun Python's parser."""
     with open(path, "rb") as file:
         start = file.read(LONGEST_HEADER)
     wide = 2 if start[6:7] == b"\x01" else 4
@@ -333,16 +333,16 @@ def _npy_header(path: Path) -> tuple[str, bool, tuple[int, ...], int]:
 def _number_rows(path: Path, array: NDArray[Any], queries: int, database: int) -> list[NDArray[np.int64]]:
     """Each query's correct images of an array of numbers or booleans, read row by row."""
     if array.ndim == 1 and array.dtype.kind != "b":
-        array = array[:, None]  # one correct image a query
+        array = array[:, None]  # one correct image per query
     if array.ndim != 2:
         raise ValueError(f"{path} holds an array of shape {array.shape}; {WANTED}")
     if len(array) != queries:
-        turned = ", as the transposed matrix would have" if array.shape == (database, queries) else ""
+        turned = ", like the transposed matrix" if array.shape == (database, queries) else ""
         raise ValueError(f"{path} has {len(array)} rows for {queries} queries{turned}; give the file of this dataset")
     square = array.shape[1] == database
     if array.dtype.kind == "b" and not square:
         raise ValueError(
-            f"{path} is a boolean matrix of {array.shape[1]} columns for {database} database images; "
+            f"{path} is a boolean matrix with {array.shape[1]} columns for {database} database images; "
             "give the file of this dataset"
         )
     zero_one, repeats, largest = True, False, -1
@@ -356,13 +356,12 @@ def _number_rows(path: Path, array: NDArray[Any], queries: int, database: int) -
         rows.append(indices)
 
     matrix = [np.flatnonzero(np.asarray(row)) for row in array] if zero_one and square else None
-    # The indices 0 and 1 of at most two images; it does not matter where both say the same.
+    # The indices 0 and 1 of at most two images; it does not matter if both mean the same.
     could_be_indices = array.dtype.kind != "b" and largest < database and not repeats
     if matrix is not None:
         if could_be_indices and not all(map(np.array_equal, rows, matrix)):
             raise ValueError(
-                f"{path} could hold indices or a 0/1 matrix, which is not the same here; save it as booleans, "
-                "or as .csv"
+                f"{path} could hold indices or a 0/1 matrix, with different meanings; save it as booleans, or as .csv"
             )
         logger.info("%s is a 0/1 matrix, %d queries x %d database images", path, *array.shape)
         return matrix
@@ -371,19 +370,19 @@ def _number_rows(path: Path, array: NDArray[Any], queries: int, database: int) -
     _require_below(path, rows, database)
     if repeats and (zero_one or square):
         raise ValueError(
-            f"{path} repeats indices within a row, so its {array.shape[1]} columns are no list of them, and no 0/1 "
-            f"matrix for {database} database images; {WANTED}"
+            f"{path} repeats indices within a row, so its {array.shape[1]} columns are neither a list of them nor a "
+            f"0/1 matrix for {database} database images; {WANTED}"
         )
     return rows
 
 
 def _require_no_pairs(path: Path, array: NDArray[Any]) -> None:
-    """Two columns may be pairs rather than lists of two, where the first names each query once, in any order."""
+    """Raises ValueError if two columns may be pairs rather than lists of two: the first has each query once."""
     first, second = (_whole(path, 0, np.asarray(column)) for column in array.T)
     if not np.array_equal(np.sort(first), np.arange(len(first))):
         return
     if np.array_equal(first, second) or not (second >= 0).any():
-        return  # one image a query, its own: as pairs it would be the same, or nothing
+        return  # one image per query, of its own number: as pairs it means the same, or nothing
     raise ValueError(
         f"{path} could hold pairs `query, database image` or the indices of two correct images for each query, since "
         f"its first column names each query, 0 to {len(first) - 1}, once; save pairs as .csv, or their second column "
@@ -392,13 +391,13 @@ def _require_no_pairs(path: Path, array: NDArray[Any]) -> None:
 
 
 def _whole(path: Path, number: int, row: NDArray[Any]) -> NDArray[np.int64]:
-    """A row of numbers as integers: what is no index as -1, but a fraction or infinity refused."""
+    """A row of numbers as integers, negative ones and NaN as -1; fractions and infinities are refused."""
     if row.dtype.kind == "f":
         row = np.where(np.isnan(row), -1.0, row)
         bad = np.flatnonzero(row != np.floor(row)) if np.isfinite(row).all() else np.flatnonzero(~np.isfinite(row))
         if len(bad):
-            raise ValueError(f"{path}, row {number}: {row[bad[0]]} is no whole number; {WANTED}")
-    # Whole numbers are exact up to 2**53, more than any dataset holds; the largest unsigned ones would turn negative.
+            raise ValueError(f"{path}, row {number}: {row[bad[0]]} is not a whole number; {WANTED}")
+    # Exact up to 2**53, more images than any dataset has; as integers, the largest unsigned ones would turn negative.
     return np.clip(row.astype(np.float64), -1, 2.0**62).astype(np.int64)
 
 
@@ -421,7 +420,7 @@ def _object_rows(path: Path, array: NDArray[Any], queries: int, database: int) -
     values: list[Any] = list(array[:, 0] if array.shape[1:] == (1,) else array)
     headed = [_flat(value) for value in values]
     order = list(range(queries))
-    # Beside lists, a bare number is a list of one; of bare numbers alone it is not known whether the first is a query.
+    # Among lists, a bare number is a list of one; with bare numbers only, the first may or may not be a query.
     paired = all(
         row is not None and len(row) == 2 and (type(row[1]) is int or _flat(row[1]) is not None) for row in headed
     )
@@ -432,8 +431,8 @@ def _object_rows(path: Path, array: NDArray[Any], queries: int, database: int) -
         for number, query in enumerate(order):
             if type(query) is not int or not 0 <= query < queries or query in seen:
                 raise ValueError(
-                    f"{path}, row {number}: it is headed by {shown(query)}, where each query 0 to {queries - 1} "
-                    "is to come once; give the file of this dataset"
+                    f"{path}, row {number}: it starts with {shown(query)}, but each query 0 to {queries - 1} "
+                    "must come once; give the file of this dataset"
                 )
             seen.add(query)
     rows = [_number_row(path, number, value, database) for number, value in enumerate(values)]
@@ -447,7 +446,7 @@ def _object_rows(path: Path, array: NDArray[Any], queries: int, database: int) -
         _require_below(path, found, database)
         repeats = any(len(kept) < np.count_nonzero(row >= 0) for kept, row in zip(found, whole, strict=True))
         if repeats and max((row[-1] for row in found if len(row)), default=0) < 2:
-            raise ValueError(f"{path} repeats 0 and 1 within rows, which are no lists of indices; {WANTED}")
+            raise ValueError(f"{path} repeats 0 and 1 within rows, which are not lists of indices; {WANTED}")
     placed = [np.empty(0, dtype=np.int64)] * queries
     for query, indices in zip(order, found, strict=True):
         placed[query] = indices
@@ -455,7 +454,7 @@ def _object_rows(path: Path, array: NDArray[Any], queries: int, database: int) -
 
 
 def _flat(value: Any) -> Sequence[Any] | NDArray[Any] | None:
-    """A list, a tuple or an array that is a list in shape, not copied: many rows of a damaged file may be the same."""
+    """A list, a tuple or a one-dimensional array, not copied: many rows of a damaged file may be the same object."""
     if isinstance(value, Unfinished):
         value = value.value
     if isinstance(value, np.ndarray):
@@ -467,12 +466,12 @@ def _number_row(path: Path, number: int, value: Any, database: int) -> NDArray[A
     """A row of an object array as numbers or booleans, at most as many as there are database images."""
     row = [value] if type(value) is int else _flat(value)
     if row is None or len(row) > max(database, 1):
-        found = "no list" if row is None else f"a list of {len(row)} for {database} database images"
+        found = "not a list" if row is None else f"a list of {len(row)} for {database} database images"
         raise ValueError(f"{path}, row {number}: {found}; {WANTED}")
     if isinstance(row, np.ndarray) and row.dtype != object:
         return row if len(row) else np.empty(0, dtype=np.int64)
     if not all(type(item) in (int, float, bool) for item in row):
-        raise ValueError(f"{path}, row {number}: it holds more than numbers; {WANTED}")
+        raise ValueError(f"{path}, row {number}: it does not hold only numbers; {WANTED}")
     if any(type(item) is int and abs(item) > 2**62 for item in row):
-        raise ValueError(f"{path}, row {number}: an index too large for any dataset; {WANTED}")
+        raise ValueError(f"{path}, row {number}: an index is too large for any dataset; {WANTED}")
     return np.array(row) if len(row) else np.empty(0, dtype=np.int64)

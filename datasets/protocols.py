@@ -1,6 +1,6 @@
 """The known test sets: what counts as correct in them, and how many images they have.
 
-A dataset that is not in the table is evaluated by the defaults of `Protocol`. Figures are those of each set's usual
+A dataset that is not in the table is evaluated with the defaults of `Protocol`. Figures are those of each set's usual
 form, each with its source.
 """
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 DOWNLOADER = "VPR-datasets-downloader"  # github.com/gmberton/VPR-datasets-downloader
-FRAME = 25 / 10.5  # metres from one frame of Nordland to the next in the positions that the downloader makes up
+FRAME = 25 / 10.5  # metres between consecutive Nordland frames in the positions that the downloader makes up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +22,14 @@ class Protocol:
     """How a test set is evaluated.
 
     Attributes:
-        positive_distance: a database image this near to a query is correct, in metres.
+        positive_distance: a database image within this many metres of a query is correct.
         test_method: how queries are prepared, a name from `transforms.TEST_METHODS`.
-        database: images expected; None if any number will do.
-        queries: numbers expected in the folder `queries`, one for each usual selection; empty if any number will do.
-        query_sets: numbers expected in other folders of queries, by name.
-        metres_a_frame: between neighbouring frames of a video with made coordinates.
-        frames: a database image so many frames away is correct, instead of the distance.
-        source: where the numbers come from, and what nobody has checked.
+        database: expected number of images; None for any.
+        queries: expected numbers in the folder `queries`, one for each usual selection; empty for any.
+        query_sets: expected numbers in other query folders, by name.
+        metres_a_frame: metres between consecutive frames of a video with made-up coordinates.
+        frames: a database image within this many frames is correct, instead of the distance.
+        source: where the numbers come from, and what is unchecked.
     """
 
     positive_distance: float = 25.0
@@ -111,17 +111,17 @@ PROTOCOLS = {
 
 
 def protocol_of(name: str) -> Protocol:
-    """The protocol of a dataset; `svox_night` and the like have that of `svox`."""
+    """The protocol of a dataset; `svox_night` and similar names have that of `svox`."""
     return PROTOCOLS.get("svox" if name.startswith("svox_") else name, Protocol())
 
 
 def warn_of_counts(dataset: DatabaseQueries, protocol: Protocol, queries: str | None = "queries") -> None:
-    """Warns of a test split that has other numbers of images than the published ones.
+    """Warns if a test split does not have the published numbers of images.
 
     Args:
-        dataset: the split, with one set of queries.
-        protocol: of the dataset.
-        queries: name of the set; None for the database alone, which several sets share.
+        dataset: the split, with one query set.
+        protocol: protocol of the dataset.
+        queries: name of the set; None for only the database, which several sets share.
     """
     of_set = protocol.queries if queries == "queries" else tuple(filter(None, [protocol.query_sets.get(queries or "")]))
     of_database = (protocol.database,) if protocol.database and queries in ("queries", None) else ()
@@ -132,7 +132,7 @@ def warn_of_counts(dataset: DatabaseQueries, protocol: Protocol, queries: str | 
         if expected and found not in expected:
             numbers = " or ".join(f"{number:,}" for number in expected)
             logger.warning(
-                "%s has %s %s, where published figures are for %s: recalls are not comparable",
+                "%s has %s %s, but published figures are for %s: recalls are not comparable",
                 dataset.name,
                 f"{found:,}",
                 what,

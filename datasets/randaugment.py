@@ -1,7 +1,7 @@
-"""RandAugment (Cubuk et al. 2020) on Pillow images: torchvision's to the bit and the random draw, in less time.
+"""RandAugment (Cubuk et al. 2020) on Pillow images: the same bits and random draws as torchvision, in less time.
 
-What is saved is torchvision's bookkeeping, and resampling where an image is only moved by whole pixels. Fourteen
-operations at magnitude 9 of 0 to 30, the recipe's.
+It skips torchvision's bookkeeping, and resampling if an image is only moved by whole pixels. Fourteen operations at
+magnitude 9 of 0 to 30, as in the recipe.
 """
 
 import math
@@ -88,8 +88,8 @@ class RandAugment:
     """Applies random operations to an image; draws from torch's global generator.
 
     Args:
-        num_ops: operations an image.
-        size: height, width of the images, in pixels.
+        num_ops: operations per image.
+        size: height and width of the images in pixels.
     """
 
     def __init__(self, num_ops: int, size: tuple[int, int]):

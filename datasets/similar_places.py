@@ -1,9 +1,9 @@
-"""Hard batches: places that the model confuses share one.
+"""Hard batches of places that the model confuses.
 
-Most pairs of a random batch are easy, and teach nothing. Here a part of the places is described by the model as it is,
-and each batch of these is put together of cliques, a place and those nearest to it. References: clique mining
-(Izquierdo and Civera, Close, but not there, 2024) and global hard mining (Ali-bey et al., Global proxy-based hard
-mining, 2022); unlike there, nothing is asked of positions, and the rest of the places follows at random.
+Most pairs in a random batch are easy and teach nothing. Here the current model describes some of the places, and their
+batches are composed of cliques: a place and those nearest to it. References: clique mining (Izquierdo and Civera,
+Close, but not there, 2024) and global hard mining (Ali-bey et al., Global proxy-based hard mining, 2022); unlike there,
+positions are not used, and the other places follow in random order.
 """
 
 import logging
@@ -22,16 +22,16 @@ from .gsv_cities import PlaceBatches
 logger = logging.getLogger(__name__)
 
 CLIQUE = 8  # places, at most
-IMAGES = 2  # of a place, whose mean describes it
-TOGETHER = 16  # images in the backbone at a time, always: what only rounds otherwise could change an order too
-SHARE = 1 / 8  # of the images of an epoch that are described: a forward pass each, where training takes about three
-BATCHES = 4  # that are described at least, since among few places none is near
-MOST = 16_384  # places: their exact neighbours take seconds, and their descriptors 0.4 GB of 3072 numbers
-NEIGHBOURS = 8 * CLIQUE  # that are looked at for a clique: some belong to another by then
+IMAGES = 2  # per place; their mean describes it
+TOGETHER = 16  # images in the backbone at a time, always: other rounding could change the order
+SHARE = 1 / 8  # of an epoch's images are described: one forward pass each, while training takes about three
+BATCHES = 4  # described at least, since among few places none is near
+MOST = 16_384  # places described at most: exact search takes seconds, and their descriptors 0.4 GB at 3072 numbers
+NEIGHBOURS = 8 * CLIQUE  # considered for a clique: some already belong to another
 
 
 def count_described(places: int, *, batch_size: int, images_per_place: int) -> int:
-    """How many places are described: whole batches, none where all places share one."""
+    """The number of places to describe: whole batches, or none if all places share one."""
     if places <= batch_size:
         return 0
     wanted = min(int(places * images_per_place * SHARE / IMAGES), MOST)
@@ -39,10 +39,10 @@ def count_described(places: int, *, batch_size: int, images_per_place: int) -> i
 
 
 def cliques(neighbours: NDArray[np.int64], rng: Generator) -> list[list[int]]:
-    """Every place once: one after another, in random order, takes its nearest that are left.
+    """Splits all places into cliques: in random order, each takes its nearest remaining ones.
 
     Args:
-        neighbours: S x k, of each of S places, nearest first.
+        neighbours: neighbours of each of S places, S x k, nearest first.
         rng: draws the order.
     """
     left = np.ones(len(neighbours), dtype=bool)
@@ -65,18 +65,18 @@ def similar_order(
     rng: Generator,
     nearest: Callable[[NDArray[np.int64], int], NDArray[np.int64]],
 ) -> NDArray[np.int64]:
-    """An order of an epoch: hard batches at random places among those of the other places.
+    """An order for an epoch, with hard batches at random positions among those of the other places.
 
     Args:
-        order: of all places, that the others keep.
-        batch_size: places a batch.
-        images_per_place: of a batch.
-        rng: of all that is drawn.
-        nearest: of S places, the k nearest of them to each, as numbers 0 to S - 1, S x k.
+        order: order of all places, which the other places keep.
+        batch_size: places per batch.
+        images_per_place: images per place in a batch.
+        rng: source of all random numbers.
+        nearest: for S places, returns the k nearest of them to each, as numbers 0 to S - 1, S x k.
     """
     count = count_described(len(order), batch_size=batch_size, images_per_place=images_per_place)
     if not count:
-        return order  # all share a batch
+        return order  # all places share a batch
     described = rng.choice(len(order), size=count, replace=False)
     found = cliques(nearest(described, min(NEIGHBOURS, count)), rng)
     hard = described[np.concatenate(found)].reshape(-1, batch_size)
@@ -89,15 +89,15 @@ def similar_order(
 def order_by_similarity(
     batches: PlaceBatches, describe: Callable[[Sequence[str]], NDArray[np.float32]], device: torch.device
 ) -> NDArray[np.int64]:
-    """The order of the epoch at which `batches` stand, see `similar_order`; places with similar descriptors are near.
+    """The order of the current epoch of `batches`, see `similar_order`; similar descriptors make places near.
 
-    It depends on seed, epoch and weights alone. Of several processes each describes its share of the photos, and all
+    It depends only on seed, epoch and weights. With several processes, each describes its share of the photos, and all
     get the order.
 
     Args:
-        batches: of the epoch.
-        describe: paths of N photos to their descriptors, N x D, by `TOGETHER` photos at a time; N may be 0.
-        device: to search on.
+        batches: batches of the epoch.
+        describe: turns paths of N photos into descriptors, N x D, `TOGETHER` photos at a time; N may be 0.
+        device: device of the search.
     """
     started = time.perf_counter()
     places, epoch = batches.dataset, batches.epoch
@@ -105,7 +105,7 @@ def order_by_similarity(
 
     def nearest(described: NDArray[np.int64], k: int) -> NDArray[np.int64]:
         paths = [path for place in described for path in places.drawn_paths(place, IMAGES, rng)]
-        # Each process has whole batches of what one process alone would read.
+        # Each process has whole batches of those that one process alone would read.
         of_photos = distributed.gather_shares(len(paths), lambda share: describe(paths[share]), TOGETHER)
 
         def search_all() -> NDArray[np.int64]:
@@ -118,7 +118,7 @@ def order_by_similarity(
     sizes = {"batch_size": batches.batch_size, "images_per_place": places.images_per_place}
     order = similar_order(batches.order(epoch), **sizes, rng=rng, nearest=nearest)
     logger.info(
-        "epoch %d: %d of %d places were described in %.1f s, and similar ones share a batch",
+        "epoch %d: described %d of %d places in %.1f s; similar ones share a batch",
         epoch + 1,
         count_described(len(places), **sizes),
         len(places),

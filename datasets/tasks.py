@@ -1,4 +1,4 @@
-"""What an evaluation is asked for: the sets of queries, their databases, and what counts as correct in them."""
+"""What an evaluation is run on: query sets, their databases, and what counts as correct in them."""
 
 import logging
 import os
@@ -23,17 +23,17 @@ from .protocols import protocol_of, warn_of_counts
 
 logger = logging.getLogger(__name__)
 
-PCA_IMAGES = 16_384  # that a PCA is fitted on, at most
+PCA_IMAGES = 16_384  # a PCA is fitted on this many at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What is evaluated, by the names of eval.py's options.
+    """What to evaluate; most fields are named like eval.py's options.
 
     Attributes:
-        queries_of: the folders of queries that are searched in a dataset's database.
-        plain_folders: whether two folders of anyone's photos are searched, rather than datasets.
-        accept_precision: the precision, in percent, whose distance is found on the val split; None for none.
+        queries_of: returns the query folders to search in a dataset's database.
+        plain_folders: whether two plain folders are searched instead of datasets.
+        accept_precision: the precision in percent whose distance is found on the val split; None for none.
     """
 
     eval_datasets_folder: Path
@@ -64,21 +64,21 @@ class Selection:
 
 @dataclass(kw_only=True)
 class Task:
-    """One set of queries of a dataset, how it is evaluated, and where the results go.
+    """A query set of a dataset, how it is evaluated, and where the results go.
 
     Attributes:
         dataset: the queries, and the database that the sets of a dataset share.
-        queries: name of the set, "queries" where there is one.
+        queries: name of the set; "queries" if there is only one.
         of: name of the dataset, under which its descriptors are kept.
         test_method: a name from `transforms.TEST_METHODS`.
-        positive_distance: a database image this near to a query is correct, in metres.
-        positives_file: or what this file says; None for the distance.
+        positive_distance: a database image within this many metres of a query is correct.
+        positives_file: file that lists the correct images instead; None to use the distance.
         infer_batch_size: images that share a batch in the cross-image encoder.
-        subfolder: of the run's folder, where the results go.
-        folder: that, once the run has one.
-        accepted_distance: matches are accepted up to this squared distance of descriptors, once it is known; None
-            where nobody asks for it.
-        found_on_val: what that distance gives on the val split, where it was found there.
+        subfolder: folder for the results, below the run's folder.
+        folder: its full path, once the run's folder exists.
+        accepted_distance: matches are accepted up to this squared descriptor distance, once it is known; None if the
+            options set none.
+        found_on_val: precision and recall of that distance on the val split, if it was found there.
     """
 
     dataset: DatabaseQueries
@@ -95,13 +95,13 @@ class Task:
 
     @property
     def store(self) -> str:
-        """What the descriptors of the queries are kept under: of no two sets the same, nor a name of other stores."""
-        name = quote(os.fsencode(self.queries), safe="")  # which has no / and no =
+        """Name under which the queries' descriptors are kept, unique among the sets and other stores."""
+        name = quote(os.fsencode(self.queries), safe="")  # has no / and no =
         return name if name.startswith("queries") else f"queries={name}"
 
     @property
     def rule(self) -> str:
-        """What makes a database photo correct, in words."""
+        """The rule by which a database photo is correct, in words."""
         return f"as {self.positives_file.name} says" if self.positives_file else f"within {self.positive_distance:g} m"
 
     @cached_property
@@ -111,7 +111,7 @@ class Task:
 
     @cached_property
     def findable(self) -> NDArray[np.bool_] | None:
-        """The queries that have a correct database image, or a position that is not known, Q; None without labels."""
+        """The queries that have a correct database image or no known position, Q; None without labels."""
         if self.positives is None:
             return None
         found = np.fromiter((len(of_query) > 0 for of_query in self.positives), bool, len(self.dataset.queries_paths))
@@ -119,21 +119,21 @@ class Task:
 
     @cached_property
     def alignment(self) -> dict[str, bool | int]:
-        """What the batches of the cross-image encoder tell in file order; of a labelled task."""
+        """What file order gives away in the batches of the cross-image encoder, for a labelled task."""
         assert self.positives is not None
-        batch = 1 if self.test_method == "single_query" else self.infer_batch_size  # such a query has no company
+        batch = 1 if self.test_method == "single_query" else self.infer_batch_size  # shares a batch with no other
         return alignment(self.dataset, self.positives, batch)
 
 
 def select(asked: Selection, place_map: PlaceMap | None = None) -> list[list[Task]]:
-    """The datasets asked for, with a task for each set of queries; the tasks of a dataset share its database.
+    """Finds the datasets and makes a task for each query set; the tasks of a dataset share its database.
 
     Args:
-        asked: what is evaluated.
-        place_map: the map that is queried instead of a database, if any.
+        asked: what to evaluate.
+        place_map: a map to query instead of a database, if any.
 
     Raises:
-        FileNotFoundError, ValueError: folders, names or labels do not fit what is asked for.
+        FileNotFoundError, ValueError: folders, names or labels do not fit the options.
     """
     groups = []
     for name, dataset in _datasets(asked, place_map):
@@ -166,7 +166,7 @@ def select(asked: Selection, place_map: PlaceMap | None = None) -> list[list[Tas
 
 
 def _datasets(asked: Selection, place_map: PlaceMap | None) -> list[tuple[str, DatabaseQueries]]:
-    """Each with the name of its protocol."""
+    """The datasets, each with the name of its protocol."""
     found: list[tuple[str, DatabaseQueries]] = []
     if place_map is not None:
         assert asked.queries_folder is not None
@@ -196,8 +196,8 @@ def _datasets(asked: Selection, place_map: PlaceMap | None) -> list[tuple[str, D
         kept = [kept_in(asked.descriptors_folder, dataset.name) for _, dataset in found]
         if len({*kept}) < len(kept):
             raise ValueError(
-                f"--descriptors_folder would keep two of {', '.join(name for name, _ in found)} in one folder; take "
-                "one at a time, each with a folder of its own"
+                f"--descriptors_folder would keep two of {', '.join(name for name, _ in found)} in one folder; "
+                "evaluate one at a time, each with a folder of its own"
             )
     return found
 
@@ -207,15 +207,15 @@ def _require_keys(asked: Selection, dataset: DatabaseQueries) -> None:
     if not all(len(image_key(path).split()) == 1 for path in paths):
         raise ValueError(
             f"--save_submission: some file names of {dataset.name} have no image key without spaces, the seventh "
-            "field of @east@north@zone@letter@lat@lon@key@...; use a tree with such names"
+            "field of @east@north@zone@letter@lat@lon@key@...; use a dataset with such names"
         )
 
 
 def positive_distance(asked: Selection, name: str) -> float:
-    """How near a correct database image of a dataset is, in metres.
+    """The distance in metres within which a dataset's database images are correct.
 
     Raises:
-        ValueError: `positive_frames` are asked of positions that do not count frames.
+        ValueError: `positive_frames` is given but the positions do not count frames.
     """
     protocol = protocol_of(name)
     if asked.val_positive_dist_threshold is not None:
@@ -224,31 +224,33 @@ def positive_distance(asked: Selection, name: str) -> float:
     if frames is None:
         return protocol.positive_distance
     if protocol.metres_a_frame is None:
-        raise ValueError(f"--positive_frames: the positions of {name} do not count frames; use metres")
-    return (frames + 0.5) * protocol.metres_a_frame  # half-way to the first frame too far
+        raise ValueError(
+            f"--positive_frames: the positions of {name} do not count frames; use --val_positive_dist_threshold"
+        )
+    return (frames + 0.5) * protocol.metres_a_frame  # half-way to the first wrong frame
 
 
 def require_folders_of_their_own(tasks: Sequence[Task]) -> None:
-    """Raises ValueError if the results of two tasks would go to one folder."""
+    """Raises ValueError if two tasks would write their results to the same folder."""
     names: dict[str, Task] = {}
     for task in tasks:
         other = names.setdefault(task.subfolder, task)
         if other is not task:
             raise ValueError(
-                f"the results of {other.dataset.name} and {task.dataset.name} would go to one folder, "
+                f"the results of {other.dataset.name} and {task.dataset.name} would go to the same folder, "
                 f"{task.subfolder}; evaluate one after the other"
             )
 
 
 def val_task(asked: Selection, group: Sequence[Task]) -> Task | None:
-    """What `--accept auto@P` finds the distance on: the val split beside a test split; None where nobody asks for it.
+    """The val split beside a test split, on which `--accept auto@P` finds the distance; None for other --accept.
 
     Args:
-        asked: what is evaluated.
+        asked: what to evaluate.
         group: the tasks of the dataset's test split.
 
     Raises:
-        ValueError: there is no val split that can be used.
+        ValueError: there is no usable val split.
     """
     if asked.accept_precision is None:
         return None
@@ -256,7 +258,7 @@ def val_task(asked: Selection, group: Sequence[Task]) -> Task | None:
     folder = asked.eval_datasets_folder / name / "images" / "val"
     remedy = f"put one into {folder}, or give --accept a distance"
     if not folder.is_dir():
-        raise ValueError(f"--accept {asked.accept} is found on the val split, and {name} has none; {remedy}")
+        raise ValueError(f"--accept {asked.accept} needs a val split, but {name} has none; {remedy}")
     if not (folder / "queries").is_dir():  # whatever sets the test split has
         raise ValueError(f"--accept {asked.accept}: there is no folder {folder / 'queries'}; {remedy}")
     try:
@@ -268,19 +270,19 @@ def val_task(asked: Selection, group: Sequence[Task]) -> Task | None:
             skip_unreadable=asked.skip_unreadable,
         )
     except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"--accept {asked.accept} is found on the val split of {name}: {error}; {remedy}") from error
+        raise ValueError(f"--accept {asked.accept} needs the val split of {name}: {error}; {remedy}") from error
     test_queries = [path for task in group for path in task.dataset.queries_paths]
     tested = set(map(identity, test_queries))
     if any(identity(path) in tested for path in val.queries_paths):
         raise ValueError(
-            f"--accept {asked.accept}: queries of the val split of {name} are those of the test split, whose own "
-            f"distance would flatter it; {remedy}"
+            f"--accept {asked.accept}: queries of the val split of {name} are also in the test split, so the distance "
+            f"found would be optimistic; {remedy}"
         )
     named = set(map(os.path.basename, test_queries)) & set(map(os.path.basename, val.queries_paths))
     if named:
         logger.warning(
-            "%s: %d queries have the names of queries of the test split, e.g. %s; if they are the same photos, what "
-            "--accept %s finds flatters it",
+            "%s: %d queries have the same names as test queries, e.g. %s; if they are the same photos, the distance "
+            "that --accept %s finds is optimistic",
             val.name,
             len(named),
             min(named),
@@ -290,11 +292,11 @@ def val_task(asked: Selection, group: Sequence[Task]) -> Task | None:
 
 
 def pca_images(asked: Selection, descriptor_dim: int) -> list[str]:
-    """The images that a PCA is fitted on, in random order; none where none is asked for.
+    """The images to fit a PCA on, in random order; none without a PCA.
 
     Args:
-        asked: what is evaluated.
-        descriptor_dim: numbers in a descriptor before the PCA.
+        asked: what to evaluate.
+        descriptor_dim: dimension of a descriptor before the PCA.
 
     Raises:
         FileNotFoundError, ValueError: there are too few images, or descriptors are too short.
@@ -313,22 +315,21 @@ def pca_images(asked: Selection, descriptor_dim: int) -> list[str]:
     if asked.pca_dim > min(len(chosen), descriptor_dim):
         raise ValueError(
             f"--pca_dim {asked.pca_dim}: descriptors have {descriptor_dim} numbers and {asked.pca_dataset_folder} has "
-            f"{len(chosen)} images; use no more than the smaller of the two"
+            f"{len(chosen)} images; use at most the smaller of the two"
         )
     return list(chosen.tolist())
 
 
 def foresee_recalls(tasks: Sequence[Task], contexts: Sequence[str], shift: int) -> None:
-    """Says before the extraction what recalls will tell: queries that cannot be found, and batches that give the
-    answer away.
+    """Warns before the extraction of queries that cannot be found, and of batches that give the answer away.
 
     Args:
-        tasks: of a dataset.
-        contexts: of the cross-image encoder; none without it.
+        tasks: the tasks of a dataset.
+        contexts: contexts of the cross-image encoder; empty without it.
         shift: queries in the first batch of the "unaligned" context.
 
     Raises:
-        ValueError: the "paired" context is asked for, and queries and database images do not pair up.
+        ValueError: the context is "paired", but queries and database images do not pair up.
     """
     for task in tasks:
         if task.positives is None or task.findable is None:
@@ -354,16 +355,16 @@ def _foresee_contexts(task: Task, contexts: Sequence[str], shift: int) -> None:
         raise ValueError(
             f"--encoder_context paired: {dataset.name} has {len(dataset.queries_paths)} queries and "
             f"{len(dataset.database_paths)} database images, which do not pair up one to one in the order of names; "
-            "take shuffled"
+            "use shuffled"
         )
     same = ""
     if task.test_method == "single_query":
-        same = "queries share a batch with none by --test_method single_query"
+        same = "with --test_method single_query, each query has a batch of its own"
     elif shift % batch == 0:
-        same = f"--context_shift {shift} is whole batches of {batch}"
+        same = f"--context_shift {shift} is a multiple of the batch size {batch}"
     elif shift % batch >= len(dataset.queries_paths):
-        same = f"{dataset.name} has no more than {shift % batch} queries, --context_shift, which share one batch"
+        same = f"{dataset.name} has at most {shift % batch} queries (--context_shift), which share one batch"
     if "unaligned" in contexts and same:
-        logger.warning("%s: unaligned is file_order then", same)
+        logger.warning("%s: unaligned is the same as file_order", same)
     if "file_order" in contexts:
         log_alignment(dataset, task.alignment, "--encoder_context file_order unaligned")

@@ -1,21 +1,21 @@
-"""Turns anyone's photos into GSV-Cities' form, and a held-out area into an evaluation dataset.
+"""Turns your photos into GSV-Cities' format, and a held-out area into an evaluation dataset.
 
     python -m datasets.to_gsv_cities photos --output my_city --name MyCity --val_share 0.15 --test_share 0.15
 
-A source is a folder of photos that know where they were taken by their names (`@<UTM east>@<UTM north>@...`, as in
-evaluation datasets) or by their EXIF data (phones), or a csv with the columns path, and east,north (metres) or lat,lon
-(degrees) or label, and perhaps heading, time and label. Degrees become UTM metres. The output holds
+A source is a folder of photos with positions in their names (`@<UTM east>@<UTM north>@...`, as in evaluation datasets)
+or in EXIF data (phones), or a csv with the columns path, and east,north (metres) or lat,lon (degrees) or label, and
+optionally heading, time and label. Degrees become UTM metres. The output holds
 
     gsv_cities/Dataframes/<Name>.csv, gsv_cities/Images/<Name>/...    what train.py trains on
-    <Name>/images/{val,test}/{database,queries}/...                   what it is judged by, if an area is held out
-    photos.csv, summary.txt, places.png                               what became of each photo, in all, and on a map
+    <Name>/images/{val,test}/{database,queries}/...                   what it is evaluated on, if an area is held out
+    photos.csv, summary.txt, places.png                               what became of each photo: list, summary, plot
 
-Photos are links to the originals, but those that EXIF data turn are written anew, turned, since training does not turn
-them. A place is what lies within `--cell` metres: photos that stand together and reach no farther, and of those that
-follow each other along a street, what falls into one square of a grid. Places nearer to each other than `--gap` are
-never kept together, since a batch must not hold a place under two labels: the one with more photos stays. Merging them
-instead makes places of whole streets: of a walk with a photo every 10 m, 111 cells, it made 1 place, where leaving out
-keeps 23; of the toy city's 576 cells, 25 m apart along 72 streets, it made 72, where leaving out keeps 216.
+Photos are links to the originals, except those that EXIF data turn: they are written turned, since training does not
+turn photos. A place lies within `--cell` metres: a group of photos that reaches no farther or, of photos that follow
+each other along a street, those in one square of a grid. Of places closer than `--gap` only the one with more photos
+stays, since a batch must not hold a place under two labels. Merging them instead would turn whole streets into places:
+of a walk with a photo every 10 m, 111 cells, it made 1 place, while leaving out keeps 23; of the toy city's 576 cells,
+25 m apart along 72 streets, it made 72, while leaving out keeps 216.
 """
 
 from pathlib import Path
@@ -25,22 +25,27 @@ from utils.signals import left_on_signals, quiet_ctrl_c
 
 
 def command_line() -> Parser:
-    """What the command takes."""
+    """The parser of the command line."""
     parser = Parser(
         prog="python -m datasets.to_gsv_cities",
         usage="%(prog)s SOURCE [SOURCE ...] --output FOLDER [--option value ...]; --help lists all options",
-        description="Turn photos into GSV-Cities' form.",
+        description="Turn photos into GSV-Cities' format.",
     )
     add = parser.add_argument
     add("sources", type=Path, nargs="+", metavar="SOURCE", help="folder of photos, or a csv")
-    add("--output", type=Path, required=True, help="folder to make")
-    add("--name", default="Mine", help="of the city and of the evaluation dataset (default: Mine)")
-    add("--copy", action="store_true", help="copy photos rather than link to them")
-    add("--cell", type=float, default=10.0, help="metres that a place reaches at most (default: 10)")
-    add("--min_images", type=int, default=4, help="photos of a place at least (default: 4)")
-    add("--heading_bins", type=int, default=1, help="split places by so many directions; 1 does not (default: 1)")
+    add("--output", type=Path, required=True, help="folder to create")
+    add("--name", default="Mine", help="name of the city and of the evaluation dataset (default: Mine)")
+    add("--copy", action="store_true", help="copy photos instead of linking to them")
+    add("--cell", type=float, default=10.0, help="largest extent of a place in metres (default: 10)")
+    add("--min_images", type=int, default=4, help="fewest photos per place (default: 4)")
+    add(
+        "--heading_bins",
+        type=int,
+        default=1,
+        help="split places into this many directions; 1 for no split (default: 1)",
+    )
     add("--gap", type=float, default=50.0, help="metres between places, and around what is held out (default: 50)")
-    two_corners = "hold out what lies between two corners, each as the source gives positions, for"
+    two_corners = "hold out the area between two corners, given as positions in the source are, for"
     add("--val_area", type=float, nargs=4, metavar=("A", "B", "C", "D"), help=f"{two_corners} validation")
     add("--test_area", type=float, nargs=4, metavar=("A", "B", "C", "D"), help=f"{two_corners} the test")
     add("--val_share", type=float, default=0.0, help="or hold out connected cells with this share of the photos")
@@ -48,14 +53,14 @@ def command_line() -> Parser:
     add(
         "--queries",
         choices=("time", "random"),
-        help="queries are the later half of what is held out, or a random half (default: time where all have one)",
+        help="queries are the later half of what is held out, or a random half (default: time if all photos have one)",
     )
-    add("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    add("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
     return parser
 
 
 if __name__ == "__main__":
-    command_line().parse()  # before the seconds of importing the rest: a mistake is answered at once
+    command_line().parse()  # before the slow imports, so that an error is reported at once
     quiet_ctrl_c()
 
 import csv
@@ -82,19 +87,19 @@ from .own_places import apart, cells_of, connected_share, heading_bins, in_area,
 from .transforms import read_pixels
 
 METRES_PER_DEGREE = 111_320.0
-POSITIVE = 25.0  # metres from a query to a correct database photo, as train.py has it by default
-IMAGES_PER_PLACE = 4  # that train.py asks for by default
+POSITIVE = 25.0  # metres from a query to a correct database photo, the default of train.py
+IMAGES_PER_PLACE = 4  # the default of train.py
 TRAIN, SPLITS = "train", ("val", "test")
 KEPT = (TRAIN, *(f"{split}/{part}" for split in SPLITS for part in ("database", "queries")))
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """What a split takes from training: what lies in an area, or else a share of the photos.
+    """What a split takes from training: an area, or else a share of the photos.
 
     Attributes:
-        area: two corners, as the source gives positions; None for none.
-        share: of all photos; 0 for none.
+        area: two corners, given as positions in the source are; None for none.
+        share: share of all photos; 0 for none.
     """
 
     area: Sequence[float] | None
@@ -106,9 +111,9 @@ class Fate:
     """What becomes of the photos.
 
     Attributes:
-        uses: of each photo one of `KEPT`, or else why it was dropped.
-        places: of each photo, -1 where it has none.
-        lines: to print.
+        uses: for each photo, one of `KEPT` or why it was dropped.
+        places: place of each photo, -1 for none.
+        lines: lines to print.
     """
 
     uses: list[str]
@@ -125,18 +130,18 @@ def hold_out(
     queries: str | None,
     seed: int,
 ) -> tuple[NDArray[np.object_], list[str]]:
-    """Of each photo its use, where nothing is dropped yet but what lies too near to what is held out; and lines.
+    """The use of each photo, dropping only what is too near to held-out photos; and lines to print.
 
     Args:
         collection: the photos.
-        cells: of each photo.
-        held_out: by split.
-        gap: metres between what is held out and what is not.
-        queries: "time", "random", or None for time where all have one.
-        seed: of what is drawn.
+        cells: cell of each photo.
+        held_out: what to hold out, by split.
+        gap: metres between held-out photos and others.
+        queries: "time", "random", or None for time if all photos have one.
+        seed: seed of all random choices.
 
     Raises:
-        ValueError: nothing can be held out so.
+        ValueError: this cannot be held out.
     """
     photos, metres = collection.photos, collection.metres
     rng, lines = np.random.default_rng(seed), list[str]()
@@ -145,14 +150,14 @@ def hold_out(
         free = uses == TRAIN
         if wanted.area:
             if collection.kind == LABELS:
-                raise ValueError(f"--{split}_area is of positions, and there are labels only; use --{split}_share")
+                raise ValueError(f"--{split}_area needs positions, but there are only labels; use --{split}_share")
             inside = in_area(np.array([photo.position for photo in photos]), wanted.area)
             held = free & inside
             if taken := int((inside & ~free).sum()):
-                lines.append(f"{taken} photos of --{split}_area are not in {split}: val has them, or they are near it")
+                lines.append(f"{taken} photos in --{split}_area are not in {split}: they are in val or near it")
             if not held.any():
                 area = " ".join(f"{value:.10g}" for value in wanted.area)
-                raise ValueError(f"--{split}_area {area} holds no photo{_extent(collection)}")
+                raise ValueError(f"--{split}_area {area} contains no photo{_extent(collection)}")
         elif wanted.share:
             held = np.zeros(len(photos), dtype=bool)
             share = wanted.share * len(photos) / max(int(free.sum()), 1)
@@ -178,16 +183,16 @@ def assign(
     queries: str | None,
     seed: int,
 ) -> Fate:
-    """What becomes of each photo; arguments as the command's options and as `hold_out`.
+    """Decides what becomes of each photo; for the arguments see the command's options and `hold_out`.
 
     Raises:
-        ValueError: there are not two places to train on, too many, or nothing to hold out.
+        ValueError: there are fewer than two places to train on, or too many, or nothing can be held out.
     """
     photos, metres = collection.photos, collection.metres
-    gap = 0.0 if collection.kind == LABELS else gap  # a label is apart from all others
+    gap = 0.0 if collection.kind == LABELS else gap  # labels are distinct places
     labels = [photo.label or "" for photo in photos]
     if any(labels) and not all(labels):
-        raise ValueError(f"{labels.count('')} of {len(labels)} photos have no label and others do; give all, or none")
+        raise ValueError(f"{labels.count('')} of {len(labels)} photos have no label; give labels to all, or none")
     cells = np.unique(labels, return_inverse=True)[1] if any(labels) else cells_of(metres, cell)
     uses, lines = hold_out(collection, cells, held_out, gap=gap, queries=queries, seed=seed)
     if any(labels):
@@ -215,23 +220,23 @@ def assign(
     if count < 2:
         raise ValueError(
             f"{len(photos)} photos in {len(np.unique(cells))} cells make {count} place{'s' * (count != 1)} to train "
-            f"on, and two is the least ({_reasons(uses) or 'nothing was dropped'}); lower --min_images, --gap or "
+            f"on, but two are needed ({_reasons(uses) or 'nothing was dropped'}); lower --min_images, --gap or "
             "--cell, or add photos"
         )
     if count > LABELS_PER_CITY:
-        raise ValueError(f"{count} places, and a table holds {LABELS_PER_CITY}; convert a region at a time")
+        raise ValueError(f"{count} places, but a table holds at most {LABELS_PER_CITY}; convert a region at a time")
     return Fate(uses.tolist(), places, lines)
 
 
 def _of_labels(collection: Collection, cells: NDArray[np.int64], gap: float) -> str:
-    """A line on what labels decide, and how many of them are of places that are too large to be one."""
+    """A line on what labels decide, and how many of them cover too large an area for one place."""
     if collection.kind == LABELS:
-        return "labels say what a place is: --cell and --gap have no part"
+        return "labels define the places: --cell and --gap have no effect"
     low, high = (np.full((int(cells.max()) + 1, 2), value) for value in (np.inf, -np.inf))
     np.minimum.at(low, cells, collection.metres)
     np.maximum.at(high, cells, collection.metres)
     reach = np.hypot(*(high - low).T)
-    line = "labels say what a place is: --cell has no part"
+    line = "labels define the places: --cell has no effect"
     if large := int((reach > max(gap, POSITIVE)).sum()):
         example = collection.photos[int(np.flatnonzero(cells == reach.argmax())[0])].label
         line += f"; {large} labels reach farther than {max(gap, POSITIVE):g} m, {example} {reach.max():.0f} m"
@@ -251,10 +256,10 @@ def _extent(collection: Collection) -> str:
 def _database_and_queries(
     photos: Sequence[Photo], held: NDArray[np.bool_], split: str, queries: str | None, rng: Generator, lines: list[str]
 ) -> NDArray[np.object_]:
-    """The use of each photo that is held out: the later half, or a random one, asks for the other.
+    """The use of each held-out photo: the later half, or a random half, are the queries.
 
     Raises:
-        ValueError: too few photos, or times that tell no halves apart.
+        ValueError: there are too few photos, or times do not split them.
     """
     chosen = [photo for photo, is_held in zip(photos, held, strict=True) if is_held]
     times = [photo.time for photo in chosen if photo.time is not None]
@@ -265,7 +270,7 @@ def _database_and_queries(
         )
     if len(chosen) < 2:
         raise ValueError(
-            f"{len(chosen)} photo is held out for {split}, where two are the least; hold out more (--{split}_share)"
+            f"{len(chosen)} photo is held out for {split}, but two are needed; hold out more (--{split}_share)"
         )
     by_time = queries != "random" and len(times) == len(chosen)
     is_query = np.zeros(len(chosen), dtype=bool)
@@ -278,19 +283,19 @@ def _database_and_queries(
         is_query = seconds >= beginnings[np.abs(later - len(chosen) / 2).argmin()]
     else:
         is_query[rng.permutation(len(chosen))[: len(chosen) // 2]] = True
-    how = "the later ones" if by_time else "drawn at random, so that a photo of the same walk can be its answer"
+    how = "the later ones" if by_time else "drawn at random, so the answer to one may be a photo of the same walk"
     lines.append(f"{split}: {int((~is_query).sum())} database photos and {int(is_query.sum())} queries, {how}")
     return np.where(is_query, f"{split}/queries", f"{split}/database").astype(object)
 
 
 def write(folder: Path, collection: Collection, fate: Fate, *, name: str, copy: bool) -> list[str]:
-    """Writes table, trees, photos.csv and the map into a new folder; gives lines to print."""
+    """Writes table, photo folders, photos.csv and the plot into a new folder; returns lines to print."""
     photos, metres, lines = collection.photos, collection.metres, list[str]()
     degrees = np.array([photo.degrees for photo in photos])
-    if not (np.abs(degrees) <= (90, 180)).all():  # a number is missing, too
+    if not (np.abs(degrees) <= (90, 180)).all():  # also if a number is missing
         degrees = metres[:, ::-1] / METRES_PER_DEGREE
         if collection.kind != LABELS:
-            lines.append("the columns lat and lon hold metres / 111,320, since not all photos say their degrees")
+            lines.append("the columns lat and lon hold metres / 111,320, since not all photos have degrees")
     table: list[tuple[Any, ...]] = []
     for index in np.argsort(fate.places, kind="stable").tolist():
         photo, use = photos[index], fate.uses[index]
@@ -318,20 +323,20 @@ def write(folder: Path, collection: Collection, fate: Fate, *, name: str, copy: 
         target.parent.mkdir(parents=True, exist_ok=True)
         place_photo(photo, target, copy=copy)
     if turned := sum(photo.turn != 1 and use in KEPT for photo, use in zip(photos, fate.uses, strict=True)):
-        lines.append(f"{turned} photos that EXIF data turn were written anew, turned")
+        lines.append(f"{turned} photos were rewritten, turned as EXIF says")
     (folder / "gsv_cities" / "Dataframes").mkdir()
     _write_csv(folder / "gsv_cities" / "Dataframes" / f"{name}.csv", [COLUMNS, *table])
     evaluation = folder / name / "images"
     for there, missing in (SPLITS, SPLITS[::-1]):
         if (evaluation / there).is_dir() and not (evaluation / missing).is_dir():
             (evaluation / missing).symlink_to(there)
-            lines.append(f"{missing} is a link to {there}: the best epoch is chosen and judged by the same photos")
+            lines.append(f"{missing} is a link to {there}: the best epoch is chosen and tested on the same photos")
     rows = zip((photo.path for photo in photos), fate.uses, fate.places.tolist(), strict=True)
     known = [(path, use, "" if place < 0 else place) for path, use, place in rows]
     known += [(path, reason, "") for reason, paths in collection.dropped.items() for path in paths]
     _write_csv(folder / "photos.csv", [("path", "use", "place"), *known])
     if collection.kind == LABELS:
-        lines.append("no map: there are labels only, and what is held out has made positions, a place a kilometre")
+        lines.append("no plot: there are only labels; held-out photos have made-up positions, places 1 km apart")
     else:
         draw_map(folder / "places.png", metres, fate)
     return lines
@@ -343,7 +348,7 @@ def _write_csv(path: Path, rows: Sequence[Sequence[object]]) -> None:
 
 
 def place_photo(photo: Photo, target: Path, *, copy: bool) -> None:
-    """Puts a photo at `target`: a link, a copy, or turned as its EXIF data says."""
+    """Creates a photo at `target`: a link, a copy, or turned as its EXIF data says."""
     if photo.turn != 1:
         to_pil_image(read_pixels(photo.path, upright=True)).save(target, "JPEG", quality=95)
     elif copy:
@@ -353,8 +358,8 @@ def place_photo(photo: Photo, target: Path, *, copy: bool) -> None:
 
 
 def draw_map(path: Path, metres: NDArray[np.float64], fate: Fate) -> None:
-    """Draws where the photos are, those to train on in the colour of their place, and what became of the others."""
-    from matplotlib.figure import Figure  # not before a picture is drawn: it takes a quarter of a second
+    """Plots where the photos are, those to train on in the colour of their place, and what became of the others."""
+    from matplotlib.figure import Figure  # takes a quarter of a second to import
 
     figure = Figure(figsize=(8, 8), layout="constrained")
     axes = figure.subplots()
@@ -371,7 +376,7 @@ def draw_map(path: Path, metres: NDArray[np.float64], fate: Fate) -> None:
         if (kinds == kind).any():
             east, north = metres[kinds == kind].T
             axes.scatter(east, north, s=25, label=f"{kind} ({len(east)})", linewidths=0.8, **style)  # type: ignore
-    middle, half = metres.max(axis=0) / 2, metres.max() * 0.55 + 1  # a square, of a straight line too
+    middle, half = metres.max(axis=0) / 2, metres.max() * 0.55 + 1  # a square, even for a straight line
     limits = {f"{axis}lim": (middle[i] - half, middle[i] + half) for i, axis in enumerate("xy")}
     axes.set(xlabel="metres east", ylabel="metres north", aspect="equal", **limits)
     axes.legend(loc="best")
@@ -380,70 +385,70 @@ def draw_map(path: Path, metres: NDArray[np.float64], fate: Fate) -> None:
 
 
 def summary(collection: Collection, fate: Fate) -> list[str]:
-    """What was kept and dropped, a line each."""
+    """Lines about what was kept and dropped."""
     counts = np.bincount(fate.places[fate.places >= 0])
     lost = Counter({reason: len(paths) for reason, paths in collection.dropped.items()})
     lost.update(use for use in fate.uses if use not in KEPT)
     read = len(fate.uses) + sum(map(len, collection.dropped.values()))
     lines = [*collection.notes, f"{read} photos, of which {counts.sum()} make {len(counts)} places to train on"]
-    lines.append(f"photos of a place: {counts.min()} to {counts.max()}")
+    lines.append(f"photos per place: {counts.min()} to {counts.max()}")
     if small := int((counts < IMAGES_PER_PLACE).sum()):
         lines.append(
             f"{small} places have fewer than {IMAGES_PER_PLACE} photos: train.py leaves them out unless "
             f"--images_per_place is lower"
         )
     lines += [*(f"dropped: {count}, {reason}" for reason, count in lost.items()), *fate.lines]
-    if collection.copies:  # one would be an easy pair of a place, or the answer to its copy
+    if collection.copies:  # an easy pair within a place, or the answer to its copy
         copy, original = next(iter(collection.copies.items()))
         lines.append(
             f"{len(collection.copies)} photos are copies of others, byte for byte, e.g. {copy} of {original}: kept, "
-            "but they teach nothing, and a query is found by its copy; remove them and convert again"
+            "but they teach nothing, and a query finds its copy; remove them and convert again"
         )
-    # A name may hold a line break, or bytes that are not text.
+    # A name may contain a line break, or bytes that are not text.
     return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]
 
 
 def require_new(output: Path, sources: Sequence[Path]) -> None:
-    """Raises ValueError for an output that is there, that cannot be made, or that would be a source."""
+    """Raises ValueError if the output exists, cannot be created, or lies in a source."""
     try:
         there = output.exists() or output.is_symlink()
     except OSError as error:  # a name that is too long, or a folder that may not be looked into
         raise _not_made(output, error) from error
     if there:
-        raise ValueError(f"--output {output} is there already; remove it, or name another folder")
+        raise ValueError(f"--output {output} already exists; remove it, or name another folder")
     above = next(folder for folder in output.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        reason = "may not be written to" if above.is_dir() else "is no folder"
-        raise ValueError(f"--output {output} cannot be made: {above} {reason}; name another folder")
+        reason = "is not writable" if above.is_dir() else "is not a folder"
+        raise ValueError(f"--output {output} cannot be created: {above} {reason}; name another folder")
     for source in sources:
         if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
             raise ValueError(f"--output {output} lies in {source}, whose photos are converted; name a folder outside")
 
 
 def _not_made(output: Path, error: OSError) -> ValueError:
-    return ValueError(f"--output {output} cannot be made ({error.strerror or error}); name another folder")
+    return ValueError(f"--output {output} cannot be created ({error.strerror or error}); name another folder")
 
 
 def _require_sense(
     name: str, queries: str | None, held_out: Mapping[str, HeldOut], **least: tuple[float, float]
 ) -> None:
-    """Raises ValueError for options that cannot be followed; `least` has values and the least that they may be."""
+    """Raises ValueError for invalid options; `least` has values and their minima."""
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9-]*", name):
         raise ValueError(f"--name {name!r} becomes part of file names; use letters, digits and -")
     for flag, (value, smallest) in least.items():
         if not smallest <= value < float("inf"):
-            raise ValueError(f"--{flag} {value:g} is too small or no number; use {smallest:g} or more")
+            raise ValueError(f"--{flag} {value:g} is too small or not a number; use {smallest:g} or more")
     for split, wanted in held_out.items():
         if not 0 <= wanted.share < 1:
-            raise ValueError(f"--{split}_share {wanted.share:g} is no share of the photos; use 0 to 1, e.g. 0.15")
+            raise ValueError(f"--{split}_share {wanted.share:g} is not a share; use at least 0 and below 1, e.g. 0.15")
         if wanted.area and wanted.share:
-            raise ValueError(f"--{split}_area and --{split}_share each say what to hold out; give one of them")
+            raise ValueError(f"--{split}_area and --{split}_share both say what to hold out; give one of them")
     if queries and not any(wanted.area or wanted.share for wanted in held_out.values()):
-        raise ValueError(f"--queries {queries} is of a held-out area; give --val_area or --val_share")
+        raise ValueError(f"--queries {queries} needs held-out photos; give --val_area or --val_share")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the output is there whole or not at all.
+    """Runs the command line; the output is written completely or not at all.
 
     Returns:
         The exit status, 0; 2 for bad input is raised as SystemExit.
@@ -484,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except OSError as error:
                 raise _not_made(output, error) from error
             with whole(output) as folder:
-                shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+                shutil.rmtree(folder, ignore_errors=True)  # left by a killed one
                 folder.mkdir()
                 lines = summary(collection, fate) + write(folder, collection, fate, name=name, copy=args.copy)
                 (folder / "summary.txt").write_text("\n".join(lines) + "\n", errors="surrogateescape")

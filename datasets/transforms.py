@@ -1,7 +1,7 @@
-"""From an image file to a normalised tensor: the evaluation's ways of resizing, and the training augmentation.
+"""From an image file to a normalised tensor: the test methods of evaluation, and the training augmentation.
 
-Antialiasing is spelled out wherever an image is resized: the published numbers come from tensors resized WITHOUT it,
-which today's torchvision would not do by default.
+Antialiasing is explicit wherever an image is resized: the published numbers come from tensors resized WITHOUT it, while
+today's torchvision antialiases by default.
 """
 
 import os
@@ -30,7 +30,7 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """Reads an image file of any mode as RGB, as `pixel_modes` says.
+    """Reads an image file of any mode as RGB, see `pixel_modes`.
 
     Raises:
         ValueError: it cannot be read; the message names the file.
@@ -39,22 +39,22 @@ def open_image(path: Path | str) -> Image.Image:
 
 
 def open_noted(path: Path | str) -> tuple[Image.Image, Depth, str]:
-    """As `open_image`, and how the image came to have 8 bits a channel, see `pixel_modes.to_rgb`."""
+    """Like `open_image`, and how the image was converted to 8 bits per channel, see `pixel_modes.to_rgb`."""
     try:
         with Image.open(path) as image:
             return to_rgb(image)
-    except Exception as error:  # decoders stumble over a damaged file in many ways
+    except Exception as error:  # decoders fail on damaged files in many ways
         raise cannot_read(path, error) from error
 
 
 def read_pixels(photo: Path | str | Image.Image, *, upright: bool = False) -> Tensor:
     """Reads an image as RGB: bytes, 3 x H x W.
 
-    JPEGs in colour or grey go through torchvision, which gives the same bytes as Pillow in less time. All else, and
-    what it does not manage, goes through Pillow.
+    torchvision reads JPEGs in colour or grey, which gives the same bytes as Pillow in less time. Pillow reads all else,
+    and what torchvision cannot.
 
     Args:
-        photo: path of a file, or an image that Pillow has opened.
+        photo: path of a file, or a Pillow image.
         upright: turn the image as its EXIF data says.
 
     Raises:
@@ -67,7 +67,7 @@ def read_pixels(photo: Path | str | Image.Image, *, upright: bool = False) -> Te
 
 
 def read_noted(path: Path | str, *, upright: bool = False) -> tuple[Tensor, Depth]:
-    """As `read_pixels`, and how the image came to have 8 bits a channel."""
+    """Like `read_pixels`, and how the image was converted to 8 bits per channel."""
     pixels, depth = _decoded(os.fspath(path))
     if upright:
         try:
@@ -83,22 +83,22 @@ def _decoded(path: str) -> tuple[Tensor, Depth]:
             pixels = decode_jpeg(read_file(path))
             if len(pixels) == 3:
                 return pixels, Depth.STORED
-            if len(pixels) == 1:  # copied, since memory that channels share cannot be pinned
+            if len(pixels) == 1:  # copied, since memory shared by channels cannot be pinned
                 return pixels.repeat(3, 1, 1), Depth.STORED
-            # Four are CMYK, which Pillow converts differently.
+            # Four channels are CMYK, which Pillow converts differently.
         except RuntimeError:
-            pass  # Pillow reads it, or says what is wrong
+            pass  # Pillow reads it, or reports what is wrong
     image, depth, _ = open_noted(path)
     return TF.pil_to_tensor(image), depth
 
 
 def read_reduced(path: Path | str, side: int, *, upright: bool = False) -> Image.Image:
-    """As `read_pixels`, for showing it with sides of at most `side` pixels, and so perhaps smaller.
+    """Like `read_pixels`, for display with sides of at most `side` pixels, so perhaps at reduced size.
 
-    JPEGs are decoded no larger than needed, and have no limit of size here, as they have none for the model.
+    JPEGs are decoded no larger than needed, and have no size limit, as for the model.
 
     Raises:
-        ValueError: as `read_pixels`.
+        ValueError: see `read_pixels`.
     """
     image = None
     if os.fspath(path).lower().endswith((".jpg", ".jpeg")):
@@ -112,11 +112,11 @@ def read_reduced(path: Path | str, side: int, *, upright: bool = False) -> Image
 
 
 def normalize(image: Tensor, inplace: bool = False) -> Tensor:
-    """Takes out ImageNet's mean and standard deviation from values in [0, 1], ... x 3 x H x W.
+    """Normalises values in [0, 1], ... x 3 x H x W, by ImageNet's mean and standard deviation.
 
     Args:
         image: the values.
-        inplace: overwrite them, where nobody needs them any more.
+        inplace: overwrite them.
     """
     mean, std = _statistics(image.device, image.dtype)
     return (image.sub_(mean) if inplace else image.sub(mean)).div_(std)
@@ -124,7 +124,7 @@ def normalize(image: Tensor, inplace: bool = False) -> Tensor:
 
 @cache
 def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and standard deviation, 3 x 1 x 1 each; a GPU would be waited for to get them anew each time."""
+    """ImageNet's mean and standard deviation, 3 x 1 x 1 each; cached, since copying them to a GPU waits for it."""
     with torch.inference_mode(False):
         mean, std = (torch.tensor(of, dtype=dtype, device=device) for of in (IMAGENET_MEAN, IMAGENET_STD))
         return mean.view(3, 1, 1), std.view(3, 1, 1)
@@ -148,8 +148,8 @@ def shorter_side_to(images: Tensor, side: int, *, antialias: bool) -> Tensor:
 
 def hard_resize(pixels: Tensor, *, size: Size, antialias: bool) -> Tensor:
     """Both sides to `size`: bytes B x 3 x H x W to B x 3 x H' x W', normalised."""
-    # Resized before it is normalised: the same, since both are linear, and there are far fewer pixels to go over. But
-    # not before it is float: bytes would be rounded.
+    # Resized before normalising: both are linear, so the result is the same with far fewer pixels. But not before the
+    # conversion to float: bytes would be rounded.
     return normalize(_resize(to_unit(pixels), size, antialias), inplace=True)
 
 
@@ -161,14 +161,14 @@ def single_query(pixels: Tensor, *, size: Size, antialias: bool, patch_size: int
 
 
 def central_crop(pixels: Tensor, *, size: Size, antialias: bool) -> Tensor:
-    """Scaled until it covers `size`, centre-cropped: B x 3 x H' x W', normalised.
+    """Scaled to cover `size`, then centre-cropped: B x 3 x H' x W', normalised.
 
-    By nearest neighbour, as the benchmark does; `antialias` has no part in that.
+    By nearest neighbour, as the benchmark does; `antialias` has no effect.
     """
     height, width = pixels.shape[-2:]
     scale = max(size[0] / height, size[1] / width)
     scaled = F.interpolate(normalize(to_unit(pixels), inplace=True), scale_factor=scale, mode="nearest")
-    # A side may come out one pixel short; the crop then pads with zeros, hence after the normalisation.
+    # A side may be one pixel short; the crop then pads with zeros, so it follows the normalisation.
     return TF.center_crop(scaled, list(size))
 
 
@@ -182,7 +182,7 @@ def five_crops(pixels: Tensor, *, size: Size, antialias: bool) -> Tensor:
     return normalize(torch.stack(TF.five_crop(resized, [side, side]), dim=1), inplace=True)
 
 
-# How the benchmark prepares queries, by the name of the test method; the last two differ in what follows the search.
+# How the benchmark prepares queries, by test method; the last two differ in what follows the search.
 TEST_METHODS: dict[str, Callable[..., Tensor]] = {
     "hard_resize": hard_resize,
     "single_query": single_query,
@@ -192,52 +192,52 @@ TEST_METHODS: dict[str, Callable[..., Tensor]] = {
     "maj_voting": five_crops,
 }
 
-# Of a query, by test method.
+# Crops per query, by test method.
 CROPS = {name: 5 if transform is five_crops else 1 for name, transform in TEST_METHODS.items()}
 
 
 def evaluation_transform(
     size: Size, antialias: bool = False, test_method: str = "hard_resize", *, patch_size: int = 14
 ) -> Transform:
-    """A test method with its `size` (height, width): bytes B x 3 x H x W, on any device, to what the model takes.
+    """A test method with its `size` (height, width): bytes B x 3 x H x W, on any device, to the model's input.
 
-    `patch_size`, in pixels, is the backbone's: `single_query` crops to whole patches.
+    `patch_size` is the backbone's, in pixels: `single_query` crops to whole patches.
     """
     transform = partial(TEST_METHODS[test_method], size=size, antialias=antialias)
     return partial(transform, patch_size=patch_size) if test_method == "single_query" else transform
 
 
 def require_patches(size: Sequence[int], *, patch_size: int, side: int) -> None:
-    """Raises ValueError unless `size` is a height and a width that the model takes.
+    """Raises ValueError unless `size` is a height and a width that the model accepts.
 
     Args:
-        size: in pixels.
+        size: height and width in pixels.
         patch_size: the backbone's, in pixels.
-        side: one that the backbone takes, for the message.
+        side: a side that the backbone accepts, for the message.
     """
     sides = tuple(size) if isinstance(size, Sequence) else (size,)
     if len(sides) != 2 or not all(isinstance(of, int) and of > 0 and of % patch_size == 0 for of in sides):
         raise ValueError(
-            f"resize {size!r} is not a height and a width that are multiples of the {patch_size}-pixel patch, "
-            f"{patch_size} or more; use e.g. ({side}, {side})"
+            f"resize {size!r} is not a height and a width in multiples of the {patch_size}-pixel patch, at least "
+            f"{patch_size}; use e.g. ({side}, {side})"
         )
 
 
 def prepare(
     photo: Path | str | Image.Image | Tensor, transform: Transform | None = None, *, upright: bool = True
 ) -> Tensor:
-    """A photo as the model takes it. eval.py and torch.hub's `prepare` call this, so that descriptors are the same.
+    """Turns a photo into model input. eval.py and torch.hub's `prepare` call this, so that descriptors are the same.
 
-    By default that is what eval.py does with plain folders. A benchmark's photo, as published, is
+    The defaults are those of eval.py for plain folders. A benchmark's photo, as published, is
     `prepare(photo, evaluation_transform((322, 322)), upright=False)`: neither antialiased nor turned.
 
     Args:
-        photo: path of a file, an image that Pillow has opened, or pixels that `read_pixels` gave.
-        transform: of `evaluation_transform`; by default both sides to 322 pixels, which is DINOv2's, antialiased.
+        photo: path of a file, a Pillow image, or pixels from `read_pixels`.
+        transform: from `evaluation_transform`; by default both sides to 322 pixels (DINOv2's size), antialiased.
         upright: turn the photo as its EXIF data says.
 
     Returns:
-        What the transform makes of the photo, normalised: (crops x) 3 x H x W.
+        The transformed photo, normalised: (crops x) 3 x H x W.
 
     Raises:
         ValueError: it cannot be read; the message names the file.
@@ -248,7 +248,7 @@ def prepare(
 
 
 def transform_sizes(transform: Transform, images: Sequence[Tensor]) -> Tensor:
-    """Applies a transform to images of several sizes, each size at once; B x ..., in the order of the images."""
+    """Applies a transform to images of several sizes, batched by size; B x ..., in the order of the images."""
     by_size: dict[torch.Size, list[int]] = {}
     for index, pixels in enumerate(images):
         by_size.setdefault(pixels.shape, []).append(index)
@@ -265,7 +265,7 @@ class TrainingTransform:
 
     Args:
         size: height, width in pixels.
-        randaugment_ops: operations an image; 0 for none.
+        randaugment_ops: operations per image; 0 for none.
 
     RandAugment draws from torch's global generator.
     """

@@ -5,23 +5,23 @@ from numpy.typing import NDArray
 
 # WGS 84, and UTM's scale along the central meridian.
 EQUATOR_RADIUS, FLATTENING, SCALE = 6_378_137.0, 1 / 298.257223563, 0.9996
-FALSE_EAST, FALSE_NORTH = 500_000.0, 10_000_000.0  # in metres; the second south of the equator
-REACH = 6.0  # degrees from the central meridian, at most: lengths are wrong by 0.5% there
+FALSE_EAST, FALSE_NORTH = 500_000.0, 10_000_000.0  # in metres; the second only south of the equator
+REACH = 6.0  # degrees from the central meridian, at most: lengths are off by 0.5% there
 
 
 def zone_of(degrees: NDArray[np.float64]) -> tuple[int, bool]:
-    """The zone of the middle of N x 2 latitudes and longitudes, 1 to 60, and whether it is on the northern half.
+    """The zone at the middle of N x 2 latitudes and longitudes, 1 to 60, and whether it is on the northern hemisphere.
 
     Raises:
-        ValueError: they reach too far for one zone.
+        ValueError: they extend too far for one zone.
     """
     low, high = degrees.min(axis=0), degrees.max(axis=0)
     zone = int(np.clip((low[1] + high[1]) / 2 // 6 + 31, 1, 60))
     farthest = float(np.abs(degrees[:, 1] - central_meridian(zone)).max())
     if farthest > REACH or max(abs(low[0]), abs(high[0])) > 84:
         raise ValueError(
-            f"positions reach from latitude {low[0]:.4f} to {high[0]:.4f} and from longitude {low[1]:.4f} to "
-            f"{high[1]:.4f}, more than a map in metres holds (one UTM zone, {REACH:g} degrees from its middle, "
+            f"positions extend from latitude {low[0]:.4f} to {high[0]:.4f} and from longitude {low[1]:.4f} to "
+            f"{high[1]:.4f}, too far for one map in metres (one UTM zone, {REACH:g} degrees from its middle, "
             "84 degrees north and south); convert one region at a time"
         )
     return zone, bool(low[0] + high[0] >= 0)
@@ -33,15 +33,15 @@ def central_meridian(zone: int) -> float:
 
 
 def to_utm(degrees: NDArray[np.float64], zone: int, north: bool) -> NDArray[np.float64]:
-    """UTM east and north in metres, N x 2, of N x 2 latitudes and longitudes; a millimetre is right within a zone.
+    """UTM east and north in metres, N x 2, of N x 2 latitudes and longitudes; accurate to a millimetre within a zone.
 
     Source: Krueger's series to the third order in the third flattening, as Karney (Transverse Mercator with an
     accuracy of a few nanometers, 2011) gives it.
 
     Args:
-        degrees: not a number gives not a number.
+        degrees: latitudes and longitudes; NaN gives NaN.
         zone: 1 to 60, for all of them.
-        north: whether north counts from the equator, rather than from 10,000 km south of it.
+        north: whether north is counted from the equator rather than from 10,000 km south of it.
     """
     n = FLATTENING / (2 - FLATTENING)
     radius = EQUATOR_RADIUS / (1 + n) * (1 + n**2 / 4 + n**4 / 64)

@@ -32,7 +32,7 @@ from .sizes import BACKBONES, require_patches
 
 
 def version() -> str:
-    """The version of this repository; "unknown" where the file that holds it was left behind."""
+    """The version of this repository; "unknown" if the file VERSION is missing."""
     try:
         return (Path(__file__).parents[1] / "VERSION").read_text().strip()
     except OSError:

@@ -127,7 +127,7 @@ def freeze_blocks(backbone: nn.Module, blocks: nn.ModuleList, freeze_te: int | N
     """
     if freeze_te is not None and not 0 <= freeze_te <= len(blocks):
         raise ValueError(
-            f"--freeze_te {freeze_te} freezes more blocks than the {len(blocks)} that this backbone has; "
+            f"--freeze_te {freeze_te} freezes more than the {len(blocks)} blocks of this backbone; "
             f"use 0 to {len(blocks)}, or none to train everything"
         )
     backbone.requires_grad_(freeze_te is None)

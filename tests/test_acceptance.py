@@ -173,7 +173,7 @@ def test_hand_placed_ratios():
     }
     assert of["distance"]["recall_at_precision"]["99"]["threshold"] == 1.0
     assert of["distance"]["curve"]["accepted"] == [1, 3, 4] and of["queries_with_positives"] == 5
-    assert "of 1 of 5 queries none of 4 matches is so far away" in acceptance.in_words(of, 4, 25.0)
+    assert "for 1 of 5 queries none of 4 matches is that far away" in acceptance.in_words(of, 4, 25.0)
 
 
 def test_what_is_not_known_does_not_count():
@@ -192,7 +192,7 @@ def test_what_is_not_known_does_not_count():
     near = first_matches(
         distances, predictions, correct=correct, findable=findable, judged=judged, elsewhere=elsewhere & False
     )
-    assert near.ratios is None and near.no_ratio == "no match among 4 is of another place than the first"
+    assert near.ratios is None and near.no_ratio == "no match among 4 is from another place than the first"
 
 
 def test_without_anything_to_find_there_is_no_recall():
@@ -370,7 +370,7 @@ def test_a_distance_is_accepted_as_the_file_writes_it(evaluated, capsys):
             assert figure["frame"] == ("correct" if row["correct"] == "1" else "wrong") + " rejected" * (not near)
     assert page.filters["accepted"][-1] == f"({taken.sum()})"
     assert page.filters["false-alarm"][-1] == f"({(taken & ~correct).sum()})"
-    assert f"squared distance of descriptors up to {float(copied)}" in page.path.read_text()
+    assert f"squared descriptor distance up to {float(copied)}" in page.path.read_text()
 
 
 def test_a_page_with_accepted_matches(tmp_path):
@@ -426,7 +426,7 @@ def test_the_distance_of_a_precision_is_that_of_the_val_split(evaluated, copied,
     first = f"{of_val['accepted']} of {of_val['first_matches']} first matches are accepted, precision "
     assert f"{first}{of_val['precision']:.1f}, recall {of_val['recall']:.1f}" in shown
     assert threshold == max(enough), "all points are there, of so few queries"
-    said = f"--accept {asked} is {threshold:.6g}, the largest squared distance of that precision on toy_city val (10 "
+    said = f"--accept {asked} is {threshold:.6g}, the largest squared distance with that precision on toy_city val (10 "
     assert said in shown and f"--accept {asked} ({threshold:.6g}): " in shown
     for row in rows_of(folder):
         assert row["accepted"] == str(int(float(row["squared_descriptor_distance"]) <= threshold))
@@ -463,10 +463,10 @@ def test_a_val_split_that_cannot_be_used(evaluated, copied, tmp_path, capsys, mo
     remedy = f"; put one into {images}/val, or give --accept a distance"
     (images / "val").rename(images / "elsewhere")
     error = refused(evaluated, capsys, "--accept=auto@99", data=data)
-    assert error == f"ERROR: --accept auto@99 is found on the val split, and toy_city has none{remedy}"
+    assert error == f"ERROR: --accept auto@99 needs a val split, but toy_city has none{remedy}"
     (images / "val").symlink_to("test")
     error = refused(evaluated, capsys, "--accept=auto@99", data=data)
-    assert "queries of the val split of toy_city are those of the test split" in error and error.endswith(remedy)
+    assert "queries of the val split of toy_city are also in the test split" in error and error.endswith(remedy)
     (images / "val").unlink()
     (images / "val/queries_night").mkdir(parents=True)
     error = refused(evaluated, capsys, "--accept=auto@99", data=data)
@@ -493,7 +493,7 @@ def test_copies_of_the_test_split_are_told(evaluated, copied, capsys):
     shutil.copytree(images / "test", images / "val")
     evaluated("--accept=auto@1", data=data)
     shown = capsys.readouterr().err
-    assert "WARNING: toy_city val: 15 queries have the names of queries of the test split, e.g. @" in shown
+    assert "WARNING: toy_city val: 15 queries have the same names as test queries, e.g. @" in shown
 
 
 def test_a_precision_that_no_distance_gives(evaluated, copied, tmp_path, capsys):
@@ -503,7 +503,7 @@ def test_a_precision_that_no_distance_gives(evaluated, copied, tmp_path, capsys)
         path.rename(path.with_name("@".join(["", str(float(east) + 9e5), *rest])))
     error = refused(evaluated, capsys, "--accept=auto@99.5", data=data)
     assert error == (
-        "ERROR: --accept auto@99.5: on toy_city val no distance gives 99.5% precision, but 0.0% at most; ask for less, "
+        "ERROR: --accept auto@99.5: on toy_city val no distance gives 99.5% precision, only up to 0.0%; use a lower P, "
         "or give a distance"
     )
     (kept,) = tmp_path.glob("run*/*/kept")
@@ -525,18 +525,18 @@ def test_a_positives_file_gives_no_metres(evaluated, tmp_path, capsys):
     (tmp_path / "right.csv").write_text("query,database\n" + "".join(f"{n},{n}\n" for n in range(12)))
     found = results_of(evaluated(f"--positives_file={tmp_path}/right.csv"))["contexts"]["file_order"]["first_match"]
     assert found["ratio"] is None and found["queries_with_positives"] == 12 and found["queries"] == 15
-    assert "; by no ratio to another place, since --positives_file gives no metres\n" in capsys.readouterr().err
+    assert "; no ratio to another place, since --positives_file gives no metres\n" in capsys.readouterr().err
 
 
 def test_votes_are_no_distances(evaluated, capsys):
     found = results_of(evaluated("--test_method=maj_voting"))["contexts"]["file_order"]["first_match"]
     assert found["ratio"] is None and found["distance"]["average_precision"] > 0
-    assert "by no ratio to another place, since votes lower the distances" in capsys.readouterr().err
+    assert "; no ratio to another place, since votes lower the distances" in capsys.readouterr().err
 
 
 def test_a_search_of_one_match_has_no_ratio(evaluated, capsys):
     evaluated("--recall_values", 1)
-    assert "since no match among 1 is of another place than the first" in capsys.readouterr().err
+    assert "since no match among 1 is from another place than the first" in capsys.readouterr().err
 
 
 def test_what_an_index_does_not_find_is_never_accepted(evaluated, monkeypatch, capsys):
@@ -610,7 +610,10 @@ def test_keys_are_of_the_test_split(evaluated, city, copied, tmp_path, capsys):
     (tmp_path / "keys.txt").write_text("test03\ntest05\n")
     evaluated("--accept=auto@1", f"--query_keys={tmp_path}/keys.txt", data=data)
     shown = capsys.readouterr().err
-    assert "toy_city val (10 database, 10 queries), file_order, all its queries, since --query_keys are of the" in shown
+    assert (
+        "toy_city val (10 database, 10 queries), file_order, all its queries, since --query_keys applies to the"
+        in shown
+    )
 
 
 def test_the_dataset_knows_how_far_matches_are_apart(city):

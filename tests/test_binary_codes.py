@@ -113,7 +113,7 @@ def test_eval_takes_it_as_an_index(evaluated, capsys):
     for context, of_context in exact["contexts"].items():
         assert found["contexts"][context]["recalls"] == of_context["recalls"], "of 15 images all are ranked exactly"
     assert found["index_agreement"] == {"nearest": 100.0, "first_k": 100.0, "queries": 15}
-    said = "index binary (48 bytes an image, the first 15 ranked exactly) finds the nearest image of 100.0% and the"
+    said = "index binary (48 bytes per image, the first 15 ranked exactly) finds the nearest image of 100.0% and the"
     assert said in capsys.readouterr().err
     assert evaluated("--index=binary", "--test_method=nearest_crop", "--rerank=20")["index_agreement"]["queries"] > 15
 

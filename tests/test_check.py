@@ -182,7 +182,7 @@ def test_files_that_cannot_be_read_have_one_fault_each(tmp_path):
         ("unreadable", str(database / "@4@4@.png")),
         ("unreadable", str(database / "@5@5@.jpg")),
     ]
-    assert "a link to a file that is not there" in faults[4].message
+    assert "a link to a missing file" in faults[4].message
     assert faults[6].message.startswith("Too many levels of symbolic links;")
 
 

@@ -162,7 +162,10 @@ def test_a_one_to_one_tree_is_told(evaluated, one_to_one, capsys):
     assert results_of(alone)["recalls"] == results["contexts"]["unaligned"]["recalls"]
     assert "exactly the places" not in capsys.readouterr().err, "which nobody asked for"
     evaluated(*flags, "--encoder_context", "unaligned", "--context_shift=4")
-    assert "--context_shift 4 is whole batches of 4: unaligned is file_order then" in capsys.readouterr().err
+    assert (
+        "--context_shift 4 is a multiple of the batch size 4: unaligned is the same as file_order"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_toy_city_is_not_a_set_of_pairs(evaluated, city, capsys):
@@ -362,7 +365,7 @@ def test_results_of_two_datasets_do_not_share_a_folder(evaluated, odd, tmp_path,
     shutil.copytree(tmp_path / "trees/odd/images/test/b", tmp_path / "trees/odd/b/images/test/queries")
     with pytest.raises(SystemExit) as exit_:
         evaluated(*flags, "--eval_dataset_name", "odd", "odd/b", "--queries_names", "odd:b", "odd:c")
-    told = "the results of odd test b and odd/b test would go to one folder, odd/b; evaluate one after the other"
+    told = "the results of odd test b and odd/b test would go to the same folder, odd/b; evaluate one after the other"
     assert exit_.value.code == 2 and told in capsys.readouterr().err
 
 
@@ -378,13 +381,13 @@ def test_unaligned_is_told_where_it_is_file_order(evaluated, one_to_one, capsys,
     monkeypatch.setattr("test.extract", lambda *_: 1 / 0)
     flags = [f"--eval_datasets_folder={one_to_one}", *"--eval_dataset_name=pairs --encoder_context unaligned".split()]
     for flag, why in (
-        ("--test_method=single_query", "queries share a batch with none by --test_method single_query"),
-        ("--context_shift=8", "--context_shift 8 is whole batches of 4"),
-        ("--infer_batch_size=36", "pairs test has no more than 18 queries, --context_shift, which share one batch"),
+        ("--test_method=single_query", "with --test_method single_query, each query has a batch of its own"),
+        ("--context_shift=8", "--context_shift 8 is a multiple of the batch size 4"),
+        ("--infer_batch_size=36", "pairs test has at most 18 queries (--context_shift), which share one batch"),
     ):
         with pytest.raises(ZeroDivisionError):
             evaluated(*flags, flag)
-        assert f"{why}: unaligned is file_order then" in capsys.readouterr().err
+        assert f"{why}: unaligned is the same as file_order" in capsys.readouterr().err
 
 
 def test_an_index_is_compared_in_every_context(evaluated, odd, capsys):
@@ -404,9 +407,12 @@ def test_an_index_is_compared_in_every_context(evaluated, odd, capsys):
     [
         (
             "--eval_dataset_name=svox",
-            "the queries there are queries_night, queries_rain: name them by eval.py's",
+            "the query sets there are queries_night, queries_rain: name them with eval.py's",
         ),
-        ("--eval_dataset_name=svox --queries_names queries_fog", "svox/images/test/queries_fog; the queries there are"),
+        (
+            "--eval_dataset_name=svox --queries_names queries_fog",
+            "svox/images/test/queries_fog; the query sets there are",
+        ),
         ("--eval_dataset_name=svox --queries_names a a", "--queries_names a a names a set of svox twice"),
         ("--eval_dataset_name=svox --queries_names a ./a/", "names a set of svox twice"),
         ("--eval_dataset_name=svox --queries_names ../a", "--queries_names '../a' is not the name of a folder below"),
@@ -446,7 +452,7 @@ def test_protocols_name_their_sources(caplog):
     assert sets["queries_rain"] == 937 and sets["queries_occlusion"] == 76
     dataset = tree(range(3), range(3))
     warn_of_counts(dataset, protocol_of("sf_xl"), "queries_v2")
-    assert "line has 3 queries, where published figures are for 598" in caplog.text
+    assert "line has 3 queries, but published figures are for 598" in caplog.text
     caplog.clear()
     warn_of_counts(dataset, protocol_of("sf_xl"), "queries_mine")
     assert not caplog.text

@@ -96,8 +96,10 @@ def test_several_folders_follow_each_other_and_their_labels_never_meet(three_fol
     )
     # What one folder lacks of the 23 another may have; a name that is there twice is told.
     missing, twice = caplog.messages
-    assert missing.startswith(f"21 of the 23 GSV-Cities are not in {three_folders[0]} and {three_folders[1]}: Bangkok")
-    assert twice.startswith(f"London is in {three_folders[0]} and {three_folders[1]}: taken as 2 cities")
+    assert missing.startswith(
+        f"21 of the 23 cities of GSV-Cities are not in {three_folders[0]} and {three_folders[1]}: Bangkok"
+    )
+    assert twice.startswith(f"London is in {three_folders[0]} and {three_folders[1]}: read as 2 cities")
     # No place twice in an epoch, and batches go city by city.
     order = PlaceBatches(places, batch_size=4).order(0)
     assert sorted(order) == list(range(12)) and (np.diff(places.labels[order] // 100_000) >= 0).all()
@@ -116,7 +118,7 @@ def test_cities_are_selected_over_all_folders(three_folders, caplog):
     assert [path.split("/")[-4] for path in map(places.image_paths, (0, 2, 4)) for path in path[:1]] == ["C", "A", "B"]
     assert [message.split(":")[0].split()[0] for message in caplog.messages] == ["London"]
     places_of(three_folders, cities=["Zoo", "Boston"])
-    assert caplog.messages[-1] == f"--cities Zoo Boston leaves nothing of {three_folders[1]}"
+    assert caplog.messages[-1] == f"--cities Zoo Boston uses nothing from {three_folders[1]}"
     with pytest.raises(
         FileNotFoundError, match=r"no table Rome.csv, Oslo.csv in .*A/Dataframes, .*leave Rome Oslo out"
     ):
@@ -177,16 +179,22 @@ def test_tables_as_they_come(tmp_path, text):
     [
         (
             (HEADER + ROWS[0] + "\n" + ROWS[1].replace("b", "Z\u00fcrich")).encode("latin-1"),
-            "line 3: .*UTF-8 is needed",
+            "line 3: .*not UTF-8 .*; save the table as UTF-8",
         ),
-        ((HEADER + ROWS[0]).encode("utf-16"), "line 1: .*UTF-8 is needed"),
+        ((HEADER + ROWS[0]).encode("utf-16"), "line 1: .*not UTF-8 .*; save the table as UTF-8"),
         ((HEADER + ROWS[0] + '\n"8\n9",2013').encode(), "line 4"),
         ((HEADER + ROWS[0].replace("7", "1_0", 1)).encode(), "line 2: .*'1_0' is not a whole number"),
         ((HEADER + ROWS[0].replace("7", "7.0", 1)).encode(), "line 2: .*'7.0' is not a whole number"),
         ((HEADER + ROWS[0].replace("51.5", "north")).encode(), "line 2: .*north"),
         ((HEADER + '"' + "x" * 200_000 + '",1').encode(), "line 2: .*field larger"),
-        ((HEADER + ROWS[0].replace("51.5", "5_1.5")).encode(), "line 2: .*5_1.5, -0.12 are no latitude and longitude"),
-        ((HEADER + ROWS[0] + "\n" + "\u00fc").replace("\n", "\r").encode("latin-1"), "line 3: .*UTF-8 is needed"),
+        (
+            (HEADER + ROWS[0].replace("51.5", "5_1.5")).encode(),
+            "line 2: .*5_1.5, -0.12 is not a latitude and longitude",
+        ),
+        (
+            (HEADER + ROWS[0] + "\n" + "\u00fc").replace("\n", "\r").encode("latin-1"),
+            "line 3: .*not UTF-8 .*; save the table as UTF-8",
+        ),
         ((HEADER + ROWS[0]).replace(",", ";").encode(), "line 1: no column place_id, year, .*separated by commas"),
         (b'"' + b"x" * 200_000, "line 1: field larger"),
         (b"", "line 1: no column place_id"),
@@ -308,7 +316,7 @@ def test_places_of_similar_descriptors_share_a_batch(tmp_path, monkeypatch, capl
     assert sorted(order) == list(range(16)) and (order.reshape(4, 4) % 4 == order[::4, None] % 4).all()
     (paths,) = asked
     assert len(set(paths)) == 32, "two photos of a place"
-    assert "epoch 2: 16 of 16 places were described in " in caplog.text
+    assert "epoch 2: described 16 of 16 places in " in caplog.text
     assert similar_places.order_by_similarity(batches, describe, torch.device("cpu")).tolist() == order.tolist()
 
 

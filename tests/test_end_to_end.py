@@ -217,9 +217,9 @@ def test_options_of_training_without_a_part_are_said(city, tmp_path, capsys):
     steps = int((run_folder(tmp_path / "plain") / "metrics.csv").read_text().splitlines()[1].split(",")[1])
     assert "WARNING: --" not in capsys.readouterr().err
     for flags, told in (
-        (["--place_order=similar"], "--place_order similar has no effect: it begins with the second epoch"),
-        (["--place_order=reshuffled"], "--place_order reshuffled has no effect: it begins with the second epoch"),
-        ([f"--warmup_steps={steps}"], f"--warmup_steps {steps} is as long as the run or longer, {steps} steps"),
+        (["--place_order=similar"], "--place_order similar has no effect: it starts with the second epoch"),
+        (["--place_order=reshuffled"], "--place_order reshuffled has no effect: it starts with the second epoch"),
+        ([f"--warmup_steps={steps}"], f"--warmup_steps {steps} covers the whole run of {steps} steps"),
         ([f"--warmup_steps={steps - 1}"], ""),
     ):
         train(city, tmp_path / "other", *plain, *flags)
@@ -232,7 +232,7 @@ def test_where_all_places_share_a_batch_none_is_described(city, tmp_path, capsys
     for order in ("similar", "reshuffled"):
         train(city, tmp_path / order, *flags, f"--place_order={order}")
     told = capsys.readouterr().err
-    assert "--place_order similar has no effect: all" in told and "were described" not in told
+    assert "--place_order similar has no effect: all" in told and ": described" not in told
     tables = [(run_folder(tmp_path / order) / "metrics.csv").read_text() for order in ("similar", "reshuffled")]
     assert tables[0] == tables[1]
 

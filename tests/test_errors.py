@@ -107,7 +107,7 @@ def test_resize_off_the_patch_grid(fails, checkpoint, city):
 
 def test_freezing_above_the_depth(fails, city):
     message = fails(train_script, f"--eval_datasets_folder={city}", "--freeze_te=13")
-    assert "--freeze_te 13 freezes more blocks than the 12 that this backbone has; use 0 to 12, or none" in message
+    assert "--freeze_te 13 freezes more than the 12 blocks of this backbone; use 0 to 12, or none" in message
 
 
 def test_evaluation_without_a_checkpoint(fails, city):
@@ -146,12 +146,12 @@ def test_released_encoder_training_without_adam(fails, city):
 
 def test_nothing_to_tell_a_place_from(fails, city, copied_city):
     message = fails(train_script, f"--eval_datasets_folder={city}", "--train_batch_size=1")
-    assert "--train_batch_size 1 leaves the loss no negatives, which are the other places of a batch; use 2" in message
+    assert "--train_batch_size 1 leaves the loss no negatives (the other places of a batch); use 2" in message
     table = copied_city / "gsv_cities/Dataframes/London.csv"
     lines = table.read_text().splitlines()
     table.write_text("\n".join(line for line in lines if line.split(",")[0] in ("place_id", lines[1].split(",")[0])))
     message = fails(train_script, f"--eval_datasets_folder={copied_city}", "--cities", "London")
-    assert "(1 places, 5 images, 1 cities): training needs two places or more; add cities" in message
+    assert "(1 places, 5 images, 1 cities): training needs at least two places; add cities" in message
 
 
 @pytest.mark.parametrize("flags", [["--resume=auto"], []])
@@ -182,6 +182,6 @@ def test_shared_memory_too_small(fails, city, monkeypatch):
     monkeypatch.setattr(reading.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
     message = fails(train_script, *flags)
     assert message.endswith(
-        "/dev/shm has 0.1 MB free, and 2 processes that read images need 0.19 MB; give a container more by docker run "
-        "--shm-size=8g or --ipc=host, or read with fewer processes, or none (--num_workers=0)"
+        "/dev/shm has 0.1 MB free, but 2 processes that read images need 0.19 MB; give a container more with docker "
+        "run --shm-size=8g or --ipc=host, or read with fewer processes or none (--num_workers=0)"
     )

@@ -89,7 +89,7 @@ def test_the_size_is_the_checkpoints_unless_given(city, weights, tmp_path, capsy
     assert recalls("safetensors", "best.safetensors")[:2] == (size, found)
     assert recalls("same", "best.pth", "--resize", "56", "70")[:2] == (size, found) and "validated at" not in log
     size, _, log = recalls("other", "best.safetensors", "--resize", "56", "56")
-    assert size == [56, 56] and "WARNING: the model was validated at 56 70, and --resize is 56 56" in log
+    assert size == [56, 56] and "WARNING: the model was validated at 56 70, but --resize is 56 56" in log
 
 
 @pytest.mark.parametrize("entry", [None, 322, "322 322", [322], [56, 57], [0, 56], [56.0, 56.0], [True, True]])
@@ -165,8 +165,8 @@ def test_company_does_not_change_what_a_photo_of_ones_own_finds(city, evaluated,
         > 1e-3
     )
     capsys.readouterr()
-    line = "plain folders, not as benchmarks are published: photos are turned as EXIF says"
-    antialiased = "; the resize is antialiased (--no-antialias switches that off)"
+    line = "plain folders, unlike published benchmarks: photos are turned as EXIF says"
+    antialiased = "; the resize is antialiased (--no-antialias turns this off)"
     alone = "; the encoder sees each photo by itself (--encoder_context file_order: neighbours by name)"
     assert shown.count(f"{line}{antialiased}{alone}\n") == 2
     # What is switched off is not said, nor what the model has not got; a benchmark says nothing of the kind.
@@ -302,7 +302,7 @@ def test_an_approximate_index(evaluated, capsys):
         ("--index=PCA64,IVF2,Flat", "cannot output 64 dimensions", "use one that reduces to at most 15 numbers"),
         ("--index=IVF16,Flat", "at least as large as number of clusters (16)", "at most 15 lists and 15 codewords"),
         ("--index=PQ7", "should be a multiple of the number of subquantizers", "leave out --index"),
-        ("--index=HNSW0", "Faiss assertion", "FAISS dies of --index 'HNSW0'"),  # it would end this process
+        ("--index=HNSW0", "Faiss assertion", "FAISS crashes with --index 'HNSW0'"),  # it would end this process
     ],
 )
 def test_an_index_that_cannot_be_is_refused_at_once(evaluated, tmp_path, capsys, monkeypatch, flags, reason, remedy):
@@ -444,8 +444,8 @@ def test_keys_select_queries_and_make_a_submission(city, weights, tmp_path, caps
     (run,) = (tmp_path / "run").iterdir()
     assert results_of(run)["dataset"]["queries"] == 3
     assert "1 of the 4 keys" in caplog.text
-    assert "msls test has 15 database images, where published figures are for 18,871" in caplog.text
-    assert "msls test has 3 queries, where published figures are for 11,084 or 740" in caplog.text
+    assert "msls test has 15 database images, but published figures are for 18,871" in caplog.text
+    assert "msls test has 3 queries, but published figures are for 11,084 or 740" in caplog.text
     with zipfile.ZipFile(run / "submission.zip") as archive:
         lines = archive.read("submission.csv").decode().splitlines()
     predicted = {}
@@ -469,7 +469,7 @@ def test_protocols(monkeypatch, city, caplog):
     protocols.warn_of_counts(dataset, Protocol(database=15, queries=(3, 15)))
     assert not caplog.text
     protocols.warn_of_counts(dataset, Protocol(database=16, queries=(3, 15)))
-    assert "toy_city test has 15 database images, where published figures are for 16" in caplog.text
+    assert "toy_city test has 15 database images, but published figures are for 16" in caplog.text
 
 
 def test_frames_instead_of_metres(evaluated, monkeypatch, capsys):
@@ -490,8 +490,8 @@ def test_kept_descriptors_are_used_again_or_refused(evaluated, tmp_path, monkeyp
     again = evaluated(kept, "--encoder_context", "file_order", "independent", "--recall_values", 1, 5, 10, 20)
     assert (first / "predictions.csv").read_text() == (again / "predictions.csv").read_text()
     for flags, what in (
-        (["--antialias"], "--antialias was False and is True now"),
-        (["--descriptor_dtype=float16"], "--descriptor_dtype was float32 and is float16 now"),
+        (["--antialias"], "--antialias was False and is now True"),
+        (["--descriptor_dtype=float16"], "--descriptor_dtype was float32 and is now float16"),
     ):
         with pytest.raises(SystemExit):
             evaluated(kept, *flags)
@@ -499,7 +499,7 @@ def test_kept_descriptors_are_used_again_or_refused(evaluated, tmp_path, monkeyp
     with pytest.raises(SystemExit):
         evaluated(kept, model="other")
     message = capsys.readouterr().err
-    assert "the weights are another model's" in message and "another --descriptors_folder" in message
+    assert "the weights are those of another model" in message and "another --descriptors_folder" in message
     evaluated(kept, model="encoder")  # which comes after what is kept
 
 

@@ -201,7 +201,7 @@ def test_whitened_numbers_vary_alike_and_are_normalised_again(model, dataset, st
 def test_whitening_what_does_not_vary_is_refused(model, dataset, stored):
     paths = dataset.database_paths
     stores = {name: stored(paths, name=name) for name in ("database", "queries")} | {"pca": stored(paths[:4] * 2)}
-    with pytest.raises(ValueError, match="of the 5 numbers only 3 vary over the images; use --pca_dim 3 at most"):
+    with pytest.raises(ValueError, match="of 5 dimensions only 3 vary over the images; use --pca_dim 3 at most"):
         Search(model, stores, infer_batch_size=1, pca_dim=5, pca_whiten=True, device=CPU)
 
 

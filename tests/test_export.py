@@ -149,7 +149,7 @@ def test_a_pca_becomes_part_of_the_file(saved, evaluated, tmp_path, capsys, whit
     folder = evaluated(file)
     np.testing.assert_allclose(numbers_of(folder), expected, atol=2e-5)
     log = (folder / "info.log").read_text()
-    assert "from the checkpoint: a PCA to 6 numbers, of unit norm again" in log
+    assert "from the checkpoint: a PCA to 6 numbers, normalised again" in log
     results = json.loads((folder / "results.json").read_text())
     assert results["descriptor_dim"] == 6
     if whiten:
@@ -217,14 +217,14 @@ def test_a_pca_that_does_not_fit(saved, evaluated, tmp_path, capsys, city):
         assert len(lines) == bool(told) and all(told in line for line in lines)
     with pytest.raises(SystemExit):
         evaluated(file, *flags)
-    assert "ends with a PCA already, to 6 numbers; leave it out" in capsys.readouterr().err
+    assert "already ends with a PCA to 6 numbers; leave the option out" in capsys.readouterr().err
     # Training starts from the weights without it.
     train_script.main(
         f"--eval_datasets_folder={city} --eval_dataset_name=toy_city --backbone=dino_tiny --supervlad_clusters=1 "
         f"--ghost_clusters=2 --resume={file} --epochs_num=0 --resize 56 56 --train_resize 56 56 --device=cpu "
         f"--num_workers=0 --train_batch_size=4 --save_dir={tmp_path}/trained".split()
     )
-    assert "small.safetensors ends with a PCA: training leaves it out" in capsys.readouterr().err
+    assert "small.safetensors ends with a PCA, which training leaves out" in capsys.readouterr().err
     (best,) = (tmp_path / "trained").glob("*/best_model.pth")
     assert read_file(best)["model_state_dict"].keys() == model.state_dict().keys()
 
@@ -281,7 +281,7 @@ def test_only_a_size_that_the_source_says_is_called_validated(trained, tmp_path,
 
     assert exported("bare.pth", "bare.safetensors", "--resize", "42", "42") == ""
     shown = log_of(tmp_path / "bare.safetensors", "--resize", "56", "42")
-    assert "validated at" not in shown and "the file was exported for 42 42, and --resize is 56 42\n" in shown
+    assert "validated at" not in shown and "the file was exported for 42 42, but --resize is 56 42\n" in shown
     warning = "WARNING: the model was validated at 56 56, but is exported at 112 84\n"
     assert exported("best.pth", "other.safetensors", "--resize", "112", "84") == warning
     assert exported("other.safetensors", "again.safetensors") == warning, "it goes on knowing both"

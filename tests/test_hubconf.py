@@ -97,6 +97,6 @@ def test_released_weights_are_loaded(strangers):
 
 @pytest.mark.parametrize("resize", [(322, 320), (0, 14), (-14, 14), (13, 13), (322,), (14, 14, 14), 322, (14.0, 14)])
 def test_a_size_that_the_model_does_not_take(strangers, resize):
-    with pytest.raises(ValueError, match="multiples of the 14-pixel patch, 14 or more; use e.g."):
+    with pytest.raises(ValueError, match="multiples of the 14-pixel patch, at least 14; use e.g."):
         torch.hub.load(REPOSITORY, "prepare", source="local", resize=resize)
     assert torch.hub.load(REPOSITORY, "prepare", source="local", resize=[14, 28]) is not None

@@ -142,7 +142,7 @@ def test_a_store_of_the_version_before_is_refused(evaluate, tmp_path):
         del written["files"]
         record.write_text(json.dumps({**written, "images": "0123456789abcdef"}))
     status, said = evaluate()
-    assert status == 2 and "was made by an earlier version, which did not look into the photos; remove " in said
+    assert status == 2 and "was made by an earlier version, which did not compare the photos; remove " in said
     shutil.rmtree(said.split("; remove ")[1].split(", or name")[0])
     assert evaluate()[0] == 0
 
@@ -164,7 +164,7 @@ def test_damaged_files_are_begun_anew(evaluate, passed, tmp_path, name, damage):
     (path,) = (tmp_path / "kept").rglob(name)
     damage(path)
     status, said = evaluate()
-    assert status == 0 and len([line for line in said.splitlines() if "computed anew" in line]) == 1
+    assert status == 0 and len([line for line in said.splitlines() if "computed again" in line]) == 1
     assert files_of(tmp_path) == right
     assert {os.path.dirname(path)[-5:] for path in passed} == {"known" if "database" in name else "asked"}
 
@@ -175,7 +175,7 @@ def test_a_record_that_is_none(evaluate, tmp_path, text):
     (path,) = (tmp_path / "kept").rglob("database.json")
     path.write_text(text)
     status, said = evaluate()
-    assert ("computed anew" in said) == (status == 0) and ("remove" in said) == (status == 2)
+    assert ("computed again" in said) == (status == 0) and ("remove" in said) == (status == 2)
 
 
 def test_a_longer_file_is_begun_anew(evaluate, tmp_path):
@@ -185,7 +185,7 @@ def test_a_longer_file_is_begun_anew(evaluate, tmp_path):
         with open(path, "ab") as file:
             file.write(b"\1" * 9)
     status, said = evaluate()
-    assert status == 0 and said.count("computed anew") == 2
+    assert status == 0 and said.count("computed again") == 2
 
 
 def test_a_cut_file_can_be_removed_as_its_message_says(tmp_path):
@@ -227,7 +227,7 @@ def test_a_full_disk_and_the_same_command_again(evaluate, passed, tmp_path, monk
     monkeypatch.setattr(RowFile, "write", write)
     status, said = evaluate("--extraction_batch_size=1")
     (error,) = [line for line in said.splitlines() if line.startswith("ERROR")]
-    assert status == 2 and "(No space left on device); make room there and give the same command again" in error
+    assert status == 2 and "(No space left on device); free space there and run the same command again" in error
     monkeypatch.setattr(RowFile, "write", real)
     passed.clear()
     assert evaluate("--extraction_batch_size=1")[0] == 0
@@ -245,7 +245,7 @@ def test_a_disk_that_is_full_from_the_start(evaluate, tmp_path, monkeypatch, fai
 
     monkeypatch.setattr(RowFile if failing == "create" else DescriptorStore, failing, fails)
     status, said = evaluate()
-    assert status == 2 and "database.npy (No space left on device); make room" in said
+    assert status == 2 and "database.npy (No space left on device); free space" in said
     monkeypatch.undo()
     assert evaluate()[0] == 0
 
@@ -281,7 +281,7 @@ def test_rows_that_a_power_cut_left_as_zeros_are_computed_anew(evaluate, tmp_pat
     row = (len(content) - 128) // 4
     kept.write_bytes(content[: 128 + row] + bytes(2 * row) + content[128 + 3 * row :])
     status, said = evaluate()
-    assert status == 0 and f"2 rows of {kept} are zeros, as after a power cut: computed anew" in said
+    assert status == 0 and f"2 rows of {kept} are zeros, as after a power cut: computed again" in said
     assert kept.read_bytes() == content
     assert "zeros" not in evaluate()[1]
 
@@ -293,5 +293,5 @@ def test_nothing_is_written_among_photos(evaluate, photos, tmp_path, flag, below
     (tmp_path / "link").symlink_to(photos[0] / "here")
     place = tmp_path / "link" if below == "link" else photos[0] / below
     status, said = evaluate(f"--{flag}={place}")
-    assert status == 2 and f"{place} lies in {photos[0]}, and later runs would take what is written there for" in said
+    assert status == 2 and f"{place} lies in {photos[0]}, so later runs would read what is written there as" in said
     assert not list((photos[0] / "here").iterdir()) and not (photos[0] / "deep").exists()

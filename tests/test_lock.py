@@ -104,4 +104,4 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
 
     monkeypatch.setattr(lock.fcntl, "lockf", refuse)
     with FolderLock(tmp_path, "--save_dir"):
-        assert "cannot be locked (No locks available): nothing keeps a second run out" in caplog.text
+        assert "cannot be locked (No locks available), so a second run could use it too" in caplog.text

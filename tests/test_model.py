@@ -142,7 +142,7 @@ def test_freezing_nothing_leaves_only_the_unused_mask_token():
 
 
 def test_freezing_more_than_there_is():
-    with pytest.raises(ValueError, match="--freeze_te 13 freezes more blocks than the 12"):
+    with pytest.raises(ValueError, match="--freeze_te 13 freezes more than the 12 blocks"):
         DINOv2(BACKBONES["dino_tiny"]).freeze(13)
 
 

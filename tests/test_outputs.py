@@ -300,7 +300,7 @@ def test_leftovers_of_a_killed_run_are_told(evaluate, tmp_path, monkeypatch, cap
     evaluate(save_dir=save_dir)
     lines = capsys.readouterr().err.splitlines()
     (line,) = [line for line in lines if "rm -r" in line]
-    assert line.startswith("WARNING: runs that did not end in order left 0.1 MB of descriptors")
+    assert line.startswith("WARNING: interrupted runs left 0.1 MB of descriptors")
     command = line.split("to remove them: ")[1]
     assert shlex.split(command) == ["rm", "-r", str(left / "extracted")]
     subprocess.run(command, shell=True, check=True)
@@ -340,7 +340,7 @@ def test_a_submission_has_as_many_keys_in_each_line(evaluate, tree, tmp_path, mo
 
     lines = zipfile.ZipFile(folder / "submission.zip").read("submission.csv").decode().splitlines()
     assert status == 0 and [len(line.split()) for line in lines] == [13] * 4
-    assert "--save_submission: 12 images a query are submitted" in capsys.readouterr().err
+    assert "--save_submission: the 12 images per query that are scored are submitted" in capsys.readouterr().err
     assert list(results_of(folder)["recalls"]) == ["1", "5"]
     status, folder = evaluate(*flags, "--index=IVF2,Flat", names=["msls"], data=data)
     assert status == 2 and folder is None and "leave out --index" in capsys.readouterr().err

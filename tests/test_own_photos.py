@@ -221,7 +221,7 @@ def test_a_map_of_phone_photos_is_asked_by_what_is_in_their_exif_data(walk, phot
     for path in walk[1].glob("IMG*"):
         path.unlink()
     evaluated(*ask)
-    assert "none of the 1 queries has a position, which is sought in EXIF data" in capsys.readouterr().err
+    assert "none of the 1 queries has a position in EXIF data" in capsys.readouterr().err
 
 
 def test_a_photo_without_a_position(walk, photo, evaluated, capsys):
@@ -231,7 +231,7 @@ def test_a_photo_without_a_position(walk, photo, evaluated, capsys):
         evaluated(*folders)
     assert "1 of 4 query photos have no GPS position" in (shown := capsys.readouterr().err)
     assert "nowhere.jpg" in shown and "--no_labels" in shown
-    with pytest.raises(ValueError, match=r"1 of 1 database photos .* coordinates, e.g. .*/b/oops.jpg; leave"):
+    with pytest.raises(ValueError, match=r"1 of 1 database photos .* coordinates, e.g. .*/b/oops.jpg; remove"):
         photo_positions([photo("a/@1@2@.jpg")], [photo("b/oops.jpg")])
     assert not (evaluated(*folders, "--no_labels") / "recalls.png").exists()
 
@@ -249,7 +249,7 @@ def test_labels_where_they_are_known(walk, photo, evaluated, capsys):
     with pytest.raises(SystemExit):
         evaluated(*folders)
     assert "1 of 6 database photos have no GPS" in (shown := capsys.readouterr().err)
-    assert "by --labels_where_known, or" in shown
+    assert "with --labels_where_known, or" in shown
     folder = evaluated(*folders, "--labels_where_known", "--save_predictions=6", "--save_assignments=2")
     shown = capsys.readouterr().err
     assert "1 of 6 database images and 1 of 4 queries have no position" in shown
@@ -279,7 +279,9 @@ def test_labels_where_known_by_names(photo, tmp_path):
         assert str(dataset) == "x (2 database, 3 queries, 2 of them with a position)"
         metres = dataset.metres(np.array([[0, 1], [1, 0], [0, 1]]))
         np.testing.assert_array_equal(metres, [[10, np.nan], [np.nan, 8000], [np.nan, np.nan]])
-    message = "2 of 5 file names have no UTM coordinates, e.g. .*map/lost.jpg; .* let eval.py .* --labels_where_known, "
+    message = (
+        "2 of 5 file names have no UTM coordinates, e.g. .*map/lost.jpg; .* run eval.py with --labels_where_known "
+    )
     with pytest.raises(ValueError, match=message):
         DatabaseQueries.from_folders(*sides, name="x")
 
@@ -296,7 +298,7 @@ def test_what_more_photos_have_counts(photo, tmp_path, caplog):
     photo("map/b.jpg", exif=here)
     dataset = DatabaseQueries.from_folders(*sides, name="x", exif=True, labels_where_known=True)
     assert dataset.geographic and dataset.positives(25.0)[0].tolist() == [1, 2]
-    assert "what more have counts, EXIF" in caplog.text
+    assert "the more common is used: EXIF" in caplog.text
 
 
 def test_labels_where_nothing_is_known(photo, tmp_path, capsys, evaluated):

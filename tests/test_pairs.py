@@ -93,7 +93,7 @@ def test_what_an_index_did_not_find_is_left_out_and_counted(images, run, monkeyp
     lines = (folder / "pairs.txt").read_text().splitlines()
     assert len(lines) == 45 - 3 and len([line for line in lines if line.startswith(lines[0].split()[0])]) == 1
     assert "42 pairs of 15 queries" in (shown := capsys.readouterr().err)
-    assert "3 matches fewer than asked for, which the index did not find" in shown
+    assert "3 matches fewer than requested, which the index did not find" in shown
 
 
 def test_names_are_relative_to_the_folder_that_holds_both(tmp_path):
@@ -124,7 +124,7 @@ def test_names_that_lists_cannot_hold_are_refused_before_the_extraction(images, 
     for flag in ("--save_pairs=2", "--save_h5"):
         message = refusal(capsys, lambda flag=flag: run("--no_labels", flag))
         assert message.startswith(
-            f"ERROR: {flag.split('=')[0]}: 4 of 30 names of photos below {images} have spaces, # in front, or"
+            f"ERROR: {flag.split('=')[0]}: 4 of 30 photo names below {images} have spaces, a leading #, or"
         )
         assert "e.g. 'queries/my photo.jpg'; hloc and COLMAP cannot read these from a list: rename them" in message
     for path in (images / "queries").glob("[!@]*"):
@@ -136,7 +136,7 @@ def test_names_that_lists_cannot_hold_are_refused_before_the_extraction(images, 
             f"--database_folder={images}/database", f"--queries_folder={images}/#queries", "--save_pairs=2", sides=()
         ),
     )
-    assert "11 of 26 names of photos" in message and "e.g. '#queries/@" in message
+    assert "11 of 26 photo names" in message and "e.g. '#queries/@" in message
 
 
 def test_what_cannot_be_is_refused_before_the_extraction(images, run, capsys, monkeypatch):
@@ -149,14 +149,14 @@ def test_what_cannot_be_is_refused_before_the_extraction(images, run, capsys, mo
         ),
         (
             ("--save_h5", "--test_method=nearest_crop"),
-            "--save_h5 holds one descriptor a photo, and --test_method nearest",
+            "--save_h5 writes one descriptor per photo, but --test_method nearest",
         ),
-        (("--save_h5", "--test_method=maj_voting"), "--test_method maj_voting has one for each crop"),
+        (("--save_h5", "--test_method=maj_voting"), "--test_method maj_voting has one per crop"),
     ):
         assert told in refusal(capsys, lambda flags=flags: run(*flags))
     monkeypatch.setitem(sys.modules, "h5py", None)
     message = refusal(capsys, lambda: run("--save_h5"))
-    assert message == "ERROR: --save_h5 takes the package h5py, which is missing; pip install h5py"
+    assert message == "ERROR: --save_h5 needs the package h5py, which is missing; pip install h5py"
 
 
 def test_where_hloc_would_rank_otherwise_that_is_said(caplog):
@@ -164,7 +164,7 @@ def test_where_hloc_would_rank_otherwise_that_is_said(caplog):
     assert not caplog.messages
     pairs.require_one_each("hard_resize", 64)
     assert caplog.messages == [
-        "--save_h5: hloc ranks by dot product, and after a PCA that is not the order of distances"
+        "--save_h5: hloc ranks by dot product, which differs from the order of distances after a PCA"
     ]
 
 
@@ -177,4 +177,4 @@ def test_a_map_gives_pairs_while_its_photos_are_there(images, run, tmp_path, cap
     assert found[0] == found[1]
     shutil.rmtree(images / "database")
     message = refusal(capsys, lambda: run(*ask, sides=()))
-    assert "--save_pairs is for programs that read the photos, and those of the map are not there" in message
+    assert "--save_pairs is for programs that read the photos, but those of the map are missing" in message

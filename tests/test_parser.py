@@ -95,7 +95,7 @@ def test_a_checkpoint_may_be_of_a_backbone_with_other_patches(tmp_path):
 def test_a_training_that_leaves_the_backbone_as_it_is_is_told(caplog):
     flags = ["--eval_datasets_folder=D", "--backbone_blocks=8"]
     parse(TrainOptions, flags)
-    assert "--freeze_te 8 freezes all 8 blocks: nothing of the backbone is trained" in caplog.text
+    assert "--freeze_te 8 freezes all 8 blocks, so the backbone is not trained" in caplog.text
     caplog.clear()
     parse(TrainOptions, [*flags, "--freeze_te=7"])
     assert not caplog.text

@@ -134,7 +134,7 @@ def test_left_out_files_are_counted_by_suffix(tmp_path, photo, caplog):
     (line,) = caplog.messages
     assert line.startswith(f"{tmp_path}: left out 6 files (2 .heic, 1 ")
     assert all(f"1 {kind}" in line for kind in (".mov", ".json", ".txt", "without suffix"))
-    assert f" and 1 link to what is listed already, e.g. {tmp_path}/again; convert photos to JPEG" in line
+    assert f" and 1 link to folders already listed, e.g. {tmp_path}/again; convert photos to JPEG" in line
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(ValueError, match=r"no image .* in .*, but 6 files \(2 .heic, .*converted"):
         list_images(tmp_path, PHOTO_SUFFIXES)
@@ -159,7 +159,7 @@ def test_every_format_of_photos_is_read_in_plain_folders_only(tmp_path, photo, e
         photo(f"data/town/images/test/{side}/@0@0@.webp")
     shown, folder = evaluated(f"--eval_datasets_folder={tmp_path}/data", "--eval_dataset_name=town", database=None)
     assert "Recalls on town test (1 database, 1 queries)" in shown
-    assert shown.count("left out 1 file (1 .webp); of datasets, .jpg, .jpeg and .png are read") == 2
+    assert shown.count("left out 1 file (1 .webp); in datasets only .jpg, .jpeg and .png count") == 2
 
 
 def test_grey_photos_of_16_bits_are_told_apart(tmp_path, evaluated):
@@ -173,7 +173,7 @@ def test_grey_photos_of_16_bits_are_told_apart(tmp_path, evaluated):
     (tmp_path / "right.csv").write_text("".join(f"{n}.png,{n}.png\n" for n in range(4)))
     shown, _ = evaluated(f"--positives_file={tmp_path}/right.csv")
     assert "(4 database, 4 queries): R@1: 100.0" in shown
-    assert "asked in known database: 4 images read by the upper 8 of more bits a channel, e.g. " in shown
+    assert "asked in known database: 4 images read by the upper 8 of more bits per channel, e.g. " in shown
 
 
 def test_pipes_and_devices_are_no_photos(tmp_path, photo, caplog, capsys):
@@ -198,7 +198,7 @@ def test_pipes_and_devices_are_no_photos(tmp_path, photo, caplog, capsys):
     for name in ("broken.jpg", "loop.jpg"):
         (tmp_path / name).unlink()
     check([str(tmp_path), "--workers", "1"])
-    assert "6 files (5 pipe, socket or device, 1 without suffix) passed over" in capsys.readouterr().out
+    assert "6 files (5 pipe, socket or device, 1 without suffix) skipped" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_queries_among_the_database_are_left_out_of_it(places, evaluated, how):
             new = places / "known" / path.name
             new.symlink_to(path) if how == "links" else new.hardlink_to(path)
     shown, folder = evaluated()
-    assert f"2 of the 5 photos in {places}/known are queries too: they are left out of the database" in shown
+    assert f"2 of the 5 photos in {places}/known are also queries: they are left out of the database" in shown
     assert "asked in known (3 database, 2 queries): R@1: 100.0" in shown
     with open(folder / "predictions.csv", newline="") as file:
         assert not any("asked" in row["database"] for row in csv.DictReader(file))
@@ -235,12 +235,12 @@ def test_nothing_left_of_the_database(places, evaluated):
     (places / "all" / "known").symlink_to(places / "known")
     for queries in ("known", "all"):
         (line,) = evaluated(queries=queries, status=2)
-        assert f"every photo in {places}/known is a query too, in {places / queries}; name a --database_folder" in line
+        assert f"every photo in {places}/known is also a query, in {places / queries}; name a --database_folder" in line
     (places / "asked" / "more.png").symlink_to(places / "known" / "@0@0@known@.png")
     for n in (1000, 2000):
         (places / f"known/@{n}@0@known@.png").write_bytes(b"")
     (line,) = evaluated("--skip_unreadable", status=2)
-    assert f"every photo in {places}/known that can be read is a query too" in line
+    assert f"every photo in {places}/known that can be read is also a query" in line
 
 
 def test_a_dataset_keeps_queries_among_its_database(places, evaluated):
@@ -249,7 +249,7 @@ def test_a_dataset_keeps_queries_among_its_database(places, evaluated):
     images = places / "data/town/images/test"
     (images / "database" / "@9000@0@.png").symlink_to(next((images / "queries").iterdir()))
     shown, folder = evaluated(f"--eval_datasets_folder={places}/data", "--eval_dataset_name=town", database=None)
-    assert f"1 of the 4 photos in {images}/database are queries too: they find themselves, and stay" in shown
+    assert f"1 of the 4 photos in {images}/database are also queries: they find themselves, and stay" in shown
     assert json.loads((folder / "results.json").read_text())["dataset"]["database"] == 4
 
 
@@ -285,7 +285,7 @@ def test_an_unreadable_photo_ends_a_run_that_did_not_ask(places, evaluated, tmp_
     with pytest.raises(SystemExit) as stop:
         evaluated()
     assert stop.value.code == 2
-    assert "cannot read the image" in (shown := capsys.readouterr().err) and "by --skip_unreadable" in shown
+    assert "cannot read the image" in (shown := capsys.readouterr().err) and "with --skip_unreadable" in shown
 
 
 def test_hidden_tables_are_no_cities(tmp_path):
@@ -307,9 +307,8 @@ def test_check_of_plain_folders(places, photo, capsys):
         f"{places}/known, 3 photos",
         f"{places}/asked, 4 photos",
         f"left-out: {places}/known: 1 file (1 .heic) not read; convert them to JPEG or PNG, or remove them",
-        f"left-out: {places}/known: 1 file (1 .txt) passed over",
-        f"shared: {places}/asked: photos that are in {places}/known too, 1; as queries they are left out of the "
-        "database",
+        f"left-out: {places}/known: 1 file (1 .txt) skipped",
+        f"shared: {places}/asked: photos also in {places}/known: 1; as queries they are left out of the database",
         f"duplicate: {places}/asked/@0@0@asked@.png: the same picture as {places}/known/@0@0@known@.png; remove one of "
         "them",
         f"duplicate: {places}/asked/@1000@0@asked@.png: the same picture as {places}/known/@1000@0@known@.png; remove "
@@ -317,8 +316,8 @@ def test_check_of_plain_folders(places, photo, capsys):
         f"unreadable: {places}/asked/bad.jpg: cannot identify image file '{places}/asked/bad.jpg'; replace or remove "
         "it",
         *(
-            f"no-position: {places}/{side}: no photo has a position, neither all in their names nor any in EXIF data; "
-            "search by --no_labels"
+            f"no-position: {places}/{side}: no photo has a position: not all have one in their names, none in EXIF data"
+            "; use --no_labels"
             for side in ("known", "asked")
         ),
         "7 faults in 7 images, 1 note",
@@ -334,7 +333,7 @@ def test_check_of_one_folder_in_another_counts_copies_once(places, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert not any(line.startswith("duplicate") for line in lines)
         (line,) = [line for line in lines if line.startswith("shared")]
-        assert f"photos that are in {folders[0]} too, {both} (2 the same picture as one outside); as" in line
+        assert f"photos also in {folders[0]}: {both} (2 the same picture as one outside); as" in line
     # Copies on one side of the two are told as ever.
     shutil.copy(known / "@0@0@known@.png", known / "@7@7@.png")
     shutil.copy(asked / "@0@0@asked@.png", asked / "@8@8@.png")
@@ -373,9 +372,7 @@ def test_check_of_a_dataset_tells_what_is_left_out(places, capsys):
     (places / "town/images/test/database/._@0@0@.png").touch()
     (places / "town/images/test/database/list.mat").touch()
     assert check([f"{places}/town", "--workers", "1"]) == 0
-    assert (
-        "1 file (1 .mat) passed over" in (shown := capsys.readouterr().out) and "no fault in 5 images, 1 note" in shown
-    )
+    assert "1 file (1 .mat) skipped" in (shown := capsys.readouterr().out) and "no fault in 5 images, 1 note" in shown
     (places / "town/images/test/queries/@0@0@.webp").touch()
     assert check([f"{places}/town", "--workers", "1"]) == 1
     assert "queries: 1 file (1 .webp) not read; convert" in capsys.readouterr().out

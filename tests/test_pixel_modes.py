@@ -211,7 +211,7 @@ def test_the_log_counts_them(tmp_path, caplog, threads):
     assert (
         sixteen.startswith("town queries: 2 images read by the upper 8 of more bits") and f"e.g. {paths[0]};" in sixteen
     )
-    assert guessed.startswith("town queries: 1 image of a mode whose scale was guessed") and "e.tiff" in guessed
+    assert guessed.startswith("town queries: 1 image in a mode whose scale was guessed") and "e.tiff" in guessed
 
 
 def test_check_tells_of_them(tmp_path, capsys):
@@ -222,10 +222,10 @@ def test_check_tells_of_them(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == [
         f"16-bit: {tmp_path}/dark.png: grey of 16 bits, read as value / 256 (its brightest is 4095 of 65535)",
-        f"unreadable: {tmp_path}/no.tiff: values from 0 to 1e+06, whose scale is unknown: make it an image of 8 or 16 "
+        f"unreadable: {tmp_path}/no.tiff: values from 0 to 1e+06, whose scale is unknown: convert it to 8 or 16 "
         "bits; replace or remove it",
         f"guessed: {tmp_path}/white.pfm: mode F, whose scale is guessed: values up to 1 read as 255 x value",
-        f"no-position: {tmp_path}: no photo has a position, neither all in their names nor any in EXIF data; search by "
+        f"no-position: {tmp_path}: no photo has a position: not all have one in their names, none in EXIF data; use "
         "--no_labels",
         "2 faults in 4 images, 2 notes",
     ]

@@ -151,7 +151,7 @@ def test_a_map_moves_with_its_photos_and_does_without_them(made, photos, run, tm
     assert {row["correct"] for row in rows_of(folder)} == {"0", "1"}, "positions are in the map"
     main = (folder / "matches/index.html").read_text().split("<main>")[1]
     assert main.count("the photo is not here") == 2 * main.count('class="query"') == 2 * main.count("<img") == 30
-    assert f"not in {photos}/database, nor moved with the map: names only" in capsys.readouterr().err
+    assert f"neither in {photos}/database nor moved with the map: names only" in capsys.readouterr().err
 
 
 def test_a_map_finds_its_photos_through_links(made, photos, tmp_path):
@@ -185,14 +185,14 @@ def test_recall_counts_the_queries_that_have_a_position(made, photos, run, tmp_p
         path.unlink()
     folder = run(*ask)
     shown = capsys.readouterr().err
-    assert "no recall: none of the 12 queries has a position, which is sought in the names" in shown
+    assert "no recall: none of the 12 queries has a position in the names" in shown
     rows = rows_of(folder)
     assert len(rows) == 12 * 15 and not any(row["correct"] or row["metres"] for row in rows)
     assert all(row["database_east"] for row in rows) and recalls_of(folder) is None
     shutil.copy(next((photos / "database").iterdir()), photos / "queries" / "known.jpg")
     os.link(next((photos / "database").iterdir()), photos / "queries" / "same.jpg")
     run(*ask, "--no_labels")
-    assert "WARNING: 1 of the 14 queries are photos of the map: they find themselves" in capsys.readouterr().err
+    assert "WARNING: 1 of the 14 queries are photos of the map, so they find themselves" in capsys.readouterr().err
 
 
 def test_a_program_asks_with_an_array(made, photos, run, weights):
@@ -219,11 +219,11 @@ def test_a_program_asks_with_an_array(made, photos, run, weights):
         with pytest.raises(ValueError, match="a photo ") as error:
             asked.locate(wrong)
         assert told in str(error.value)
-    with pytest.raises(ValueError, match="with the weights of plain.pth, and .*other.pth holds others"):
+    with pytest.raises(ValueError, match="with the weights of plain.pth, but .*other.pth has others"):
         hubconf.place_map(made, weights / "other.pth")
-    with pytest.raises(ValueError, match="accept -1 is no squared distance; use 0 or above"):
+    with pytest.raises(ValueError, match="accept -1 is not a squared distance; use 0 or above"):
         hubconf.place_map(made, weights / "plain.pth", accept=-1)
-    with pytest.raises(ValueError, match="no model to describe a photo with; take place_map of hubconf.py"):
+    with pytest.raises(ValueError, match="no model to describe a photo with; load it with place_map of hubconf.py"):
         PlaceMap(made).locate(photo)
 
 
@@ -263,9 +263,9 @@ def test_a_map_of_fewer_blocks_of_a_dinov3(city, photos, run, tmp_path, capsys):
     place = hubconf.place_map(tmp_path / "city.npz", file).locate(np.asarray(Image.open(row["query"])))
     assert place.distance == pytest.approx(float(row["squared_descriptor_distance"]), abs=1e-4)
     told = refusal(capsys, lambda: run(*flags, f"--map={tmp_path}/city.npz", "--backbone_blocks=4"))
-    assert "--backbone_blocks 3 and not 4" in told
+    assert "--backbone_blocks 3, not 4" in told
     told = refusal(capsys, lambda: run(*flags, f"--map={tmp_path}/city.npz", "--backbone_blocks=12"))
-    assert "--backbone_blocks 3 and not all" in told
+    assert "--backbone_blocks 3, not all" in told
 
 
 def test_a_distance_that_a_map_does_not_give_is_told(city, run, tmp_path, capsys):
@@ -274,9 +274,7 @@ def test_a_distance_that_a_map_does_not_give_is_told(city, run, tmp_path, capsys
     for other in ("--test_method=central_crop", "--index=IVF2,Flat"):
         run(*flags, other)
         shown = capsys.readouterr().err
-        assert (
-            f"--save_map keeps the distance of --accept auto@5, which {other.replace('=', ' ')} gives; a map" in shown
-        )
+        assert f"--save_map keeps the distance of --accept auto@5, found by {other.replace('=', ' ')}; a map" in shown
     run(*flags, "--index=binary")
     assert "--save_map keeps" not in capsys.readouterr().err
 
@@ -284,20 +282,24 @@ def test_a_distance_that_a_map_does_not_give_is_told(city, run, tmp_path, capsys
 def test_what_does_not_fit_a_map_is_refused_with_its_reason(made, photos, run, capsys):
     ask = [f"--map={made}", f"--queries_folder={photos}/queries"]
     for flags, model, told in (
-        ((), "other", "map.npz was made with the weights of plain.pth, and .*/other.pth holds others: .* give the"),
-        ((), "encoder", "command line says, with --crossimage_encoder False and not True; ask it with what it was"),
-        ((), "says", "says.pth says, with --crossimage_encoder False and not True"),
-        (("--resize", "70", "56"), "plain", "command line says, with --resize 56 56 and not 70 56"),
-        (("--no-antialias",), "plain", "with --antialias True and not False"),
-        (("--backbone=dino_small",), "plain", "with --backbone dino_tiny and not dino_small"),
-        (("--supervlad_clusters=2", "--ghost_clusters=3"), "plain", "clusters 4 and not 2, --ghost_clusters 1 and"),
+        ((), "other", "map.npz was made with the weights of plain.pth, but .*/other.pth has others: .* give the"),
+        (
+            (),
+            "encoder",
+            "command line: it was made with --crossimage_encoder False, not True; query it with what it was",
+        ),
+        ((), "says", "says.pth: it was made with --crossimage_encoder False, not True"),
+        (("--resize", "70", "56"), "plain", "command line: it was made with --resize 56 56, not 70 56"),
+        (("--no-antialias",), "plain", "with --antialias True, not False"),
+        (("--backbone=dino_small",), "plain", "with --backbone dino_tiny, not dino_small"),
+        (("--supervlad_clusters=2", "--ghost_clusters=3"), "plain", "clusters 4, not 2, --ghost_clusters 1, not 3"),
     ):
         message = refusal(capsys, lambda flags=flags, model=model: run(*ask, *flags, model=model))
         assert re.search(told, message), message
     run(*ask, *"--resize 56 56 --backbone=dino_tiny --antialias".split())  # what the map says anyway
     torch.save(build_model(backbone="dino_tiny", clusters=2).state_dict(), photos / "two.pth")
     message = refusal(capsys, lambda: run(*ask, f"--resume={photos}/two.pth"))
-    assert "map.npz was made with plain.pth, a model of --backbone dino_tiny --supervlad_clusters 4" in message
+    assert "map.npz was made with plain.pth, a model with --backbone dino_tiny --supervlad_clusters 4" in message
 
 
 @pytest.mark.parametrize(
@@ -318,14 +320,14 @@ def test_options_that_go_with_no_map(capsys, flags, told):
 def test_a_map_that_cannot_be_written_is_refused_before_the_extraction(photos, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("test.extract", lambda *_: pytest.fail("extracted"))
     for path, told in (
-        ("city.pth", "is not a file .npz; name one, e.g. "),
-        ("nowhere/city.npz", f"there is no folder {tmp_path}/nowhere; make it first"),
-        ("photos", "is not a file .npz"),
+        ("city.pth", "is not a .npz file; name one, e.g. "),
+        ("nowhere/city.npz", f"there is no folder {tmp_path}/nowhere; create it first"),
+        ("photos", "is not a .npz file"),
     ):
         assert told in refusal(capsys, lambda path=path: run(*plain(photos), f"--save_map={tmp_path}/{path}"))
     flags = [*plain(photos), f"--save_map={tmp_path}/city.npz", "--encoder_context=file_order"]
     message = refusal(capsys, lambda: run(*flags, model="encoder"))
-    assert "--encoder_context file_order describes the database's in company; give --encoder_context inde" in message
+    assert "--encoder_context file_order batches the database's photos; give --encoder_context inde" in message
     message = refusal(capsys, lambda: run(f"--map={tmp_path}/none.npz", f"--queries_folder={photos}/queries"))
     assert f"no map at {tmp_path}/none.npz" in message
 
@@ -390,7 +392,7 @@ def test_the_nearest_is_that_of_an_exact_search(tmp_path, count, dim, dtype):
         assert distance == pytest.approx(distances.min(), rel=1e-5, abs=1e-6)
         assert distances[index] <= distances.min() * (1 + 1e-5) + 1e-6
         assert index == np.flatnonzero((kept == kept[index]).all(axis=1))[0]
-    with pytest.raises(ValueError, match=f"a descriptor of {dim} finite numbers was expected"):
+    with pytest.raises(ValueError, match=f"the descriptor must have {dim} finite numbers; this one has"):
         asked.nearest(np.full(dim, np.nan))
 
 
@@ -447,7 +449,9 @@ def test_what_is_damaged_or_no_map_is_one_line(tmp_path):
             asked = PlaceMap(path)
             found = np.concatenate([chunk for _, chunk in asked.chunks()])
         except ValueError as error:
-            assert re.fullmatch(r".*map.npz is damaged, or no map of this version \(.*\); copy or make .*", str(error))
+            assert re.fullmatch(
+                r".*map.npz is damaged or not a map of this version \(.*\); copy it again, or make .*", str(error)
+            )
             assert len(str(error)) < 400
             return "refused"
         assert np.array_equal(found, rows) and asked.positions is not None and asked.resize == (56, 56)

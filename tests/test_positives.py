@@ -192,16 +192,16 @@ def test_names_that_come_twice_want_their_folder(read):
         (os.path.abspath("db/b/0.jpg"), 1),
     ):
         assert read(f"q.jpg,{name}\n", database=database, queries=["q/q.jpg"], folders=folders) == [[image]]
-    with pytest.raises(ValueError, match=r"p.csv, line 2: 3 photos are called '0.jpg', e.g. db/a/0.jpg and db/b/0.jpg"):
+    with pytest.raises(ValueError, match=r"p.csv, line 2: 3 photos are named '0.jpg', e.g. db/a/0.jpg and db/b/0.jpg"):
         read("q,d\nq.jpg,0.jpg\n", database=database, queries=["q/q.jpg"], folders=folders)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "p.csv names no correct image"),
-        ("query,database\n", "p.csv names no correct image"),
-        ("\n\n", "p.csv names no correct image"),
+        ("", "p.csv has no correct image"),
+        ("query,database\n", "p.csv has no correct image"),
+        ("\n\n", "p.csv has no correct image"),
         ("q,d\n0,5\n", "line 2 names database image 5, but there are 5, counted from 0"),
         ("3,0\n", "line 1 names query 3, but there are 3"),
         (f"0,{'9' * 5000}\n", "line 1 names database image 999999"),
@@ -211,7 +211,7 @@ def test_names_that_come_twice_want_their_folder(read):
         ("q,d\n\n0,²\n", "line 3: the row '0,²' is not"),
         ("db,ref\n0,1\n", "line 1: both columns of the header 'db,ref' name database images; name one `query`"),
         ("database,map_id\n0,1\n", "line 1: both columns of the header 'database,map_id' name"),
-        ("0\n", "line 1: '0' has 1 column where 2"),
+        ("0\n", "line 1: '0' has 1 column instead of 2"),
         (",query,database\n0,1,2\n", "line 1: ',query,database' has 3 columns"),
         ('0,1\n"0,2\n', "line 2: unexpected end of data"),
         (f"0,{'x' * 200_000}\n", "line 1: field larger"),
@@ -235,31 +235,31 @@ def test_text_of_another_encoding(read):
     ("array", "message"),
     [
         (np.zeros((3, 0), dtype=int), "holds no value"),
-        (np.full((3, 2), -1), "names no correct image for any query"),
-        (objects([[], [], []]), "names no correct image for any query"),
+        (np.full((3, 2), -1), "has no correct image for any query"),
+        (objects([[], [], []]), "has no correct image for any query"),
         (np.zeros((4, 1), dtype=int), "has 4 rows for 3 queries"),
-        (MATRIX.T.astype(bool), "has 5 rows for 3 queries, as the transposed matrix would have"),
-        (np.ones((3, 4), dtype=bool), "boolean matrix of 4 columns for 5 database images"),
+        (MATRIX.T.astype(bool), "has 5 rows for 3 queries, like the transposed matrix"),
+        (np.ones((3, 4), dtype=bool), "boolean matrix with 4 columns for 5 database images"),
         (np.ones((3, 4), dtype=int), "repeats indices within a row"),
         (255 * MATRIX // 255 * 3, "repeats indices within a row"),
-        (np.array([[0.5], [1], [2]]), "row 0: 0.5 is no whole number"),
-        (np.array([[0], [1], [np.inf]]), "row 2: inf is no whole number"),
+        (np.array([[0.5], [1], [2]]), "row 0: 0.5 is not a whole number"),
+        (np.array([[0], [1], [np.inf]]), "row 2: inf is not a whole number"),
         (np.array([[0], [1], [7]]), "row 2: it names database image 7, but there are 5"),
         (np.array([[0], [1], [2**64 - 1]], dtype=np.uint64), "row 2: it names database image"),
         (np.zeros((3, 5, 1), dtype=int), "shape (3, 5, 1)"),
         (np.zeros((), dtype=int), "shape ()"),
-        (np.array(["a", "b", "c"]), "values of the type '<U1'"),
-        (np.array([1j, 2, 3]), "values of the type '<c16'"),
+        (np.array(["a", "b", "c"]), "values of type '<U1'"),
+        (np.array([1j, 2, 3]), "values of type '<c16'"),
         (np.zeros(3, dtype=[("q", int)]), "not a .npy file of one plain array"),
-        (objects([[0], ["1"], [2]]), "row 1: it holds more than numbers"),
-        (objects([[0], None, [2]]), "row 1: no list"),
-        (objects([[0], np.zeros((2, 2), int), [2]]), "row 1: no list"),
-        (objects([[0], [2**80], [2]]), "row 1: an index too large"),
+        (objects([[0], ["1"], [2]]), "row 1: it does not hold only numbers"),
+        (objects([[0], None, [2]]), "row 1: not a list"),
+        (objects([[0], np.zeros((2, 2), int), [2]]), "row 1: not a list"),
+        (objects([[0], [2**80], [2]]), "row 1: an index is too large"),
         (objects([[0], [0, 1, 2, 3, 4, 0], [2]]), "row 1: a list of 6 for 5 database images"),
         (objects([[0], [True, False], [2]]), "booleans in rows of several lengths"),
         (objects([[0], np.array([True, False]), [2]]), "booleans in rows of several lengths"),
         (objects([[0, 1, 1], [0, 0], [1]]), "repeats 0 and 1 within rows"),
-        (headed(RIGHT, order=[0, 1, 1]), "row 2: it is headed by 1, where each query 0 to 2 is to come once"),
+        (headed(RIGHT, order=[0, 1, 1]), "row 2: it starts with 1, but each query 0 to 2 must come once"),
         (objects([{"a": 1}, [0], [1]]), "instruction EMPTY_DICT, which no array of indices needs"),
     ],
 )  # fmt: skip
@@ -313,7 +313,7 @@ def test_archives_and_damaged_files(read, tmp_path):
     np.save(tmp_path / "whole.npy", MATRIX)
     whole = (tmp_path / "whole.npy").read_bytes()
     for content in (whole[:-8], whole + b"\0"):
-        with pytest.raises(ValueError, match=r"holds 1\d\d bytes of values where its header says 120"):
+        with pytest.raises(ValueError, match=r"holds 1\d\d bytes of values, but its header says 120"):
             read(content)
     endless = whole[:8] + (9000).to_bytes(2, "little") + whole[10:60].replace(b"(3, 5)", b"(" + b"1" * 40) + b"1" * 9000
     for content in (b"", b"no array", whole[:20], whole.replace(b"(3, 5)", b"(((((("), endless, pickle.dumps([1])):
@@ -465,6 +465,6 @@ def test_correct_photos_that_are_queries_too_are_named_as_the_cause(tmp_path, ca
         assert lists(dataset.positives(25.0)) == ([[], [0]] if lost else [[0], []])
         said = [line for line in caplog.messages if "count as missed" in line]
         assert said == lost * [
-            f"x: of 1 of 2 queries, all correct photos that {file} names were left out of the database, as queries "
-            "too; they count as missed"
+            f"x: for 1 of 2 queries, all correct photos in {file} were left out of the database because they are also "
+            "queries; they count as missed"
         ]

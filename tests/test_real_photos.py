@@ -36,7 +36,7 @@ def test_the_corridor_is_converted_and_trained_on(tmp_path, capsys):
     assert to_gsv_cities.main(flags.split()) == 0
     lines = capsys.readouterr().out.splitlines()
     places = int(re.match("222 photos, of which [0-9]+ make ([0-9]+) places to train on", lines[1])[1])
-    assert 20 <= places <= 24 and lines[2] == "photos of a place: 4 to 4"
+    assert 20 <= places <= 24 and lines[2] == "photos per place: 4 to 4"
     train_script.main(
         f"--eval_datasets_folder={tmp_path}/own --eval_dataset_name=Corridor --backbone=dino_tiny --device=cpu "
         f"--resize 112 112 --train_resize 112 112 --train_batch_size=8 --epochs_num=1 --num_workers=0 "

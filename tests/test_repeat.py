@@ -84,7 +84,7 @@ def test_a_repeated_evaluation_is_the_same(city, tmp_path, run):
     assert shown[0].startswith("command: ")
     as_given = [line.split(" INFO ")[1] for line in log.splitlines() if "options given: " in line]
     assert shown[1:2] == as_given and "--encoder_context file_order shuffled" in shown[1]
-    assert shown[2].startswith(f"options from {first}/two/results.json, of version {parser.version()} (")
+    assert shown[2].startswith(f"options from {first}/two/results.json, version {parser.version()} (")
     assert shown[2].endswith(": --device --num_workers --resume --eval_datasets_folder --eval_dataset_name "
                              "--encoder_context --context_seeds --seed --infer_batch_size --save_dir")  # fmt: skip
     # A repetition is repeated as the first run is.
@@ -101,7 +101,7 @@ def test_the_command_line_has_the_last_word(city, tmp_path, run):
     options = options_of(second)
     assert options["recall_values"] == [2, 3, 4] and list(results_of(second)["recalls"]) == ["2", "3", "4"]
     assert options["antialias"] is False and options["skip_unreadable"] and options["resume"] == str(file)
-    assert "; the command line has the last word on --recall_values --antialias\n" in log
+    assert "; the command line overrides --recall_values --antialias\n" in log
     assert "--recall_values 2 3 4" in log and "--recall_values 1 5" not in log
     plain, _ = run(eval_script.main, *SMALL, *dataset, f"--resume={file}", *flags)
     assert results_of(plain)["recalls"] == results_of(second)["recalls"]
@@ -133,12 +133,12 @@ def test_what_a_repetition_does_not_repeat_is_said(city, tmp_path, run):
     (first / "results.json").write_text(json.dumps(content))
     _, log = run(eval_script.main, f"--options={first}/results.json", save_dir="run/.")
     assert f"{first}/results.json records options that this version does not have: --resample 1 2" in warnings_in(log)
-    (line,) = [line for line in warnings_in(log) if "not as in" in line]
+    (line,) = [line for line in warnings_in(log) if "different from" in line]
     assert line == (
-        f"not as in {first}/results.json, by another checkpoint, version or option: --resize 56 56 (--resize 56 70 "
-        "there), --majority_weight 0.01 (--majority_weight 0.5 there)"
+        f"different from {first}/results.json, by another checkpoint, version or option: --resize 56 56 (--resize 56 "
+        "70 there), --majority_weight 0.01 (--majority_weight 0.5 there)"
     )
-    assert f"another environment than in {first}/results.json: torch {torch.__version__} (1.0 there)\n" in log
+    assert f"different environment from {first}/results.json: torch {torch.__version__} (1.0 there)\n" in log
 
 
 def test_a_repeated_training_is_the_same(city, tmp_path, run):
@@ -151,10 +151,10 @@ def test_a_repeated_training_is_the_same(city, tmp_path, run):
     assert options_of(second)["freeze_te"] is None
     differs = {name for name, value in options_of(first).items() if options_of(second)[name] != value}
     assert differs == {"resume", "given"} and not warnings_in(log)
-    assert "--resume auto is left out: it went on with that run itself, which is repeated from its start" in log
+    assert "--resume auto is left out: it resumed that run itself, which is now repeated from its start" in log
     # On demand the newest run of that --save_dir goes on, which is finished.
     assert train_script.main([f"--options={first}/results.json", "--resume=auto"]) == 0
-    assert "is of a finished run" in (second / "info.log").read_text()
+    assert "is finished: only the test split is evaluated again" in (second / "info.log").read_text()
 
 
 @pytest.mark.parametrize("resume", ["auto", "run/x/last_model.pth", "run/./x/previous_model.pth"])
@@ -234,7 +234,7 @@ def test_relative_paths_begin_where_the_run_was_started(tmp_path, monkeypatch):
     assert (moved.eval_datasets_folder, moved.resume) == (there / "data", there / "logs/best.pth")
     assert (moved.query_keys, moved.save_dir) == (Path("/keys.txt"), Path("mine"))
     assert moved.pca_dataset_folder == Path("pitts30k/images") and moved.started_in == str(here)
-    assert moved.notes[1:] == (f"its relative paths begin in {there}, where that run was started",)
+    assert moved.notes[1:] == (f"its relative paths start from {there}, where that run was started",)
     assert parse(EvalOptions, [f"--options={file}", "--resume=mine.pth"]).resume == Path("mine.pth")
     # What is asked of it once more is asked as it was found.
     again = written(tmp_path / "again.json", asdict(moved))
@@ -245,7 +245,7 @@ def test_relative_paths_begin_where_the_run_was_started(tmp_path, monkeypatch):
     gone = parse(EvalOptions, [f"--options={file}"])
     assert str(gone.eval_datasets_folder) == "data"
     assert gone.notes[1:] == (
-        f"{there}, where that run was started, is not here: its relative paths begin in this one",
+        f"no folder {there}, where that run was started: its relative paths start from the current one",
     )
 
     train = parse(TrainOptions, ["--eval_datasets_folder=/d", "--train_dataset_folder", "a", "/b", "--resume=w/x.pth"])
@@ -271,9 +271,9 @@ def test_an_old_file_gives_what_is_not_the_default(tmp_path):
     again = parse(TrainOptions, [f"--options={written(tmp_path / 'a.json', train)}", "--lr=0.2"])
     assert (again.freeze_te, again.lr, again.deterministic, again.warmup_steps) == (None, 0.2, False, 0)
     assert again.decisive == parse(TrainOptions, ["--eval_datasets_folder=D", "--freeze_te=none", "--lr=0.2"]).decisive
-    assert "of version unknown (unknown): --eval_datasets_folder" in again.notes[0]
-    assert "--freeze_te, those that are not the default, since it does not say what was given" in again.notes[0]
-    assert again.notes[1] == "it names no folder: its relative paths begin in this one"
+    assert ", version unknown (unknown): --eval_datasets_folder" in again.notes[0]
+    assert "--freeze_te, those that differ from the default, since it does not say what was given" in again.notes[0]
+    assert again.notes[1] == "it names no folder: its relative paths start from the current one"
 
 
 def test_a_value_that_the_command_line_gives_need_not_be_one(tmp_path):
@@ -288,43 +288,49 @@ ARE_OPTIONS = "holds no options of train.py or eval.py; name the results.json of
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is no file; name the results.json of an earlier run"),
+        (None, "is not a file; name the results.json of an earlier run"),
         ("folder", "is a folder; name the results.json of an earlier run"),
-        ("pipe", "is no file; name the results.json of an earlier run"),
-        (b"", "is damaged, or no JSON (Expecting value: line 1 column 1 (char 0)); name the results.json"),
-        (b'{"options": {"seed": 1', "is damaged, or no JSON (Expecting ',' delimiter"),
-        (b"PK\x03\x04\x80\xff", "is damaged, or no JSON ("),
-        (b"[" * 100_000, "is damaged, or no JSON (maximum recursion depth"),
-        (b"7" * 5000, "is damaged, or no JSON (Exceeds the limit"),
+        ("pipe", "is not a file; name the results.json of an earlier run"),
+        (b"", "is damaged or not JSON (Expecting value: line 1 column 1 (char 0)); name the results.json"),
+        (b'{"options": {"seed": 1', "is damaged or not JSON (Expecting ',' delimiter"),
+        (b"PK\x03\x04\x80\xff", "is damaged or not JSON ("),
+        (b"[" * 100_000, "is damaged or not JSON (maximum recursion depth"),
+        (b"7" * 5000, "is damaged or not JSON (Exceeds the limit"),
         (b"[1, 2]", ARE_OPTIONS),
         (b"null", ARE_OPTIONS),
         (b'{"options": ["--seed=3"]}', ARE_OPTIONS),
         (b'{"recalls": {"1": 27.0}}', ARE_OPTIONS),
         (b'{"options": {"seed": 1, "device": "cpu"}, "environment": 3}', ARE_OPTIONS),
-        ("train", "is of train.py, whose options eval.py does not take; name the results.json of an earlier run of"),
-        ({"given": "resume"}, '"given" is no list of options there'),
-        ({"given": ["resume", ["seed"]]}, '"given" is no list of options there'),
+        ("train", "is from train.py, whose options eval.py does not take; name the results.json of an earlier run of"),
+        ({"given": "resume"}, 'its "given" is not a list of options'),
+        ({"given": ["resume", ["seed"]]}, 'its "given" is not a list of options'),
         (
             {"given": ["resume", "resample"], "resample": 3},
-            'that run, of version 9.1 (abc), was given "resample", which is no option of this version, ',
+            'that run, version 9.1 (abc), was given "resample", not an option of this version, ',
         ),
-        ({"given": ["upright"], "upright": True}, 'was given "upright", which is no option of this version'),
-        ({"given": ["options"], "options": "a.json"}, 'was given "options", which is no option of this version'),
-        ({"given": ["seed"]}, "--seed was given, and has no value there"),
-        ({"given": ["seed"], "seed": "3"}, '--seed is "3" there, which is no value of it; give --seed on the command'),
-        ({"given": ["seed"], "seed": 3.0}, "--seed is 3.0 there"),
-        ({"given": ["seed"], "seed": True}, "--seed is true there"),
-        ({"given": ["seed"], "seed": None}, "--seed is null there"),
-        ({"given": ["seed"], "seed": [3]}, "--seed is [3] there"),
-        ({"given": ["seed"], "seed": {"a": 1}}, '--seed is {"a": 1} there'),
-        ({"given": ["compile"], "compile": 1}, "--compile is 1 there"),
-        ({"given": ["antialias"], "antialias": "yes"}, '--antialias is "yes" there'),
-        ({"given": ["resume"], "resume": 5}, "--resume is 5 there"),
-        ({"given": ["recall_values"], "recall_values": 5}, "--recall_values is 5 there"),
-        ({"given": ["recall_values"], "recall_values": []}, "--recall_values is [] there"),
-        ({"given": ["recall_values"], "recall_values": [1, [2]]}, "--recall_values is [1, [2]] there"),
-        ({"given": ["resize"], "resize": [56, 56, 56]}, "--resize is [56, 56, 56] there"),
-        ({"given": ["eval_dataset_name"], "eval_dataset_name": ["a", "--seed=3"]}, '--eval_dataset_name is ["a", "--'),
+        ({"given": ["upright"], "upright": True}, 'was given "upright", not an option of this version'),
+        ({"given": ["options"], "options": "a.json"}, 'was given "options", not an option of this version'),
+        ({"given": ["seed"]}, "--seed was given but has no value"),
+        ({"given": ["seed"], "seed": "3"}, '--seed cannot be "3", as the file says; give --seed on the command'),
+        ({"given": ["seed"], "seed": 3.0}, "--seed cannot be 3.0, as the file says"),
+        ({"given": ["seed"], "seed": True}, "--seed cannot be true, as the file says"),
+        ({"given": ["seed"], "seed": None}, "--seed cannot be null, as the file says"),
+        ({"given": ["seed"], "seed": [3]}, "--seed cannot be [3], as the file says"),
+        ({"given": ["seed"], "seed": {"a": 1}}, '--seed cannot be {"a": 1}, as the file says'),
+        ({"given": ["compile"], "compile": 1}, "--compile cannot be 1, as the file says"),
+        ({"given": ["antialias"], "antialias": "yes"}, '--antialias cannot be "yes", as the file says'),
+        ({"given": ["resume"], "resume": 5}, "--resume cannot be 5, as the file says"),
+        ({"given": ["recall_values"], "recall_values": 5}, "--recall_values cannot be 5, as the file says"),
+        ({"given": ["recall_values"], "recall_values": []}, "--recall_values cannot be [], as the file says"),
+        (
+            {"given": ["recall_values"], "recall_values": [1, [2]]},
+            "--recall_values cannot be [1, [2]], as the file says",
+        ),
+        ({"given": ["resize"], "resize": [56, 56, 56]}, "--resize cannot be [56, 56, 56], as the file says"),
+        (
+            {"given": ["eval_dataset_name"], "eval_dataset_name": ["a", "--seed=3"]},
+            '--eval_dataset_name cannot be ["a", "--',
+        ),
         ({"given": ["test_method"], "test_method": "ten_crops"}, "argument --test_method: invalid choice: 'ten_crops'"),
         (
             {"given": [*EVALUATION][:2], "infer_batch_size": 4},
@@ -332,8 +338,8 @@ ARE_OPTIONS = "holds no options of train.py or eval.py; name the results.json of
         ),
         (
             {"given": [*[*EVALUATION][:2], "seed", "context_seeds"], "seed": 4, "context_seeds": 0},
-            '--context_seeds 0 is not above 0; give a positive number (--context_seeds: from --options {file}; to go '
-            'without, leave it out of "given" in a copy)',
+            '--context_seeds 0 is not above 0; give a positive number (--context_seeds: from --options {file}; to '
+            'leave it out, remove it from "given" in a copy)',
         ),
         ({"given": ["resume"]}, "--eval_datasets_folder is missing"),
     ],
@@ -367,7 +373,9 @@ def test_an_evaluation_does_not_make_a_training(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         parse(TrainOptions, [f"--options={file}"])
     assert exit_.value.code == 2
-    assert f"--options {file} is of eval.py, whose options train.py does not take; name the" in capsys.readouterr().err
+    assert (
+        f"--options {file} is from eval.py, whose options train.py does not take; name the" in capsys.readouterr().err
+    )
 
 
 def test_a_contradiction_says_what_comes_from_the_file(tmp_path, capsys):

@@ -163,7 +163,7 @@ def test_contradicting_options_are_named(flags, tmp_path, capsys):
         train_script.main([*flags, f"--save_dir={tmp_path}", "--resume=auto", *other])
     message = next(line for line in capsys.readouterr().err.splitlines() if "ERROR" in line)
     assert exit_.value.code == 2
-    assert "--seed was 0 and is 5 now; --lr was 0.001 and is 0.002 now;" in message
+    assert "--seed was 0 and is now 5; --lr was 0.001 and is now 0.002;" in message
     assert "epochs_num" not in message and "patience" not in message and "num_workers" not in message
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.pth")} == kept
 
@@ -174,7 +174,7 @@ def test_a_schedule_with_an_end_fixes_it(flags, tmp_path, capsys):
     train_script.main([*flags, f"--save_dir={tmp_path}/whole"])
     with pytest.raises(SystemExit):
         train_script.main([*flags, f"--save_dir={tmp_path}/whole", "--epochs_num=4", "--resume=auto"])
-    assert "--epochs_num was 3 and is 4 now; give the same ones" in capsys.readouterr().err
+    assert "--epochs_num was 3 and is now 4; give the same ones" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as stopped:
         stopped.setattr(train_script, "evaluate", lambda *_, **__: sys.exit(3))
         with pytest.raises(SystemExit):
@@ -195,7 +195,7 @@ def test_a_checkpoint_from_before_there_were_schedules_is_of_the_released_one(fl
     torch.save(content, last)
     with pytest.raises(SystemExit):
         train_script.main([*flags, f"--save_dir={tmp_path}", "--resume=auto", "--lr_schedule=cosine"])
-    assert "--lr_schedule was halving and is cosine now" in capsys.readouterr().err
+    assert "--lr_schedule was halving and is now cosine" in capsys.readouterr().err
     train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=2", "--resume=auto"])
 
 
@@ -256,14 +256,14 @@ def test_a_finished_run_is_only_evaluated_again(flags, tmp_path, caplog):
     before = outcome(tmp_path)
     train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=1", "--resume=auto"])
     assert_same(outcome(tmp_path), before)
-    assert "last_model.pth is of a finished run: only the test split is evaluated again" in caplog.text
+    assert "last_model.pth is finished: only the test split is evaluated again" in caplog.text
 
 
 def test_small_shared_memory_changes_nothing_but_the_time(flags, uninterrupted, tmp_path, monkeypatch, caplog):
     """Batches of 150 kB from places of 38 kB, through 400 kB: places come singly, and last batches are short too."""
     monkeypatch.setattr(reading.shutil, "disk_usage", lambda _: SimpleNamespace(free=400_000))
     train_script.main([*flags, f"--save_dir={tmp_path}", "--num_workers=2"])
-    assert "/dev/shm is too small for 2 processes that read batches of 0.2 MB: they hand over single" in caplog.text
+    assert "/dev/shm is too small for 2 processes that read batches of 0.2 MB: they pass single" in caplog.text
     assert "--shm-size=8g or --ipc=host" in caplog.text
     assert_same(outcome(tmp_path), uninterrupted)
 
@@ -285,7 +285,7 @@ def test_a_best_model_that_is_gone_is_noticed_at_once(flags, tmp_path, capsys, d
 
     lose()
     train_script.main([*one_epoch, "--resume=auto"])
-    assert "best_model.pth was gone or damaged: written again from the checkpoint" in capsys.readouterr().err
+    assert "best_model.pth was missing or damaged: rewritten from the checkpoint" in capsys.readouterr().err
     written = torch.load(best, weights_only=True)["model_state_dict"]
     last = torch.load(best.with_name("last_model.pth"), weights_only=True)
     assert all(torch.equal(written[name], value) for name, value in last["model_state_dict"].items())
@@ -297,7 +297,10 @@ def test_a_best_model_that_is_gone_is_noticed_at_once(flags, tmp_path, capsys, d
     with pytest.raises(SystemExit) as exit_:
         train_script.main([*flags, f"--save_dir={tmp_path}", "--resume=auto"])
     assert exit_.value.code == 2
-    assert f"ERROR: {best} is gone or damaged, and {best.with_name('last_model.pth')} is of" in capsys.readouterr().err
+    assert (
+        f"ERROR: {best} is missing or damaged, and {best.with_name('last_model.pth')} is from"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_best_model_that_goes_while_the_run_lives_is_noticed_after_the_epoch(flags, tmp_path, capsys, monkeypatch):
@@ -311,7 +314,7 @@ def test_a_best_model_that_goes_while_the_run_lives_is_noticed_after_the_epoch(f
     monkeypatch.setattr(Progress, "record_epoch", gone)
     with pytest.raises(SystemExit) as exit_:
         train_script.main([*flags, f"--save_dir={tmp_path}"])
-    assert exit_.value.code == 2 and "best_model.pth is gone or damaged, and" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "best_model.pth is missing or damaged, and" in capsys.readouterr().err
     (last,) = tmp_path.glob("*/last_model.pth")
     assert torch.load(last, weights_only=True)["epoch_num"] == 2
 
@@ -373,7 +376,9 @@ def test_other_processes_concern_the_encoder_where_there_is_one(flags, tmp_path,
     content = torch.load(last, weights_only=True)
     torch.save({**content, "generators": content["generators"] * 3}, last)
     train_script.main([*flags, f"--save_dir={tmp_path}", "--epochs_num=0", "--resume=auto"])
-    (message,) = [message for message in caplog.messages if "was written by 3 processes and these are 1" in message]
+    (message,) = [
+        message for message in caplog.messages if "was written by 3 processes, but there are now 1" in message
+    ]
     assert ("encoder" in message) == ("dropout" in message) == encoder
 
 

@@ -171,7 +171,7 @@ def test_more_neighbours_than_faiss_finds_on_a_gpu(monkeypatch, caplog, gpus):
         assert_same(nearest(queries, chunked(database, 2100), 2050, GPU), expected)
     said = [record.message for record in caplog.records]
     if gpus:
-        assert said == ["2050 matches a query are searched on the CPU, since FAISS finds 2048 at most on a GPU"]
+        assert said == ["the 2050 matches per query are searched on the CPU, since FAISS on a GPU finds at most 2048"]
     assert gpu.on_cpu == (2 if gpus else 0) and len(said) == gpus
     assert_same(nearest(queries, chunked(database, 2100), 2048, GPU), [side[:, :2048] for side in expected])
     assert len(caplog.records) == gpus
@@ -187,7 +187,7 @@ def test_a_gpu_that_fails_leaves_the_search_to_the_cpu(monkeypatch, caplog, fail
     for _ in range(2):
         assert_same(nearest(queries, chunks, 60, GPU), expected)
     assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == [
-        "the search goes on on the CPU, since the GPU cannot: 'e' failed: out of memory"
+        "the search continues on the CPU, since it failed on the GPU: 'e' failed: out of memory"
     ]
     assert gpu.did.count("searched") == fails_at and gpu.on_cpu == 5 - (fails_at - 1) + 5
 
@@ -203,7 +203,7 @@ def test_a_gpu_without_room_for_the_queries(monkeypatch, caplog):
 
     monkeypatch.setattr(torch.Tensor, "to", full)
     assert_same(nearest(queries, chunked(database, 60), 9, GPU), expected)
-    assert "the GPU cannot: CUDA out of memory." in caplog.text and gpu.on_cpu == 5
+    assert "it failed on the GPU: CUDA out of memory." in caplog.text and gpu.on_cpu == 5
 
 
 @pytest.mark.parametrize(("processes", "images"), [(2, 90), (3, 90), (5, 25)])
@@ -481,17 +481,17 @@ def test_a_search_that_fails_can_be_gone_on_with(evaluate, passed, monkeypatch, 
         failing.setattr(owner, name, fails_with(error))
         status, said, failed = evaluate(*more)
     assert status in (1, 2) and "Traceback" not in said and not (failed / "extracted").exists()
-    (line,) = [line for line in said.splitlines() if "what was extracted is kept" in line]
-    advice = shlex.split(line.split("the same command with ")[1].split(" goes on")[0])
+    (line,) = [line for line in said.splitlines() if "the descriptors are kept" in line]
+    advice = shlex.split(line.split("the same command with ")[1].split(" resumes")[0])
     assert advice == [f"--descriptors_folder={failed}/kept"]
     passed.clear()
     status, said, again = evaluate(*more, *advice)
-    assert status == 0 and passed == [] and "computed anew" not in said
+    assert status == 0 and passed == [] and "computed again" not in said
     assert matches(again) == matches(right) and matches(right)
     with monkeypatch.context() as failing:
         failing.setattr(owner, name, fails_with(error))
         status, said, failed = evaluate(*more, *advice)
-    assert status in (1, 2) and "kept: the same command goes on with the search" in said
+    assert status in (1, 2) and "kept: the same command resumes with the search" in said
     assert evaluate(*more, *advice)[0] == 0 and passed == []
 
 

@@ -66,7 +66,7 @@ def test_a_training_job_finishes_its_step(city, tmp_path, whom, name, point, cou
     assert job.returncode == 128 + signal.Signals[name], job.stderr
     assert steps_in(tmp_path) == done and not left
     assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
-    assert f"\n{name}: finishing the step under way" in job.stderr
+    assert f"\n{name}: finishing the current step" in job.stderr
     (folder,) = tmp_path.glob("*/")
     last = f"stopped by {name}: training is saved in {folder}/last_model.pth; run the same command to resume it"
     assert last in job.stderr and last in (folder / "info.log").read_text()
@@ -90,7 +90,7 @@ def test_an_extraction_stops_in_one_line(city, tmp_path, name, workers):
     job, left = run_signalled("group", name, "batch", 3, "eval", *flags)
     assert job.returncode == 128 + signal.Signals[name] and not left, job.stderr
     assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
-    assert f"stopped by {name}: --descriptors_folder would have kept what was computed" in job.stderr
+    assert f"stopped by {name}: --descriptors_folder would have kept the descriptors computed so far" in job.stderr
     (folder,) = tmp_path.glob("run/*/")
     assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {"info.log", "debug.log"}
 
@@ -116,7 +116,7 @@ def test_each_signal_is_noted_and_its_handler_put_back(signum, capfd):
             with pytest.raises(SystemExit) as exit_:
                 preemption.stop()
         assert exit_.value.code == 128 + signum and signal.getsignal(signum) == signal.default_int_handler
-        assert capfd.readouterr().err.startswith(f"\n{signum.name}: finishing the step under way")
+        assert capfd.readouterr().err.startswith(f"\n{signum.name}: finishing the current step")
     finally:
         signal.signal(signum, before)
 
@@ -264,4 +264,4 @@ def test_a_reading_process_that_is_killed_is_one_line(city, tmp_path, monkeypatc
         train_script.main(flags)
     shown = capsys.readouterr().err
     assert exit_.value.code == 1 and "Traceback" not in shown
-    assert "ERROR: a reading process was killed, as the kernel does when memory runs out; use fewer by" in shown
+    assert "ERROR: a reading process was killed, as the kernel does when memory runs out; use fewer with" in shown

@@ -96,7 +96,7 @@ def test_the_toy_city_as_a_tree_comes_back_as_its_own_places(toy_tree, city, con
     assert set(fates) == set(own) and {use for use, _ in fates.values()} == {"train"}
     assert len({(own[name], place) for name, (_, place) in fates.items()}) == len(set(own.values())) == 8
     assert len({place for _, place in fates.values()}) == 8
-    assert lines[:2] == ["40 photos, of which 40 make 8 places to train on", "photos of a place: 5 to 5"]
+    assert lines[:2] == ["40 photos, of which 40 make 8 places to train on", "photos per place: 5 to 5"]
     # The same photos, months and directions as in its own form, read as the 23 cities are.
     mine, theirs = (GSVCities(f / "gsv_cities", cities=["London"], transform=None) for f in (output, city))
     assert len(mine) == len(theirs) == 8
@@ -148,7 +148,7 @@ def test_a_conversion_is_trained_on_beside_other_folders(toy_tree, city, convert
         train_script.main(flags.split())
     places = len({place for use, place in fates.values() if use == "train"}) + 16
     assert f"training on GSV-Cities ({places} places" in caplog.text and "3 cities, 2 folders" in caplog.text
-    assert f"epoch 2: {places // 4 * 4} of {places} places were described" in caplog.text
+    assert f"epoch 2: described {places // 4 * 4} of {places} places in " in caplog.text
     used = Counter(use for use, _ in fates.values())
     test = f"Mine test ({used['test/database']} database, {used['test/queries']} queries)"
     assert f"Recalls on {test}" in caplog.text and used["val/queries"] >= 4
@@ -280,7 +280,7 @@ def test_phone_photos(tmp_path, small_photo, converted):
     ]
     assert lines[0] == f"{tmp_path}/phone: left out 1 file (1 .mov); convert other formats (HEIC) to JPEG"
     assert lines[1] == "12 photos, of which 8 make 2 places to train on"
-    assert "1 photos that EXIF data turn were written anew, turned" in lines
+    assert "1 photos were rewritten, turned as EXIF says" in lines
     assert fates["broken.jpg"][0] == "cannot be read" and fates["p0_0.png"] == ("train", fates["p0_3.jpg"][1])
     names = sorted(path.name for path in (output / "gsv_cities/Images/Paris").iterdir())
     assert len(names) == 8 and any("_2024_02_351_48.858_2.2945_" in name for name in names)
@@ -302,7 +302,7 @@ def test_a_table_with_degrees_headings_and_times(table, converted):
     rows += [f"w{i}.jpg,52.5,13.4,{heading},2021-01-01" for i, heading in enumerate((44, 46, "", 300))]
     source = table("Path,Lat,Lon,Heading,Time,Note", *(f"{row},x" for row in rows))
     output, lines, fates = converted(source, "--heading_bins=4")
-    assert "columns that mean nothing here: note" in lines[0]
+    assert "columns ignored: note" in lines[0]
     assert {fates[f"n{i}.jpg"] for i in range(4)} == {("train", "0")} == {fates["w0.jpg"]}
     assert {fates[f"s{i}.jpg"] for i in range(4)} == {("train", "1")}
     assert fates["w2.jpg"][0].startswith("no heading") and fates["w1.jpg"][0].startswith("a place of fewer than 4")
@@ -318,13 +318,13 @@ def test_of_a_dataset_the_train_split_alone_is_converted(toy_tree, city, tmp_pat
     tree, own, _ = toy_tree
     (tree / "images/test").symlink_to(city / "toy_city/images/test")
     output, lines, fates = converted(tree, "--gap=10")
-    assert set(fates) == set(own) and lines[0] == f"{tree}: its train split is converted, and test left to evaluate on"
+    assert set(fates) == set(own) and lines[0] == f"{tree}: only its train split is converted; test are for evaluation"
     shutil.rmtree(output)
     source = city / "toy_city"
     (tmp_path / "only/images").mkdir(parents=True)
     (tmp_path / "only/images/test").symlink_to(source / "images/test")
     _, lines, _ = converted(tmp_path / "only", "--gap=5", "--min_images=2")
-    assert lines[0] == f"{tmp_path}/only has no train split: do not evaluate on its test what is trained on it"
+    assert lines[0] == f"{tmp_path}/only has no train split: do not evaluate models trained on it on its test"
     assert any("places have fewer than 4 photos: train.py leaves them out unless" in line for line in lines)
 
 
@@ -336,7 +336,7 @@ def test_zones_are_not_on_one_map(tmp_path, small_photo, converted):
         for i in range(4):
             shutil.copy(small_photo, folder / f"@700000.0@5700000.{i}@{zone}@@@{zone[-1]}{i}@.jpg")
     output, lines, fates = converted(folder)
-    assert lines[0].startswith("names tell of 2 UTM zones (30north 56south), whose metres are not on one map")
+    assert lines[0].startswith("names are in 2 UTM zones (30north 56south), whose metres cannot be compared")
     assert lines[1] == "12 photos, of which 12 make 2 places to train on" and lines[2].endswith("4 to 8")
 
 
@@ -345,7 +345,8 @@ def test_labels_do_without_positions(table, converted):
     output, lines, fates = converted(source, "--val_share=0.2")
     assert fates["e.jpg"][0] == "no label" and fates["f.jpg"][0].startswith(("a place of fewer", "val"))
     assert (
-        any(line.startswith("no map: there are labels only") for line in lines) and not (output / "places.png").exists()
+        any(line.startswith("no plot: there are only labels") for line in lines)
+        and not (output / "places.png").exists()
     )
     assert len({place for use, place in fates.values() if use == "train"}) == 3
     dataset = DatabaseQueries.from_folder(output, "Mine", "test")
@@ -362,10 +363,10 @@ def test_what_is_held_out_by_an_area_and_by_time(table, converted):
     for i in range(4, 7):
         assert [fates[f"p{i}_{j}.jpg"][0] for j in range(4)] == ["val/database"] * 2 + ["val/queries"] * 2
     assert "val: 6 database photos and 7 queries, the later ones; 1 queries have no database photo within 25 m" in lines
-    assert "test is a link to val: the best epoch is chosen and judged by the same photos" in lines
+    assert "test is a link to val: the best epoch is chosen and tested on the same photos" in lines
     val, test = (DatabaseQueries.from_folder(output, "Mine", split) for split in ("val", "test"))
     assert len(test.queries_paths) == 7 and sorted(map(len, val.positives(25.0))) == [0] + [2] * 6
-    assert "the columns lat and lon hold metres / 111,320, since not all photos say their degrees" in lines
+    assert "the columns lat and lon hold metres / 111,320, since not all photos have degrees" in lines
 
 
 def test_what_is_held_out_at_random(table, converted):
@@ -383,7 +384,7 @@ def test_areas_that_share_photos_say_so(table, converted):
     rows = [f"p{i}.jpg,{50 * (i // 2)},5000,{2020 + i % 2}-05" for i in range(28)]
     flags = ["--val_area", "0", "4999", "120", "5001", "--test_area", "50", "4999", "220", "5001", "--min_images=2"]
     _, lines, fates = converted(table("path,east,north,time", *rows), *flags, "--gap=60")
-    assert "6 photos of --test_area are not in test: val has them, or they are near it" in lines
+    assert "6 photos in --test_area are not in test: they are in val or near it" in lines
     uses = [fates[f"p{i}.jpg"][0] for i in range(10)]
     assert uses[:6] == ["val/database", "val/queries"] * 3 and uses[8:] == ["test/database", "test/queries"]
     assert uses[6:8] == ["nearer than --gap to what is held out for val"] * 2
@@ -393,13 +394,13 @@ def test_what_has_no_part_beside_labels_is_said(table, tmp_path, converted):
     """And a label that is in two places far apart: of 3 labels here, one, 300 m from end to end."""
     rows = [f"p{i}.jpg,{200 * (i // 4) + 300 * (i == 7)},5000,L{i // 4}" for i in range(12)]
     _, lines, _ = converted(table("path,east,north,label", *rows), "--gap=30")
-    assert "labels say what a place is: --cell has no part; 1 labels reach farther than 30 m, L1 300 m" in lines
+    assert "labels define the places: --cell has no effect; 1 labels reach farther than 30 m, L1 300 m" in lines
     shutil.rmtree(tmp_path / "out")
     _, lines, _ = converted(table("path,east,north,label", *(row.replace(",500,", ",200,") for row in rows)))
-    assert "labels say what a place is: --cell has no part" in lines
+    assert "labels define the places: --cell has no effect" in lines
     shutil.rmtree(tmp_path / "out")
     _, lines, _ = converted(table("path,label", *(f"p{i}.jpg,L{i // 4}" for i in range(12))))
-    assert "labels say what a place is: --cell and --gap have no part" in lines
+    assert "labels define the places: --cell and --gap have no effect" in lines
 
 
 @pytest.mark.parametrize("kind", ["a file", "too long", "no such place"])
@@ -418,7 +419,7 @@ def test_an_output_that_cannot_be_made_is_refused_before_photos_are_read(kind, t
     with pytest.raises(SystemExit) as exit_:
         to_gsv_cities.main([str(source), f"--output={output}"])
     message = capsys.readouterr().err.splitlines()[-1]
-    assert exit_.value.code == 2 and f"error: --output {output} cannot be made" in message
+    assert exit_.value.code == 2 and f"error: --output {output} cannot be created" in message
     assert message.endswith("name another folder") and sorted(tmp_path.rglob("*")) == before
 
 
@@ -466,7 +467,7 @@ def test_an_output_is_there_whole_or_not_at_all(table, tmp_path, monkeypatch, ca
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
     with pytest.raises(SystemExit):
         to_gsv_cities.main(flags)
-    assert f"--output {tmp_path}/out is there already; remove it" in capsys.readouterr().err
+    assert f"--output {tmp_path}/out already exists; remove it" in capsys.readouterr().err
 
 
 TWO = [(1, 0), (100, 0)]
@@ -475,33 +476,38 @@ BAD_TABLES = {  # header, rows, flags, what is said
     "one cell": ("path,east,north", rows_at((1, 0), (2, 0), (2, 1)), "", "12 photos in 1 cells make 1 place"),
     "sparse": ("path,east,north", rows_at(*TWO, each=3), "", "make 0 places to train on, .*fewer than 4 photos"),
     "gap": ("path,east,north", rows_at(*TWO), "--gap=100", "make 1 place to train on, .*nearer than --gap"),
-    "twice": ("path,east,north", ["a.jpg,1,2", "./a.jpg,1,2"], "", "line 3: .*a.jpg is in line 2 already"),
+    "twice": ("path,east,north", ["a.jpg,1,2", "./a.jpg,1,2"], "", "line 3: .*a.jpg is already in line 2"),
     "no column": (
         "file,east,north",
         rows_at(*TWO),
         "",
-        "line 1: 'file,east,north': a csv begins with the columns path",
+        "line 1: 'file,east,north': a csv starts with the columns path",
     ),
-    "half a pair": ("path,east,lat", rows_at(*TWO), "", "line 1: 'path,east,lat': a csv begins with"),
-    "both pairs": ("path,east,north,lat,lon", ["a.jpg,1,2,3,4"], "", "both east,north and lat,lon; keep the columns"),
-    "column twice": ("path,east,north,east", ["a.jpg,1,2,1"], "", "a column is there twice"),
+    "half a pair": ("path,east,lat", rows_at(*TWO), "", "line 1: 'path,east,lat': a csv starts with"),
+    "both pairs": (
+        "path,east,north,lat,lon",
+        ["a.jpg,1,2,3,4"],
+        "",
+        "both east,north and lat,lon; keep only the columns",
+    ),
+    "column twice": ("path,east,north,east", ["a.jpg,1,2,1"], "", "a column appears twice"),
     "semicolons": ("path;east;north", ["a.jpg;1;2"], "", "separated by commas"),
     "no row": ("path,east,north", [], "", "has no row below its header"),
     "fields": ("path,east,north", ["a.jpg,1,2", "b.jpg,1"], "", "line 3: 2 fields for 3 columns"),
     "no path": ("path,east,north", [",1,2"], "", "line 2: no path"),
-    "word": ("path,east,north", ["a.jpg,one,2"], "", "line 2: east 'one' is no number"),
-    "underscore": ("path,lat,lon", ["a.jpg,4_8.5,2"], "", "line 2: lat '4_8.5' is no number"),
-    "decimal comma": ("path,lat,lon", ['a.jpg,"48,5","2,3"'], "", "line 2: lat '48,5' is no number"),
-    "infinite": ("path,east,north", ["a.jpg,inf,2"], "", "line 2: east,north inf,2.0 is nowhere"),
+    "word": ("path,east,north", ["a.jpg,one,2"], "", "line 2: east 'one' is not a number; correct"),
+    "underscore": ("path,lat,lon", ["a.jpg,4_8.5,2"], "", "line 2: lat '4_8.5' is not a number; correct"),
+    "decimal comma": ("path,lat,lon", ['a.jpg,"48,5","2,3"'], "", "line 2: lat '48,5' is not a number; correct"),
+    "infinite": ("path,east,north", ["a.jpg,inf,2"], "", "line 2: east,north inf,2.0 is infinite"),
     "absurd": ("path,east,north", [*rows_at(*TWO), "a.jpg,1e9,2"], "", "a.jpg: east 1e.09, north 2 is beyond any map"),
     "degrees as metres": ("path,east,north", rows_at((48.85, 2.29), (48.86, 2.29)), "", "look like degrees, .*lat,lon"),
     "metres swapped": ("path,east,north", rows_at((5e6, 4e5), (5.1e6, 4e5)), "", "positions look swapped"),
-    "degrees swapped": ("path,lat,lon", rows_at((139.7, 35.6)), "", "139.7, longitude 35.6 is nowhere .*swapped"),
-    "metres as degrees": ("path,lat,lon", rows_at((4.4e5, 5e6)), "", "nowhere on Earth; metres go into columns east"),
-    "too wide": ("path,lat,lon", rows_at((48.8, 2.3), (40.7, -74.0)), "", "more than a map in metres holds"),
+    "degrees swapped": ("path,lat,lon", rows_at((139.7, 35.6)), "", "139.7, longitude 35.6 is out of range; .*swapped"),
+    "metres as degrees": ("path,lat,lon", rows_at((4.4e5, 5e6)), "", "is out of range; metres go into columns east"),
+    "too wide": ("path,lat,lon", rows_at((48.8, 2.3), (40.7, -74.0)), "", "too far for one map in metres"),
     "no position": ("path,lat,lon", ["a.jpg,,", "b.jpg,0,0"], "", r"no photo of 2 can be used \(2 no position\)"),
     "no file": ("path,east,north", ["gone.jpg,1,2"], "", r"no photo of 1 can be used \(1 there is no such file\)"),
-    "bad heading": ("path,east,north,heading", ["a.jpg,1,2,400"], "", "heading 400 is no direction"),
+    "bad heading": ("path,east,north,heading", ["a.jpg,1,2,400"], "", "heading 400 is out of range"),
     "no heading": ("path,east,north", rows_at(*TWO), "--heading_bins=4", "no photo is left .*8 photos: no heading"),
     "bad time": ("path,east,north,time", ["a.jpg,1,2,noon"], "", "line 2: time 'noon' is not understood"),
     "some labels": ("path,east,north,label", ["a.jpg,1,2,x", "b.jpg,1,2,"], "", r"no photo .*|make 0 places"),
@@ -509,7 +515,7 @@ BAD_TABLES = {  # header, rows, flags, what is said
         "path,east,north",
         rows_at(*TWO),
         "--val_area 5 5 6 6",
-        "--val_area 5 5 6 6 holds no photo; the photos",
+        "--val_area 5 5 6 6 contains no photo; the photos",
     ),
     "all held out": (
         "path,east,north",
@@ -517,18 +523,18 @@ BAD_TABLES = {  # header, rows, flags, what is said
         "--val_area 0 -1 100 1",
         "no photo is left to train on .4 photos: val/.*smaller",
     ),
-    "area of labels": ("path,label", ["a.jpg,x", "b.jpg,y"], "--val_area 5 5 6 6", "labels only; use --val_share"),
+    "area of labels": ("path,label", ["a.jpg,x", "b.jpg,y"], "--val_area 5 5 6 6", "only labels; use --val_share"),
     "no times": (
         "path,east,north",
         rows_at(*TWO),
         "--val_share=0.4 --queries=time",
         "of 4 photos held out for val have",
     ),
-    "share": ("path,east,north", rows_at(*TWO), "--val_share=1.5", "--val_share 1.5 is no share"),
+    "share": ("path,east,north", rows_at(*TWO), "--val_share=1.5", "--val_share 1.5 is not a share"),
     "share and area": ("path,east,north", rows_at(*TWO), "--val_share=.5 --val_area 1 1 2 2", "give one of them"),
-    "queries of nothing": ("path,east,north", rows_at(*TWO), "--queries=time", "--queries time is of a held-out area"),
+    "queries of nothing": ("path,east,north", rows_at(*TWO), "--queries=time", "--queries time needs held-out photos"),
     "cell": ("path,east,north", rows_at(*TWO), "--cell=0", "--cell 0 is too small"),
-    "not a number": ("path,east,north", rows_at(*TWO), "--gap=nan", "--gap nan is too small or no number"),
+    "not a number": ("path,east,north", rows_at(*TWO), "--gap=nan", "--gap nan is too small or not a number"),
     "name": ("path,east,north", rows_at(*TWO), "--name=a/b", "--name 'a/b' becomes part of file names"),
 }
 
@@ -574,18 +580,16 @@ def test_what_is_no_file_and_names_that_are_no_text(table, tmp_path, small_photo
 def test_folders_that_are_refused(tmp_path, small_photo, table, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()
-    refused(capsys, tmp_path, [str(photos)], "no photo in .*photos; put the photos there")
+    refused(capsys, tmp_path, [str(photos)], "no photo in .*photos; put photos there")
     for name in ("none", "none.csv"):
-        refused(capsys, tmp_path, [str(tmp_path / name)], f"{name} is neither a folder nor a .csv that is there")
+        refused(capsys, tmp_path, [str(tmp_path / name)], f"{name} is neither a folder nor an existing .csv file")
     shutil.copy(small_photo, photos / "a.jpg")
     refused(capsys, tmp_path, [str(photos)], r"no photo of 1 can be used \(1 no GPS position in EXIF data\)")
     shutil.copy(small_photo, photos / "@500100@4000000@.jpg")
-    refused(capsys, tmp_path, [str(photos)], r"1 of 2 names have UTM coordinates .*, and others none, e.g. .*a.jpg")
+    refused(capsys, tmp_path, [str(photos)], r"only 1 of 2 names have UTM coordinates .*, unlike e.g. .*a.jpg")
     (photos / "a.jpg").unlink()
     source = table("path,lat,lon", "a.jpg,48,2")
-    refused(
-        capsys, tmp_path, [str(photos), str(source)], "photos has metres, .*photos.csv has degrees, and they cannot"
-    )
+    refused(capsys, tmp_path, [str(photos), str(source)], "photos has metres, .*photos.csv has degrees, which cannot")
     (photos / "@500100@4000000@.jpg").write_bytes(b"broken")
     refused(capsys, tmp_path, [str(photos)], r"no photo of 1 can be used \(1 cannot be read\)")
     with pytest.raises(SystemExit):

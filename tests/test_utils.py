@@ -225,12 +225,12 @@ def test_a_skipped_step_is_none_of_any_schedule(name):
 
 def test_a_warm_up_that_leaves_no_step(caplog):
     settings = {"lr": 8e-5, "lr_encoder": 1e-4, "steps_per_epoch": 4, "epochs": 2, "lr_schedule": "cosine"}
-    with pytest.raises(ValueError, match="--warmup_steps 8 leaves no step for --lr_schedule cosine: the run has 8"):
+    with pytest.raises(ValueError, match="--warmup_steps 8 leaves no steps for --lr_schedule cosine: the run has 8"):
         Optimization(Small(), **settings, warmup_steps=8)
     Optimization(Small(), **{**settings, "epochs": 0}, warmup_steps=8)  # nothing is trained
     caplog.clear()
     Optimization(Small(), **settings, warmup_steps=7)
-    assert "--warmup_steps 7 is for the encoder too, whose one step" in caplog.text
+    assert "--warmup_steps 7 lowers the encoder's rate too in its only step" in caplog.text
 
 
 @pytest.mark.parametrize("optim", ["adam", "adamw", "sgd"])
@@ -280,7 +280,7 @@ def test_a_skipped_step_is_counted_and_is_none_of_the_schedule(caplog, recwarn):
         for factor in (float("inf"), 1.0, float("nan"), 1.0, 1.0):
             optimization.backward(model(torch.ones(2, 3)).sum() * factor)
             optimization.step()
-    assert optimization.skipped == 2 and "a step was skipped, the 2. so far: its gradients overflowed" in caplog.text
+    assert optimization.skipped == 2 and "step skipped (2 so far): its gradients overflowed" in caplog.text
     assert optimization.lr == 2.5e-5, "three steps of one an epoch"
     assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
     again = Optimization(Small(), **settings)
@@ -306,7 +306,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", dies)
-    with pytest.raises(OSError, match="cannot write .*last_model.pth .no space left.; the checkpoints before it are"):
+    with pytest.raises(OSError, match="cannot write .*last_model.pth .no space left.; earlier checkpoints are intact"):
         checkpoint.save(path, {"epoch_num": 2})
     monkeypatch.undo()
     assert torch.load(path, weights_only=True) == {"epoch_num": 1}
@@ -444,7 +444,7 @@ def test_a_row_is_written_whole_or_not_at_all(tmp_path):
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 3, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"cannot write .*metrics.csv .*free space and go on with --resume auto"):
+        with pytest.raises(OSError, match=r"cannot write .*metrics.csv .*free space and resume with --resume auto"):
             metrics.append_row(tmp_path, {"epoch": 2, "loss": 0.2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -461,7 +461,7 @@ def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys):
         for number in range(20):
             logging.getLogger("utils").info("line %d", number)
     shown = capsys.readouterr().err
-    assert "line 19" in shown and "Traceback" not in shown and shown.count("the run goes on without") == 2
+    assert "line 19" in shown and "Traceback" not in shown and shown.count("the run continues without it") == 2
     assert f"WARNING: cannot write {folder}/info.log ([Errno 28] No space left on device)" in shown
 
 
@@ -481,11 +481,11 @@ def test_a_table_that_lost_rows_is_told_and_one_that_is_right_is_left_alone(tmp_
         path.write_bytes(text.encode())
         before = path.stat().st_ino
         metrics.cut_rows(tmp_path, 2)
-        assert (f"lacks the rows of {lost} of the 2 epochs" in caplog.text) == (lost > 0)
+        assert (f"lacks rows for {lost} of the 2 epochs" in caplog.text) == (lost > 0)
         assert (path.stat().st_ino == before) == (lost < 2)
     (tmp_path / f"metrics.csv.{os.getpid()}.tmp").symlink_to("/dev/full")
     path.write_bytes(b"epoch,loss\r\n1,0.1\r\n2,0.2\r\n")
-    with pytest.raises(OSError, match="cannot write .*metrics.csv .*free space and go on with --resume auto"):
+    with pytest.raises(OSError, match="cannot write .*metrics.csv .*free space and resume with --resume auto"):
         metrics.cut_rows(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
@@ -512,7 +512,7 @@ def test_an_error_that_only_says_that_another_process_ended_is_one_line(tmp_path
             patched.setattr(distributed, "world_size", lambda: 2)
             raise RuntimeError(error)
         assert exit_.value.code == 1 and error in (folder / "debug.log").read_text()
-        assert capsys.readouterr().err == "ERROR: another process of the run has ended, and this one ends with it\n"
+        assert capsys.readouterr().err == "ERROR: another process of the run has ended, so this one ends too\n"
 
 
 def test_a_line_moves_the_progress_bar_out_of_its_way(capsys):
@@ -559,7 +559,7 @@ def test_a_gpu_keeps_the_state_of_its_own_generator(monkeypatch):
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee ..."),
             "Tried to allocate 2 GiB.); in",
         ),
-        (MemoryError(), "out of memory (of the main memory); in training, --precision bf16, --activation"),
+        (MemoryError(), "out of memory (main memory); in training, --precision bf16, --activation"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--extraction_batch_size 4"),
     ],
 )
@@ -623,12 +623,15 @@ def test_what_changed_since_descriptors_were_kept_is_said_in_words(tmp_path, nam
     def said(count, **change):
         with pytest.raises(ValueError) as error:
             DescriptorStore(tmp_path, name, (count, 1, 4, 8), fingerprint={**was, **change})
-        return str(error.value).split("made otherwise: ")[1].split("; give the same")[0]
+        return str(error.value).split("does not match: ")[1].split("; use the same")[0]
 
     assert said(9, images="3d") == said(8, images="3d") == f"the {photos} photos have changed"
-    assert said(9, weights="0a", images="3d") == f"the weights are another model's; the {photos} photos have changed"
+    assert (
+        said(9, weights="0a", images="3d")
+        == f"the weights are those of another model; the {photos} photos have changed"
+    )
     assert said(9, upright=True) == f"the {photos} photos were not turned as EXIF says and are now"
-    assert said(9, resize=[56, 70]) == "--resize was 56 56 and is 56 70 now"
+    assert said(9, resize=[56, 70]) == "--resize was 56 56 and is now 56 70"
 
 
 @pytest.mark.parametrize(
@@ -678,11 +681,11 @@ def test_a_store_gives_back_what_was_written(tmp_path, dtype):
     np.testing.assert_array_equal(np.load(tmp_path / "s" / "database.npy"), rows)
     assert np.load(tmp_path / "s" / "database.npy").dtype == dtype
     for change, words in (
-        ({"shape": (8, 2, 3)}, "the shape was 9 2 3 and is 8 2 3 now"),
-        ({"dtype": "int8"}, f"--descriptor_dtype was {dtype} and is int8 now"),
-        ({"fingerprint": {"weights": "b"}}, "the weights are another model's"),
+        ({"shape": (8, 2, 3)}, "the shape was 9 2 3 and is now 8 2 3"),
+        ({"dtype": "int8"}, f"--descriptor_dtype was {dtype} and is now int8"),
+        ({"fingerprint": {"weights": "b"}}, "the weights are those of another model"),
     ):
-        with pytest.raises(ValueError, match=f"database.npy was made otherwise: {words}; give the same"):
+        with pytest.raises(ValueError, match=f"database.npy does not match: {words}; use the same"):
             DescriptorStore(tmp_path / "s", "database", **{**settings, **change})
     assert not DescriptorStore(tmp_path / "s", "database", **settings).missing().size, "refusing touched nothing"
 
@@ -735,7 +738,7 @@ def test_options_are_shown_as_they_are_typed(value, flag):
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto").type == pick_device("cpu").type == "cpu"
-    with pytest.raises(ValueError, match="--device cuda was asked for"):
+    with pytest.raises(ValueError, match="--device cuda: PyTorch sees no CUDA GPU"):
         pick_device("cuda")
 
 

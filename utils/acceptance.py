@@ -1,14 +1,14 @@
-"""When to believe a search: precision and recall of the FIRST match, as the distance up to which it is accepted grows.
+"""When to accept a match: precision and recall of the FIRST match over the accepted distance.
 
-A query's first match is accepted if its distance is at most a threshold. As usual where a query has one answer
-(Schubert et al., Visual Place Recognition: A Tutorial, 2023, single-best-match):
+A query's first match is accepted if its distance is at most a threshold. As usual for single-best-match (Schubert et
+al., Visual Place Recognition: A Tutorial, 2023):
 
-- precision: of the first matches accepted, the share that is correct. A query without a correct database image (a
-  positive) that is accepted is a false alarm.
-- recall: the correct first matches accepted, over the queries that HAVE a positive. It ends at their R@1.
+- precision: the share of accepted first matches that are correct. An accepted query without a correct database image (a
+  positive) is a false alarm.
+- recall: correct accepted first matches, over the queries that HAVE a positive. It ends at their R@1.
 
-Of equal distances all are accepted, or none. Distances count to the six digits that `predictions.csv` gives them: what
-is below is the rounding of fp32, and a threshold copied from there means the same here.
+Equal distances are all accepted, or none. Distances count to the six digits in `predictions.csv`: further digits are
+fp32 rounding, and a threshold copied from there means the same here.
 """
 
 from collections.abc import Sequence
@@ -19,21 +19,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 PRECISIONS = (100.0, 99.0)  # in percent, at which recall is reported
-CURVE_POINTS = 21  # of a curve in results.json, at most
+CURVE_POINTS = 21  # points of a curve in results.json, at most
 
 
 def written(distance: float) -> str:
-    """A distance as `predictions.csv` has it."""
+    """A distance as in `predictions.csv`."""
     return f"{distance:.6g}"
 
 
 def as_written(distances: NDArray[Any]) -> NDArray[np.float64]:
-    """Distances to the digits of `written`, of the same shape."""
+    """Distances rounded to the digits of `written`, in the same shape."""
     return np.array([float(written(value)) for value in distances.ravel()], dtype=np.float64).reshape(distances.shape)
 
 
 def accepted(distances: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
-    """Which distances are accepted, of the same shape."""
+    """Which distances are accepted, in the same shape."""
     return np.asarray(as_written(distances) <= threshold)
 
 
@@ -42,14 +42,14 @@ class FirstMatches:
     """The first match of each query that counts.
 
     Attributes:
-        distances: as written, M; infinite where an index found nothing, which is never accepted.
-        correct: whether it is right, M.
+        distances: as written, M; infinite if an index found nothing, which is never accepted.
+        correct: whether it is correct, M.
         findable: whether the query has a positive, M.
-        ratios: of its distance to that of the first match of another place, M; None where these are not known.
-        no_ratio: why.
-        bounded: queries for which no match was of another place; the last one stands for it, so that the true ratio is
-            at most theirs.
-        left_out: queries that do not count, since it is not known whether their first match is right.
+        ratios: ratios of its distance to that of the first match from another place, M; None if unknown.
+        no_ratio: why they are unknown.
+        bounded: queries with no match from another place; the last match is used instead, so the true ratio is at most
+            theirs.
+        left_out: queries that do not count, since it is unknown whether their first match is correct.
     """
 
     distances: NDArray[np.float64]
@@ -71,16 +71,16 @@ def first_matches(
     elsewhere: NDArray[np.bool_] | None,
     no_ratio: str = "",
 ) -> FirstMatches:
-    """Takes from a search what its first matches are judged by.
+    """Takes from a search the facts by which first matches are accepted.
 
     Args:
-        distances: squared, of the descriptors, Q x k, best first.
+        distances: squared descriptor distances, Q x k, best first.
         predictions: database indices, Q x k; -1 is none.
-        correct: of the first match, Q.
+        correct: whether the first match is correct, Q.
         findable: which queries have a positive, Q.
-        judged: of which queries it is known whether the first match is right, Q; the others do not count.
-        elsewhere: which matches are of another place than the first one, Q x k; None where that is not known.
-        no_ratio: why it is not.
+        judged: for which queries it is known whether the first match is correct, Q; the others do not count.
+        elsewhere: which matches are from another place than the first, Q x k; None if unknown.
+        no_ratio: why it is unknown.
     """
     counts = judged.astype(bool)
     distances, predictions = distances[counts], predictions[counts]
@@ -95,11 +95,11 @@ def first_matches(
         beside = as_written(np.take_along_axis(distances, rival[:, None], 1)[:, 0])
         bounded = int((found & ~has_other).sum())
         if (found & has_other).any():
-            ratios = np.ones(len(first))  # of two that are the same as the query, neither is to be believed
+            ratios = np.ones(len(first))  # if two places equal the query, neither is reliable
             np.divide(first, beside, out=ratios, where=beside > 0)
             ratios = np.where(found, as_written(ratios), np.inf)
         else:
-            no_ratio = f"no match among {predictions.shape[1]} is of another place than the first"
+            no_ratio = f"no match among {predictions.shape[1]} is from another place than the first"
     return FirstMatches(
         distances=first,
         correct=correct[counts] & found,
@@ -112,7 +112,7 @@ def first_matches(
 
 
 def pooled(orders: Sequence[FirstMatches]) -> FirstMatches:
-    """The first matches of several orders of a context together: one threshold is for whatever order comes."""
+    """The first matches of several orders of a context together: one threshold must serve any order."""
     ratios = [order.ratios for order in orders if order.ratios is not None]
     return FirstMatches(
         distances=np.concatenate([order.distances for order in orders]),
@@ -127,13 +127,13 @@ def pooled(orders: Sequence[FirstMatches]) -> FirstMatches:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """How many first matches are accepted, and how many of them are right, as the threshold grows.
+    """How many first matches are accepted, and how many of them are correct, as the threshold grows.
 
     Attributes:
-        thresholds: the T values that occur, ascending; what is at most as large is accepted.
-        accepted: first matches, T.
-        right: of them, T.
-        positives: queries that have a positive.
+        thresholds: the T values that occur, ascending; a match is accepted up to and including its threshold.
+        accepted: accepted first matches, T.
+        right: correct ones among them, T.
+        positives: number of queries with a positive.
     """
 
     thresholds: NDArray[np.float64]
@@ -143,26 +143,26 @@ class Curve:
 
     @property
     def precision(self) -> NDArray[np.float64]:
-        """In percent, T."""
+        """Precision in percent, T."""
         return np.asarray(100.0 * self.right / self.accepted)
 
     @property
     def recall(self) -> NDArray[np.float64]:
-        """In percent of the queries that have a positive, T; not a number where none has."""
+        """Recall in percent of the queries with a positive, T; NaN if there are none."""
         return np.asarray(100.0 * self.right / (self.positives or np.nan))
 
     def at_precision(self, percent: float) -> int | None:
-        """Where precision is so high at the largest threshold, and recall thus at its best; None where it never is."""
+        """Row of the largest threshold with this precision, so with the best recall; None if there is none."""
         enough = np.flatnonzero(self.precision >= percent - 1e-9)
         return int(enough[-1]) if len(enough) else None
 
     def at(self, threshold: float) -> int | None:
-        """Where all up to a threshold is accepted; None where that is nothing."""
+        """Row at which everything up to a threshold is accepted; None if that is nothing."""
         below = int(np.searchsorted(self.thresholds, threshold, side="right"))
         return below - 1 if below else None
 
     def point(self, row: int | None) -> dict[str, Any]:
-        """One threshold with what it gives; None is that nothing is accepted."""
+        """One threshold with its precision and recall; None means that nothing is accepted."""
         if row is None:
             recall = 0.0 if self.positives else None
             return {"threshold": None, "accepted": 0, "precision": None, "recall": recall}
@@ -175,12 +175,12 @@ class Curve:
 
 
 def curve_of(values: NDArray[np.float64], correct: NDArray[np.bool_], positives: int) -> Curve:
-    """The curve of first matches that are accepted by a value, of which the smaller is the better.
+    """The curve of first matches accepted by a value; smaller is better.
 
     Args:
         values: M distances or ratios; infinite ones are never accepted.
-        correct: whether each match is right, M.
-        positives: queries that have a positive.
+        correct: whether each match is correct, M.
+        positives: number of queries with a positive.
     """
     finite = np.isfinite(values)
     order = np.argsort(values[finite], kind="stable")
@@ -190,34 +190,34 @@ def curve_of(values: NDArray[np.float64], correct: NDArray[np.bool_], positives:
 
 
 def average_precision(values: NDArray[np.float64], correct: NDArray[np.bool_]) -> float:
-    """scikit-learn's, in percent: how well values rank right first matches before wrong ones, however many are right.
+    """scikit-learn's average precision in percent: how well values rank correct first matches before wrong ones.
 
     Args:
-        values: M, of which the smaller is the better; infinite ones are never accepted, and do not count.
+        values: M, smaller is better; infinite ones are never accepted and do not count.
         correct: M.
     """
     finite = np.isfinite(values)
     if not correct[finite].any():
         return 0.0
-    from sklearn.metrics import average_precision_score  # nearly a second to import
+    from sklearn.metrics import average_precision_score  # takes nearly a second to import
 
     return 100.0 * float(average_precision_score(correct[finite], -values[finite]))
 
 
 def distance_curve(matches: FirstMatches) -> Curve:
-    """Of first matches that are accepted by their distance."""
+    """The curve of first matches accepted by distance."""
     return curve_of(matches.distances, matches.correct, int(matches.findable.sum()))
 
 
 def ratio_curve(matches: FirstMatches) -> Curve | None:
-    """Of first matches that are accepted by their ratio; None without."""
+    """The curve of first matches accepted by ratio; None without ratios."""
     if matches.ratios is None:
         return None
     return curve_of(matches.ratios, matches.correct, int(matches.findable.sum()))
 
 
 def summary(matches: FirstMatches) -> dict[str, Any]:
-    """What `results.json` says of them: percentages, and thresholds as squared distances and ratios of these."""
+    """The entry in `results.json`: percentages, and thresholds as squared distances and ratios of these."""
 
     def of(curve: Curve, values: NDArray[np.float64]) -> dict[str, Any]:
         rows = np.unique(np.linspace(0, len(curve.thresholds) - 1, CURVE_POINTS).round().astype(int))
@@ -241,12 +241,12 @@ def summary(matches: FirstMatches) -> dict[str, Any]:
 
 
 def in_words(found: dict[str, Any], k: int, distance: float) -> str:
-    """What `summary` found, for a line of the log.
+    """The result of `summary` in words, for the log.
 
     Args:
-        found: by it.
-        k: matches a query.
-        distance: beyond which another place begins, in metres.
+        found: result of `summary`.
+        k: matches per query.
+        distance: metres from which on a match is from another place.
     """
     if not found["queries_with_positives"]:
         return "no query that counts has a correct database photo, so there is no recall"
@@ -261,14 +261,14 @@ def in_words(found: dict[str, Any], k: int, distance: float) -> str:
 
     text = f"by its squared distance {of(found['distance'])}"
     if found["ratio"] is None:
-        text += f"; by no ratio to another place, since {found['no_ratio']}"
+        text += f"; no ratio to another place, since {found['no_ratio']}"
     else:
         text += f"; by its ratio to the first match more than {distance:g} m from it {of(found['ratio'])}"
         if bounded := found["ratio"]["queries_bounded"]:
             text += (
-                f"; of {bounded} of {found['queries']} queries none of {k} matches is so far away: the last one stands "
-                "for it, and the true ratio is smaller or the same"
+                f"; for {bounded} of {found['queries']} queries none of {k} matches is that far away: the last one is "
+                "used, and the true ratio is at most that"
             )
     if found["queries_left_out"]:
-        text += f"; {found['queries_left_out']} queries left out, whose first match may be right or wrong"
+        text += f"; {found['queries_left_out']} queries left out, whose first match may be correct or wrong"
     return text

@@ -1,4 +1,4 @@
-"""What the VLAD layer looks at: photos with their patches coloured by the cluster that they are assigned to."""
+"""Draws the VLAD layer's soft assignment: photos with their patches coloured by cluster."""
 
 import textwrap
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ from PIL import Image
 from .outputs import whole
 from .report import drawable, save_figure
 
-# Told apart by colour-blind eyes too (Okabe and Ito 2008); more clusters than these share a rainbow.
+# Distinct for colour-blind readers too (Okabe and Ito 2008); more clusters than these get rainbow colours.
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 GHOST = (72, 72, 80)
-SHOWN_SIDE = 480  # the photo's longer one, in pixels
-TITLE_WIDTH = 44  # letters in a line above a photo
-MOST_MAPS = 8  # soft assignments drawn beside the photo
+SHOWN_SIDE = 480  # longer side of a photo in pixels
+TITLE_WIDTH = 44  # characters per line above a photo
+MOST_MAPS = 8  # soft assignments drawn beside a photo, at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class AssignedPhoto:
-    """A photo and what the layer makes of it.
+    """A photo and its soft assignment.
 
     Attributes:
-        title: what to write above it.
+        title: title above the photo.
         pixels: H x W x 3, bytes.
-        assignment: (K+G) x h x w, of each patch to each cluster, the ghosts last; it covers the whole photo.
+        assignment: (K+G) x h x w, of each patch to each cluster, ghosts last; it covers the whole photo.
     """
 
     title: str
@@ -36,7 +36,7 @@ class AssignedPhoto:
 
 
 def cluster_colours(clusters: int, ghost_clusters: int) -> NDArray[np.float64]:
-    """A colour for each cluster, the same dark one for all ghosts: (K+G) x 3, from 0 to 1."""
+    """A colour for each cluster, and the same dark one for all ghosts: (K+G) x 3, from 0 to 1."""
     if clusters <= len(COLOURS):
         colours = np.array(COLOURS[:clusters], dtype=np.float64) / 255
     else:
@@ -47,26 +47,26 @@ def cluster_colours(clusters: int, ghost_clusters: int) -> NDArray[np.float64]:
 
 
 def coloured(photo: AssignedPhoto, ghost_clusters: int) -> NDArray[np.float64]:
-    """The photo, in grey, under the colour of the cluster that each patch belongs to most: H x W x 3, from 0 to 1."""
+    """The photo in grey, tinted by the strongest cluster of each patch: H x W x 3, from 0 to 1."""
     height, width = photo.pixels.shape[:2]
     count, h, w = photo.assignment.shape
     colours = cluster_colours(count - ghost_clusters, ghost_clusters)
     patches = photo.assignment.argmax(axis=0)  # (h, w)
-    # The patch that each pixel lies in: the grid covers the photo, whatever size it was resized to.
+    # The patch of each pixel: the grid covers the photo, independently of the size it was resized to.
     rows, columns = np.arange(height) * h // height, np.arange(width) * w // width
     grey = photo.pixels.mean(axis=2)[:, :, None] / 255
     return colours[patches[np.ix_(rows, columns)]] * (0.35 + 0.65 * grey)
 
 
 def draw_assignments(path: Path, photos: Sequence[AssignedPhoto], *, ghost_clusters: int) -> None:
-    """Draws a row a photo: the photo, its patches coloured by cluster, and how much belongs to each cluster.
+    """Draws one row per photo: the photo, its patches coloured by cluster, and the share of each cluster.
 
     Args:
         path: the PNG to write.
-        photos: with assignments of the same K+G.
-        ghost_clusters: G, of which there is one picture, their sum.
+        photos: photos with assignments of the same K+G.
+        ghost_clusters: G; their sum is drawn as one picture.
     """
-    from matplotlib.colors import LinearSegmentedColormap  # not before a picture is drawn
+    from matplotlib.colors import LinearSegmentedColormap  # slow to import
     from matplotlib.figure import Figure
 
     clusters = photos[0].assignment.shape[0] - ghost_clusters
@@ -77,7 +77,7 @@ def draw_assignments(path: Path, photos: Sequence[AssignedPhoto], *, ghost_clust
     grid = figure.subplots(len(photos), 2 + maps, squeeze=False, width_ratios=[1.7, 1.7, *[1] * maps])
     for row, photo in zip(grid, photos, strict=True):
         shape = photo.pixels.shape[0] / photo.pixels.shape[1]
-        # Width and height, of the thinnest strip too.
+        # Width and height, at least 1 for very thin photos.
         size = tuple(max(1, min(SHOWN_SIDE, round(SHOWN_SIDE * side))) for side in (1 / shape, shape))
         shown = AssignedPhoto(
             title=photo.title,

@@ -1,4 +1,4 @@
-"""Search by the signs of the descriptors, one bit a number, and exactly among the images that this finds first."""
+"""Searches by the signs of descriptors, one bit per number, and ranks the first images found exactly."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -13,11 +13,11 @@ from .search import CPU, Chunk, checked_queries, first, log_agreement, nearest, 
 
 logger = logging.getLogger(__name__)
 
-PAIRS_TOGETHER = 4096  # of a query and an image, whose exact distances are computed at a time
+PAIRS_TOGETHER = 4096  # pairs of a query and an image whose exact distances are computed at a time
 
 
 def codes_of(descriptors: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The signs of n x D descriptors, n x ceil(D / 8): a bit is set where a number is above 0."""
+    """The signs of n x D descriptors, n x ceil(D / 8): a bit is set if a number is above 0."""
     return np.packbits(descriptors > 0, axis=1)
 
 
@@ -31,28 +31,28 @@ def nearest_by_codes(
     device: torch.device = CPU,
     sets: Sequence[int] = (),
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], list[dict[str, float]]]:
-    """Nearest neighbours by L2 distance among those of the smallest Hamming distance of the signs.
+    """Nearest neighbours by L2 distance among those with the smallest Hamming distance of the signs.
 
-    Nothing is trained. The database passes by twice: for its codes, which stay in memory, D / 8 bytes an image, and for
-    the exact distances of the images that these find. Two stages like these are those of SelaVPR++ (Lu et al. 2025),
-    which trains its codes.
+    Nothing is trained. The database is read twice: for its codes, which stay in memory, D / 8 bytes per image, and for
+    the exact distances of the images that these find. SelaVPR++ (Lu et al. 2025) has two such stages, with trained
+    codes.
 
     Args:
         queries: Q x D.
-        chunks: gives the database anew each time it is called, as `nearest` takes it, in the same order each time.
-        count: descriptors in it, N.
-        k: neighbours a query, at most N and `rerank`.
-        rerank: images a query whose exact distance is computed.
-        device: of the exact search that the result is compared with, on some queries.
+        chunks: returns the database at each call, as for `nearest`, always in the same order.
+        count: number of its descriptors, N.
+        k: neighbours per query, at most N and `rerank`.
+        rerank: images per query whose exact distance is computed.
+        device: device of the exact search that the result is compared with, on some queries.
         sets: as in `nearest`.
 
     Returns:
-        As `nearest_by_index`, without -1.
+        Like `nearest_by_index`, without -1.
 
     Raises:
-        ValueError: as `nearest`.
+        ValueError: see `nearest`.
     """
-    require_finite(queries)  # of which `nearest` sees some only
+    require_finite(queries)  # `nearest` sees only some of them
     dim = queries.shape[1]
     index = faiss.IndexBinaryFlat(8 * codes_of(queries[:1]).shape[1])
     order: list[NDArray[np.int64]] = []
@@ -69,21 +69,21 @@ def nearest_by_codes(
     with refusals("search --index binary"):
         _, rows = index.search(codes_of(queries), min(rerank, count))  # type: ignore[call-arg]
     distances = exact_distances(queries, rows, chunks)
-    # Of equal distances the image that came first, as exact search has it.
+    # Equal distances in the order of the images, as in exact search.
     by_row = np.argsort(rows, axis=1)
     rows, distances = np.take_along_axis(rows, by_row, 1), np.take_along_axis(distances, by_row, 1)
     distances, rows = first(distances, rows, k)
     predictions = np.concatenate(order)[rows]
-    name = f"binary ({-(-dim // 8)} bytes an image, the first {min(rerank, count)} ranked exactly)"
+    name = f"binary ({-(-dim // 8)} bytes per image, the first {min(rerank, count)} ranked exactly)"
     return distances, predictions, log_agreement(name, [predictions[part] for part in parts], exact)
 
 
 def exact_distances(
     queries: NDArray[np.float32], rows: NDArray[np.int64], chunks: Callable[[], Iterable[Chunk]]
 ) -> NDArray[np.float32]:
-    """Squared distances of queries to database images, Q x R, given by their rows in the order of the chunks."""
+    """Squared distances of queries to database images, Q x R, which are given by rows in the order of the chunks."""
     distances = np.empty(rows.size, dtype=np.float32)
-    pairs = np.argsort(rows, axis=None, kind="stable")  # in the order in which the images pass by
+    pairs = np.argsort(rows, axis=None, kind="stable")  # in the order of the chunks
     in_order = rows.ravel()[pairs]
     start = 0
     for _, descriptors in chunks():

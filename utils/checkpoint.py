@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and found again."""
+"""Checkpoints: written completely or not at all, and found again."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ LAST, PREVIOUS, BEST = "last_model.pth", "previous_model.pth", "best_model.pth"
 def save(path: Path, content: dict[str, Any]) -> None:
     """Writes tensors and plain values to a temporary file beside `path`, then moves it into place.
 
-    A run that dies while writing, or a full disk, so leaves the file that was there before.
+    If a run dies while writing, or the disk is full, the previous file remains.
 
     Raises:
         OSError: it could not be written; the message names the file.
@@ -32,7 +32,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch reports some failed writes as RuntimeError
         temporary.unlink(missing_ok=True)
-        before = "the checkpoints before it are untouched, " if path.exists() else ""
+        before = "earlier checkpoints are intact; " if path.exists() else ""
         raise OSError(f"cannot write {path} ({error}); {before}free space and use --resume auto") from error
     if path.name == LAST and path.exists():
         os.replace(path, path.with_name(PREVIOUS))
@@ -40,13 +40,12 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def newest(folders: Iterable[Path], *, read: Callable[[Path], object]) -> Path | None:
-    """The checkpoint in the folders that has come farthest and is whole; None where there is none.
+    """The most advanced intact checkpoint in the folders; None if there is none.
 
-    Of runs the one that was written to last counts; within it what the files say (epoch and step), since clocks can go
-    back.
+    The run that was written to last counts, and within it the epoch and step in the files, since clocks can go back.
 
     Args:
-        folders: of runs.
+        folders: folders of runs.
         read: reads a file, raising ValueError if it is damaged.
     """
     runs = [[path for name in (LAST, PREVIOUS) if (path := folder / name).is_file()] for folder in folders]
@@ -61,46 +60,46 @@ def newest(folders: Iterable[Path], *, read: Callable[[Path], object]) -> Path |
 
 
 def _position(path: Path) -> tuple[int, int]:
-    """Epochs and steps of a checkpoint, without reading its tensors; damaged ones come first, so that `read` tells."""
+    """Epochs and steps of a checkpoint, without its tensors; damaged ones sort first, so that `read` reports them."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return content["epoch_num"], len(content["losses"])
-    except Exception:  # whatever a damaged file makes of the reader
+    except Exception:  # damaged files fail in many ways
         return sys.maxsize, 0
 
 
 def is_whole(path: Path, like: Mapping[str, Tensor]) -> bool:
-    """Whether a file that `save` wrote is there as it was written, with weights of these names and shapes."""
+    """Whether a file from `save` exists and is intact, with weights of these names and shapes."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 return False
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model_state_dict"]
         return {name: value.shape for name, value in state.items()} == {name: v.shape for name, v in like.items()}
-    except Exception:  # whatever a damaged file makes of its reader
+    except Exception:  # damaged files fail in many ways
         return False
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what processes that died while writing have left; for who has the folder to itself."""
+    """Removes what processes left when they died while writing; the caller must have locked the folder."""
     for path in folder.glob("*.tmp"):
         if path.is_file():
             path.unlink()
 
 
 def require_same(asked: dict[str, Any], written: dict[str, Any]) -> None:
-    """Compares the options of a run with those that its checkpoint was written with.
+    """Compares the options of a run with those of its checkpoint.
 
     Raises:
         ValueError: some differ; the message names each, with both values.
     """
     differing = [
-        f"{name} was {written[name]} and is {value} now"
+        f"{name} was {written[name]} and is now {value}"
         for name, value in asked.items()
         if name in written and written[name] != value
     ]
     if differing:
         raise ValueError(
             f"the checkpoint was written with other options: {'; '.join(differing)}; "
-            "give the same ones to go on, or start a new run without --resume"
+            "give the same ones to resume, or start a new run without --resume"
         )

@@ -1,4 +1,4 @@
-"""Command lines that answer at once: standard library only."""
+"""Command lines that report errors at once: standard library only."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,21 +9,23 @@ from .version import version
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that names the option which a misspelt one may stand for, and takes no abbreviations."""
+    """An argument parser that suggests the option for a misspelt one, and accepts no abbreviations."""
 
     def __init__(self, **settings: Any):
         self._flags: list[str] = []
         super().__init__(allow_abbrev=False, **settings)
-        self.add_argument("--version", action="version", version=f"%(prog)s {version()}", help="print it and exit")
+        self.add_argument(
+            "--version", action="version", version=f"%(prog)s {version()}", help="print the version and exit"
+        )
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        """As argparse's."""
+        """See argparse."""
         action = super().add_argument(*names, **settings)
         self._flags += action.option_strings
         return action
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Reads the command line (`sys.argv` when None); a mistake in it ends the program with status 2."""
+        """Parses the command line (`sys.argv` when None); an error ends the program with status 2."""
         found, unknown = self.parse_known_args(argv)
         if unknown:
             near = get_close_matches(unknown[0].split("=")[0], self._flags, n=1)

@@ -23,19 +23,19 @@ from .outputs import whole
 
 logger = logging.getLogger(__name__)
 
-CHECKED_BYTES = 2**26  # of a store in memory at a time while it is looked over
+CHECKED_BYTES = 2**26  # of a store in memory at a time while it is checked
 
 
 class RowFile:
     """An array in a `.npy` file, written and read some rows at a time.
 
-    By plain reads and writes: what a memory map touches would count as this process's memory, and a full disk would
-    end the process there, without a message.
+    By plain reads and writes: the pages of a memory map would count as this process's memory, and a full disk would
+    kill the process without a message.
 
     Args:
-        path: of the file, `create`d or already there.
+        path: path of the file, existing or `create`d.
         shape: N and the shape of a row.
-        dtype: of the numbers on disk.
+        dtype: data type on disk.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]):
@@ -46,7 +46,7 @@ class RowFile:
         self._start = 0
 
     def create(self) -> None:
-        """Makes the file, or makes it anew; rows that are never written are zero, and take no space until then."""
+        """Creates the file, or replaces it; rows that are not written yet are zero and take no space."""
         with open(self.path, "wb") as file:
             description = np.lib.format.dtype_to_descr(self.dtype)
             header = {"descr": description, "fortran_order": False, "shape": self.shape}
@@ -57,7 +57,7 @@ class RowFile:
         """Reads where the rows begin.
 
         Raises:
-            ValueError: the file is not an array of this shape and these numbers, or not of its full length.
+            ValueError: the file is not an array of this shape and data type, or not of its full length.
             OSError: it cannot be read.
         """
         with open(self.path, "rb") as file:
@@ -69,16 +69,16 @@ class RowFile:
             raise ValueError(f"{self.path.name} has {found} bytes, not {expected}, or another shape")
 
     def write(self, indices: NDArray[np.int64], rows: NDArray[Any]) -> None:
-        """Writes rows, the ones at `indices`, each as large as one of `shape`.
+        """Writes the rows at `indices`, each with the shape of a row.
 
         Raises:
-            OSError: they could not be written whole.
+            OSError: they could not be fully written.
         """
         with open(self.path, "r+b", buffering=0) as file:
             for run, first in self._runs(indices):
                 file.seek(first)
                 data = np.ascontiguousarray(rows[run], dtype=self.dtype).view(np.uint8).reshape(-1).data
-                while data:  # one call writes 2 GB at most
+                while data:  # one call writes at most 2 GB
                     data = data[file.write(data) :]
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
@@ -100,29 +100,29 @@ class RowFile:
         return rows
 
     def _runs(self, indices: NDArray[np.int64]) -> Iterator[tuple[slice, int]]:
-        """Which of `indices` are neighbours, and where the first of them lies in the file: in file order, one run."""
+        """The runs of consecutive `indices`, each with its offset in the file; in file order, there is one run."""
         starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)
         for start, end in zip(starts, [*starts[1:], len(indices)], strict=True):
             yield slice(start, end), self._start + int(indices[start]) * self.row_bytes
 
 
 class DescriptorStore:
-    """One row of numbers for each of N images, in `<name>.npy`, beside `<name>.done`, a byte for each: is it there?
+    """A row of numbers for each of N images in `<name>.npy`; `<name>.done` has a byte per image: 1 if it is written.
 
-    A row is written before its byte is set, so that a killed process leaves no row that is there by half; what it wrote
-    stays (the operating system's memory survives a process, not a power cut). `<name>.json` says what the rows depend
-    on. Where one of the three is missing or damaged, all is begun anew, and a warning says so.
+    A row is written before its byte is set, so a killed process leaves no half-written row that counts; what it wrote
+    stays (the operating system's memory survives a process, but not a power cut). `<name>.json` says what the rows
+    depend on. If one of the three files is missing or damaged, all is computed again, with a warning.
 
     Args:
-        folder: made if missing.
-        name: of the files.
+        folder: created if missing.
+        name: name of the files.
         shape: N and the shape of a row.
-        dtype: of the numbers on disk, float32 or float16.
-        fingerprint: what the rows depend on; None for a store that nobody comes back to, which always starts empty.
-        photos: N files that the rows depend on too: what is in them, not where they lie.
+        dtype: data type on disk, float32 or float16.
+        fingerprint: what the rows depend on; None for a temporary store, which always starts empty.
+        photos: N files that the rows depend on too, by content, not by path.
 
     Raises:
-        ValueError: the files that are there hold something else; the message names what differs.
+        ValueError: the existing files hold something else; the message names what differs.
         OSError: they cannot be read or written.
     """
 
@@ -169,7 +169,7 @@ class DescriptorStore:
     def _begin(self, content: dict[str, Any], photos: Sequence[str]) -> None:
         if photos and content["images"] is None:
             content["images"] = _contents_digest(photos)
-        # In this order, so that what is half there can be told from the files of somebody else.
+        # In this order, so that a half-made store can be told from other files.
         self._done_path.write_bytes(bytes(len(self)))
         self._rows.create()
         self._write_record(content)
@@ -179,7 +179,7 @@ class DescriptorStore:
             path.write_text(json.dumps(content, indent=2) + "\n")
 
     def _goes_on(self, content: dict[str, Any], photos: Sequence[str]) -> bool:
-        """Whether the files that are there are whole, and hold what is asked for."""
+        """Whether the files exist, are intact and match."""
         if not self._kept:
             return False
         here = [path for path in (self.path, self._done_path, self._record_path) if path.exists()]
@@ -187,8 +187,8 @@ class DescriptorStore:
             return False
         if here == [self.path]:
             raise ValueError(
-                f"{self.path} was not made by --descriptors_folder: no {self._record_path.name} lies beside it; move "
-                "it away, or name another --descriptors_folder"
+                f"{self.path} was not made by --descriptors_folder: there is no {self._record_path.name} beside it; "
+                "move it away, or name another --descriptors_folder"
             )
         try:
             written = json.loads(self._record_path.read_text())
@@ -213,29 +213,29 @@ class DescriptorStore:
         return True
 
     def _begun_anew(self, why: str) -> bool:
-        logger.warning("%s in %s, so these descriptors are computed anew", why, self.path.parent)
+        logger.warning("%s in %s, so these descriptors are computed again", why, self.path.parent)
         return False
 
     def missing(self) -> NDArray[np.int64]:
-        """Indices of the rows that are not there yet."""
+        """Indices of the rows that are not written yet."""
         return np.flatnonzero(np.fromfile(self._done_path, dtype=np.uint8) == 0)
 
     def _forget_zeros(self) -> None:
-        """Rows of zeros, which no image has, are what a power cut leaves of rows that were not yet on the disk."""
+        """Clears the bytes of zero rows: no image has one, but a power cut leaves them for rows not yet on the disk."""
         there = np.flatnonzero(np.fromfile(self._done_path, dtype=np.uint8))
         lost = []
         for some in np.array_split(there, -(-len(there) * self._rows.row_bytes // CHECKED_BYTES) or 1):
             if len(some):
                 lost += some[~self._rows.read(some).reshape(len(some), -1).any(axis=1)].tolist()
         if lost:
-            logger.warning("%d rows of %s are zeros, as after a power cut: computed anew", len(lost), self.path)
+            logger.warning("%d rows of %s are zeros, as after a power cut: computed again", len(lost), self.path)
             self._mark(lost, b"\0")
 
     def write(self, indices: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
-        """Writes rows, the ones at `indices`.
+        """Writes the rows at `indices`.
 
         Raises:
-            OSError: they could not be written, mostly for want of space; they do not count as there.
+            OSError: they could not be written, mostly for lack of space; they count as missing.
         """
         try:
             self._rows.write(indices, rows)
@@ -244,30 +244,30 @@ class DescriptorStore:
             raise self._unwritten(error) from error
 
     def _mark(self, indices: Iterable[int], byte: bytes) -> None:
-        """Says of rows whether they are there."""
+        """Sets the bytes of rows: whether they are written."""
         with open(self._done_path, "r+b", buffering=0) as file:
             for index in indices:
                 file.seek(int(index))
                 file.write(byte)
 
     def _unwritten(self, error: OSError) -> OSError:
-        then = "give the same command again: it goes on from here" if self._kept else "start again"
-        return OSError(f"cannot write {self.path} ({error.strerror or error}); make room there and {then}")
+        then = "run the same command again to resume from here" if self._kept else "start again"
+        return OSError(f"cannot write {self.path} ({error.strerror or error}); free space there and {then}")
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Reads the rows at `indices`, as float32."""
         return self._rows.read(indices).astype(np.float32, copy=False)
 
     def keep(self, folder: Path, fingerprint: Mapping[str, Any], photos: Sequence[str]) -> None:
-        """Moves what nobody was to come back to into a folder of the same disk, as a store that can be gone on with.
+        """Moves a temporary store into a folder on the same disk, as a store from which a run can resume.
 
         Args:
-            folder: made if missing.
+            folder: created if missing.
             fingerprint: what the rows depend on.
             photos: N files that they depend on too.
 
         Raises:
-            ValueError: one of the photos has changed since this store was begun.
+            ValueError: a photo has changed since this store was created.
             OSError: the files cannot be read, written or moved.
         """
         begun = self._record_path.stat().st_mtime
@@ -282,7 +282,7 @@ class DescriptorStore:
             path.replace(folder / path.name)
 
     def remove(self) -> None:
-        """Removes the store's own files, and its folder if nothing else is in it."""
+        """Removes the store's own files, and its folder if it is then empty."""
         with suppress(OSError):
             for path in (self._record_path, self._done_path, self.path):
                 path.unlink(missing_ok=True)
@@ -292,36 +292,36 @@ class DescriptorStore:
 def _require_same(written: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
     if "files" in asked and "files" not in written:
         raise ValueError(
-            f"{path} was made by an earlier version, which did not look into the photos; remove {path.parent}, or name "
+            f"{path} was made by an earlier version, which did not compare the photos; remove {path.parent}, or name "
             "another --descriptors_folder"
         )
     keys = [key for key in asked | written if key != "files" and written.get(key) != asked.get(key)]
     if {"images", "weights"} & set(keys):
-        keys = [key for key in keys if key != "shape"]  # which follows from them
+        keys = [key for key in keys if key != "shape"]  # it follows from them
     if keys:
         differences = [_in_words(key, written.get(key), asked.get(key), path) for key in keys]
         raise ValueError(
-            f"{path} was made otherwise: {'; '.join(differences)}; "
-            "give the same weights and options, or another --descriptors_folder"
+            f"{path} does not match: {'; '.join(differences)}; "
+            "use the same weights and options, or another --descriptors_folder"
         )
 
 
 def _in_words(key: str, was: Any, now: Any, path: Path) -> str:
-    """How a store differs from what is wanted; nobody can read the digest of a thousand photos."""
+    """How a store differs from what is wanted; the digest of a thousand photos would tell a reader nothing."""
     photos = {"queries": "query", "pca": "PCA"}.get(path.stem, path.stem) + " photos"
     if key == "images":
         return f"the {photos} have changed"
     if key == "weights":
-        return "the weights are another model's"
+        return "the weights are those of another model"
     if key == "upright":
         return f"the {photos} were {'' if was else 'not '}turned as EXIF says and are {'' if now else 'not '}now"
     name = {"dtype": "--descriptor_dtype", "shape": "the shape"}.get(key, f"--{key}")
     shown = [" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in (was, now)]
-    return f"{name} was {shown[0]} and is {shown[1]} now"
+    return f"{name} was {shown[0]} and is now {shown[1]}"
 
 
 def _files_digest(paths: Sequence[str]) -> str:
-    """Of what changes whenever a file is written, replaced, moved or touched."""
+    """Digest of what changes when a file is written, replaced, moved or touched."""
 
     def line(path: str) -> str:
         found = os.stat(path)
@@ -331,7 +331,7 @@ def _files_digest(paths: Sequence[str]) -> str:
 
 
 def _contents_digest(paths: Sequence[str]) -> str:
-    """Of every byte of the files, in their order."""
+    """Digest of every byte of the files, in their order."""
 
     def of(path: str) -> str:
         with open(path, "rb") as file:
@@ -343,10 +343,10 @@ def _contents_digest(paths: Sequence[str]) -> str:
 
 
 def warn_of_leftovers(runs: Iterable[Path]) -> None:
-    """Warns of descriptors that runs left behind as they died, with their size and the command that removes them.
+    """Warns of descriptors that killed runs left behind, with their size and the command that removes them.
 
     Args:
-        runs: their folders; one that a live process has locked is passed over.
+        runs: their folders; those locked by a live process are skipped.
     """
     left = [
         folder
@@ -355,19 +355,19 @@ def warn_of_leftovers(runs: Iterable[Path]) -> None:
         if any(folder.glob("*.done")) and not is_held(run)
     ]
     if left:
-        # As `du` counts: rows that were never written take no space.
+        # Counted like `du`: rows that were never written take no space.
         size = sum(path.stat().st_blocks * 512 for folder in left for path in folder.iterdir())
         logger.warning(
-            "runs that did not end in order left %s of descriptors that nothing needs; to remove them: rm -r %s",
+            "interrupted runs left %s of descriptors that are no longer needed; to remove them: rm -r %s",
             f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB",
             " ".join(shlex.quote(str(folder)) for folder in left),
         )
 
 
 def _stores_of(run: Path) -> Iterator[Path]:
-    """Where a run puts descriptors while it needs them, in `extracted` of a dataset and `descriptors`, if it is there.
+    """The folders of a run's temporary descriptors: `descriptors`, which may not exist, and `extracted` of a dataset.
 
-    Thumbnails are passed over: a page of matches has one of every photo shown.
+    Thumbnails are skipped: a page of matches has one of every photo shown.
     """
     yield run / "descriptors"
     for parent, folders, _ in os.walk(run):
@@ -377,12 +377,12 @@ def _stores_of(run: Path) -> Iterator[Path]:
 
 
 def kept_in(descriptors_folder: Path, dataset: str) -> Path:
-    """Where `--descriptors_folder` has what was extracted of a dataset."""
+    """The folder below `--descriptors_folder` with the descriptors of a dataset."""
     return descriptors_folder / dataset.replace(" ", "_")
 
 
 def digest(content: Iterable[str] | Mapping[str, Tensor]) -> str:
-    """A short digest of some lines, or of a state dict."""
+    """A short digest of lines, or of a state dict."""
     found = hashlib.sha256()
     if isinstance(content, Mapping):
         for name, value in content.items():

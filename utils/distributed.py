@@ -1,4 +1,4 @@
-"""Several processes as one run, started by torchrun. A process on its own passes through all of this unchanged.
+"""Several processes as one run, started by torchrun. In a single process, all of this has no effect.
 
 Every function but `rank`, `world_size`, `is_main` and `shares` is collective: all processes call it at the same point.
 """
@@ -22,29 +22,29 @@ Number = TypeVar("Number", bound=np.number[Any])
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Joins the processes that torchrun started; NCCL carries what is on GPUs and Gloo the rest."""
+    """Joins the processes that torchrun started; NCCL carries data on GPUs and Gloo the rest."""
     if not dist.is_torchelastic_launched():
         yield
         return
     store, number, count = next(dist.rendezvous("env://"))
     if os.environ["GROUP_WORLD_SIZE"] == "1":
-        # torchrun keeps its store when it restarts the processes, and the new ones would find the addresses of the old
-        # (PyTorch issue 135712). Machines do not agree on the number of restarts: several need the README's remedy.
+        # torchrun keeps its store when it restarts the processes, so the new ones would find the old addresses (PyTorch
+        # issue 135712). Machines disagree on the number of restarts: runs on several need the README's remedy.
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Some wait for the slowest share of an extraction, or for the search, which PyTorch's half hour may not do for.
+    # Some wait for the slowest share of an extraction or for the search, perhaps longer than PyTorch's half hour.
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(days=1))
     yield
-    dist.destroy_process_group()  # not after an error: a process that has died would be waited for
+    dist.destroy_process_group()  # not after an error: it would wait for a process that has died
 
 
 def is_of_a_lost_process(error: RuntimeError) -> bool:
-    """Whether an error says, in the words of Gloo or NCCL, no more than that another process has ended."""
+    """Whether an error of Gloo or NCCL only says that another process has ended."""
     return world_size() > 1 and ("by peer" in str(error) or "remote process exited" in str(error))
 
 
 def rank() -> int:
-    """This process's number; 0 is the one that writes."""
+    """This process's number; process 0 writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -54,17 +54,17 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is that of its GPU."""
+    """This process's number on its machine, which is also the number of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and talks to the user."""
+    """Whether this process writes files and reports to the user."""
     return rank() == 0
 
 
 def shares(count: int, unit: int = 1) -> list[slice]:
-    """Cuts `count` rows into one run of neighbours for each process, without splitting units of `unit` rows."""
+    """Splits `count` rows into a contiguous part for each process, without splitting units of `unit` rows."""
     ends = np.cumsum([len(part) for part in np.array_split(np.arange(-(-count // unit)), world_size())])
     bounds = [0, *np.minimum(ends * unit, count).tolist()]
     return [slice(start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
@@ -80,7 +80,7 @@ def broadcast(value: Value) -> Value:
 
 
 def on_main(call: Callable[[], Value]) -> Value:
-    """What a call gives in the main process, where alone it is made, for all."""
+    """The result of a call that only the main process makes, for all."""
     return broadcast(call() if is_main() else None)  # type: ignore[return-value]
 
 
@@ -103,15 +103,15 @@ def maximum(value: int) -> int:
 
 
 def barrier() -> None:
-    """Waits until all are here."""
+    """Waits until all processes are here."""
     gather_objects(None)
 
 
 def gather_rows(rows: NDArray[Number]) -> NDArray[Number]:
-    """All processes' rows below each other, for the main process; the others get their own back.
+    """All processes' rows concatenated, for the main process; the others get their own back.
 
     Args:
-        rows: any number of them, of a shape that is the same everywhere.
+        rows: any number of rows, of the same shape in all processes.
     """
     shapes = gather_objects(rows.shape)
     if len(shapes) == 1:
@@ -132,27 +132,26 @@ def gather_rows(rows: NDArray[Number]) -> NDArray[Number]:
 
 
 def gather_shares(count: int, rows_of: Callable[[slice], NDArray[Number]], unit: int = 1) -> NDArray[Number]:
-    """The rows of `count` items, of which each process computes its share; as `gather_rows` hands them out.
+    """The rows of `count` items, each process computing its share; gathered like `gather_rows`.
 
     Args:
-        count: items.
-        rows_of: the rows of the items in a slice, perhaps an empty one.
-        unit: items that are not split up, see `shares`.
+        count: number of items.
+        rows_of: computes the rows of the items in a slice, which may be empty.
+        unit: number of items that stay together, see `shares`.
     """
     return gather_rows(rows_of(shares(count, unit)[rank()]))
 
 
 def gather_with_gradient(rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """All processes' rows below each other, for all; a process's gradient flows into its own.
+    """All processes' rows concatenated, for all; in each process the gradient flows into its own rows.
 
-    A loss of the result is the same in each process, and its gradient for the parameters is the SUM of what the
-    processes compute, where DistributedDataParallel takes the mean: multiply the loss by `world_size()` before
-    `backward`.
+    A loss of the result is the same in each process, and its gradient for the parameters is the SUM over the processes,
+    while DistributedDataParallel takes the mean: multiply the loss by `world_size()` before `backward`.
 
     Args:
-        rows: N x ..., of which the first `counts[rank()]` count. The others stand in for a process without any, whose
-            backward pass must run all the same; their gradient is zero.
-        counts: rows of each process.
+        rows: N x ..., of which the first `counts[rank()]` count. Others are placeholders for a process without any,
+            whose backward pass must still run; their gradient is zero.
+        counts: number of rows of each process.
     """
     own = rows[: counts[rank()]]
     if world_size() == 1:
@@ -174,5 +173,5 @@ def broadcast_weights(module: nn.Module) -> None:
 
 
 def replicate(module: nn.Module) -> nn.Module:
-    """The module with its gradients averaged over the processes; to be called anew when some of it is frozen."""
+    """The module with its gradients averaged over the processes; call again after freezing parts of it."""
     return module if world_size() == 1 else DistributedDataParallel(module, gradient_as_bucket_view=True)

@@ -1,7 +1,7 @@
-"""From photos to descriptors: cluster vectors on disk, and from them descriptors, a chunk at a time.
+"""From photos to descriptors: cluster vectors on disk, and descriptors computed from them in chunks.
 
-Each image passes the backbone once, and what comes out before the cross-image encoder is kept (N x crops x K x D).
-Everything that depends on which images share a batch is computed from that.
+Each image passes through the backbone once; the vectors before the cross-image encoder (N x crops x K x D) are stored.
+Everything that depends on which images share a batch is computed from them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,12 +19,12 @@ from .descriptor_store import DescriptorStore
 from .device import autocast, to_cpu
 from .search import Chunk
 
-CHUNK_BYTES = 2**26  # of descriptors in memory at a time, about
-ENCODED_TOGETHER = 256  # images, about
+CHUNK_BYTES = 2**26  # of descriptors in memory at a time, roughly
+ENCODED_TOGETHER = 256  # images, roughly
 
 
 class PlaceDescriber(Protocol):
-    """What is evaluated: a model in two parts, of which only the second looks across the images of a batch."""
+    """A model to evaluate, in two parts; only the second looks across the images of a batch."""
 
     @property
     def vectors_shape(self) -> tuple[int, int]:
@@ -34,7 +34,7 @@ class PlaceDescriber(Protocol):
         """Normalised images B x 3 x H x W to B x K x D, each image by itself."""
 
     def describe(self, vectors: Tensor, group: int | None = None) -> Tensor:
-        """B x K x D to descriptors B x K*D, or fewer numbers, looking across `group` neighbours."""
+        """B x K x D to descriptors B x K*D, or fewer dimensions, looking across `group` neighbours."""
 
     def eval(self) -> nn.Module:
         """Switches dropout off."""
@@ -45,9 +45,9 @@ class EncoderContext:
     """Which images share a batch in the cross-image encoder: part of the protocol, since descriptors depend on it.
 
     Attributes:
-        batch_size: images that share a batch; 1 gives what each photo gives by itself.
-        seed: of the order that the images are taken in; None for the order of their file names.
-        shift: images of the first batch, a short one; 0 for a whole one.
+        batch_size: images that share a batch; 1 encodes each photo by itself.
+        seed: seed of a random order of the images; None for the order of their file names.
+        shift: images in a short first batch; 0 for a full one.
     """
 
     batch_size: int
@@ -55,7 +55,7 @@ class EncoderContext:
     shift: int = 0
 
     def order(self, count: int) -> NDArray[np.int64]:
-        """The images 0 to count - 1 in the order in which they are taken."""
+        """The indices 0 to count - 1 in the order of encoding."""
         if self.seed is None:
             return np.arange(count)
         return np.random.default_rng(self.seed).permutation(count)
@@ -69,20 +69,20 @@ def extract(
     read_images: Callable[[Sequence[str]], Iterable[Tensor]],
     precision: str = "fp32",
 ) -> None:
-    """Runs backbone and aggregation, in evaluation mode, over the images that the store does not have yet.
+    """Runs backbone and aggregation, in evaluation mode, on the images that the store does not have yet.
 
-    Of several processes each takes its share.
+    With several processes, each takes its share.
 
     Args:
-        model: what is evaluated.
+        model: the model to evaluate.
         paths: N images.
-        store: gets N x crops x K x D.
+        store: receives N x crops x K x D.
         read_images: turns paths into batches, B x (crops x) 3 x H x W.
-        precision: of the arithmetic, a name from `utils.device.autocast`.
+        precision: precision of the arithmetic, a name from `utils.device.autocast`.
     """
     model.eval()
     missing = store.missing()
-    distributed.barrier()  # all have seen the same
+    distributed.barrier()  # until all have read the same list
     missing = missing[distributed.shares(len(missing))[distributed.rank()]]
 
     def vectors() -> Iterator[Tensor]:
@@ -99,8 +99,8 @@ def extract(
 
 
 def images_at_a_time(shape: tuple[int, ...], batch: int) -> tuple[int, int]:
-    """How many images of a store N x crops x K x D go through the encoder together, and how many make a chunk; whole
-    batches in both."""
+    """How many images of a store N x crops x K x D are encoded together, and how many form a chunk; both are whole
+    batches."""
     together = max(batch, ENCODED_TOGETHER // batch * batch)
     return together, max(together, CHUNK_BYTES // (int(np.prod(shape[1:])) * 4) // together * together)
 
@@ -114,17 +114,17 @@ def descriptors(
     device: torch.device,
     shared: bool = False,
 ) -> Iterator[Chunk]:
-    """Turns cluster vectors into descriptors, some neighbours in the context's order at a time.
+    """Turns cluster vectors into descriptors, a chunk in the context's order at a time.
 
     Args:
-        model: what is evaluated, in evaluation mode.
+        model: the model to evaluate, in evaluation mode.
         store: cluster vectors, N x crops x K x D.
-        context: the crops of images that share a batch all look at each other.
-        device: where the model is.
-        shared: only this process's share of the images, in the chunks in which one process alone would take them.
+        context: which images share a batch; all crops in a batch attend to each other.
+        device: device of the model.
+        shared: only this process's share of the images, in the same chunks as one process alone would use.
 
     Yields:
-        Indices (n) and descriptors (n*crops rows, the crops of an image below each other), on the CPU.
+        Indices (n) and descriptors (n*crops rows, the crops of an image together), on the CPU.
     """
     _, crops, K, D = store.shape
     batch = context.batch_size
@@ -139,7 +139,7 @@ def descriptors(
         vectors = store.read(indices).reshape(-1, K, D)
         described = np.empty((0, 0), dtype=np.float32)
         whole = len(indices) // batch * batch
-        # All whole batches, then what is left of the last one.
+        # All whole batches, then the rest.
         bounds = [*range(0, whole, together), whole, len(indices)]
         for first, last in pairwise(bounds):
             if first < last:

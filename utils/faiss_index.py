@@ -1,4 +1,4 @@
-"""Approximate indices of FAISS, whose errors become ours. It needs no PyTorch, which takes seconds to import."""
+"""Approximate FAISS indices, with FAISS's errors as ours. Needs no PyTorch, which takes seconds to import."""
 
 import re
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-TRAINING_BYTES = 2**30  # of descriptors that an approximate index is trained on, at most
+TRAINING_BYTES = 2**30  # of descriptors to train an approximate index on, at most
 
 
 def new_index(dim: int, factory: str, parameters: str = "") -> Any:
-    """An empty FAISS index of descriptors of `dim` numbers.
+    """An empty FAISS index.
 
     Args:
-        dim: numbers in a descriptor.
+        dim: dimension of a descriptor.
         factory: FAISS's description, e.g. "IVF4096,PQ64".
-        parameters: of its search, e.g. "nprobe=32".
+        parameters: search parameters, e.g. "nprobe=32".
 
     Raises:
         ValueError: FAISS does not understand it.
@@ -31,10 +31,10 @@ def new_index(dim: int, factory: str, parameters: str = "") -> Any:
 
 
 def train_index(index: Any, sample: NDArray[np.float32], factory: str) -> None:
-    """Trains an index, made by `factory`, on n x D descriptors.
+    """Trains an index, made from `factory`, on n x D descriptors.
 
     Raises:
-        ValueError: they are too few for it, mostly.
+        ValueError: FAISS fails, mostly since there are too few.
     """
     with refusals(f"train --index {factory!r} on {len(sample)} descriptors", len(sample)):
         index.train(sample)
@@ -44,7 +44,7 @@ def add_to_index(index: Any, descriptors: NDArray[np.float32], factory: str) -> 
     """Adds n x D descriptors to an index.
 
     Raises:
-        ValueError: it does not take them.
+        ValueError: FAISS fails.
     """
     with refusals(f"fill --index {factory!r}"):
         index.add(descriptors)
@@ -56,7 +56,7 @@ def search_index(
     """Squared distances and rows of the index, each Q x k; -1 where it finds fewer.
 
     Raises:
-        ValueError: it does not search in this way.
+        ValueError: FAISS fails.
     """
     with refusals(f"search --index {factory!r} {parameters!r}"):
         found: tuple[NDArray[np.float32], NDArray[np.int64]] = index.search(queries, k)
@@ -65,11 +65,11 @@ def search_index(
 
 @contextmanager
 def refusals(what: str, rows: int | None = None) -> Iterator[None]:
-    """Within the block, an error of FAISS becomes a ValueError that gives FAISS's own reason and a remedy.
+    """Within the block, an error of FAISS becomes a ValueError with FAISS's own reason and a remedy.
 
     Args:
-        what: FAISS cannot do.
-        rows: descriptors there are to train on, where it does that.
+        what: what FAISS cannot do.
+        rows: number of descriptors to train on, if it trains.
     """
     try:
         yield
@@ -84,10 +84,10 @@ def refusals(what: str, rows: int | None = None) -> Iterator[None]:
 
 
 def without_place(message: str) -> str:
-    """What FAISS says, without the function and the line that says it."""
+    """A message of FAISS without its function and line."""
     return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", message.strip(), flags=re.DOTALL)
 
 
 def training_step(count: int, dim: int) -> int:
-    """An approximate index is trained on every so many-th of `count` descriptors of `dim` numbers."""
+    """The step n such that an approximate index is trained on every n-th of `count` descriptors of `dim` numbers."""
     return max(1, -(-count * dim * 4 // TRAINING_BYTES))

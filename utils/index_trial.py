@@ -1,6 +1,6 @@
-"""Whether FAISS can build, train and search an index, found out before hours of extraction.
+"""Tests whether FAISS can build, train and search an index, before hours of extraction.
 
-It is tried on random descriptors in a process of its own, since some descriptions make FAISS abort the program.
+The index is tried on random descriptors in a separate process, since some descriptions make FAISS abort the program.
 """
 
 import json
@@ -19,9 +19,9 @@ from . import faiss_index
 
 logger = logging.getLogger(__name__)
 
-FEW, MANY = 1000, 8192  # descriptors that are tried at first; and at most, where an index needs so many
-LISTS = 256  # tried where an index has more than can be tried
-SECONDS = 120  # that a trial may take
+FEW, MANY = 1000, 8192  # descriptors tried first, and at most if an index needs more
+LISTS = 256  # lists tried for an index with too many to try
+SECONDS = 120  # time limit of a trial
 
 
 def require_index(factory: str, parameters: str, *, dim: int, count: int, chunks: int, k: int) -> None:
@@ -29,25 +29,25 @@ def require_index(factory: str, parameters: str, *, dim: int, count: int, chunks
 
     Args:
         factory: FAISS's description of it, e.g. "IVF4096,PQ64".
-        parameters: of its search, e.g. "nprobe=32".
-        dim: numbers in a descriptor.
-        count: of the database.
-        chunks: that the database comes in.
-        k: neighbours a query.
+        parameters: search parameters, e.g. "nprobe=32".
+        dim: dimension of a descriptor.
+        count: size of the database.
+        chunks: number of chunks of the database.
+        k: neighbours per query.
 
     Raises:
-        ValueError: FAISS refuses it, or dies of it.
+        ValueError: FAISS refuses it or crashes.
     """
     trained_on = count // faiss_index.training_step(count, dim)
     smaller = re.sub(r"IVF(\d+)", lambda found: f"IVF{min(int(found[1]), LISTS)}", factory)
     rows, tried = min(trained_on, FEW), factory
     while error := _error_of(tried, parameters, dim, rows, min(chunks, 2), k):
         wanted = re.search(r"number of clusters \((\d+)\)|cannot output (\d+) dimensions", error)
-        needed = int(wanted[1] or wanted[2]) if wanted else dim  # OPQ dies of fewer descriptors than numbers in each
+        needed = int(wanted[1] or wanted[2]) if wanted else dim  # OPQ crashes with fewer descriptors than dimensions
         if not rows < needed <= trained_on:
-            # With the database's number, which does not do either, for the trial's.
+            # Report the database's number, which is too small as well, instead of the trial's.
             raise ValueError(re.sub(rf"\b{rows}\b", str(trained_on), error) if needed > trained_on else error)
-        # The database has enough, the trial had not.
+        # The database has enough, unlike the trial.
         if needed <= MANY:
             rows = needed
         elif tried != smaller:
@@ -57,14 +57,14 @@ def require_index(factory: str, parameters: str, *, dim: int, count: int, chunks
 
 
 def _error_of(factory: str, parameters: str, dim: int, rows: int, chunks: int, k: int) -> str:
-    """What is wrong with the index; nothing if it works, or takes too long to try."""
+    """What is wrong with the index; empty if it works, or takes too long to try."""
     task = json.dumps([factory, parameters, dim, rows, chunks, k])
     command = [sys.executable, "-m", __name__, task]
     try:
         child = subprocess.run(
             command,
             cwd=Path(__file__).parents[1],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # many small tasks, for which threads mostly wait
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # many small tasks, in which threads mostly wait
             capture_output=True,
             text=True,
             errors="replace",
@@ -78,7 +78,8 @@ def _error_of(factory: str, parameters: str, dim: int, rows: int, chunks: int, k
     said = [line for line in child.stderr.strip().splitlines() if not line.startswith("WARNING")]
     last = (said or [f"exit status {child.returncode}"])[-1]
     return (
-        f"FAISS dies of --index {factory!r} {parameters!r}: {last}; use another, or leave out --index for exact search"
+        f"FAISS crashes with --index {factory!r} {parameters!r}: {last}; use another, or leave out --index for exact "
+        "search"
     )
 
 
@@ -97,7 +98,7 @@ def _try(factory: str, parameters: str, dim: int, rows: int, chunks: int, k: int
 
 
 def _hurry(index: Any) -> None:
-    """Lets an index, and those within it, train in one iteration: what it needs does not depend on their number."""
+    """Makes an index, and those within it, train in one iteration: requirements do not depend on the number."""
     index = faiss.downcast_index(index)
     if hasattr(index, "do_polysemous_training"):
         index.do_polysemous_training = False

@@ -1,4 +1,4 @@
-"""A folder for one process at a time."""
+"""Locks a folder, for one process at a time."""
 
 import errno
 import fcntl
@@ -14,24 +14,24 @@ logger = logging.getLogger(__name__)
 FILE = ".lock"
 
 _TAKEN = (errno.EACCES, errno.EAGAIN)
-_held: set[str] = set()  # by this process, which a lock of the kernel's does not keep from itself
+_held: set[str] = set()  # by this process; the kernel's lock does not keep a process from itself
 
 
 class FolderLock:
-    """Keeps other processes out of a folder, from its making to `release` or the end of a `with` block.
+    """Keeps other processes out of a folder, from its creation to `release` or the end of a `with` block.
 
-    The kernel holds the lock and drops it with the process, however that ends; processes forked from it do not have
-    it. Other machines see it where their file system carries POSIX locks (NFS does, Lustre if mounted so). Where it
-    carries none, a warning says so and the folder is open to all.
+    The kernel holds the lock and releases it when the process ends, however that happens; forked processes do not
+    inherit it. Other machines see it if the file system supports POSIX locks (NFS does; Lustre with `flock`). Without
+    them, a warning says so and the folder is not locked.
 
     Args:
-        folder: made if missing.
-        flag: of the command line, that named the folder.
-        purpose: what is to be done in it, for an error.
+        folder: created if missing.
+        flag: the option that names the folder.
+        purpose: what will be done there, for an error message.
 
     Raises:
-        OSError: nothing can be written there.
-        ValueError: another process has it; the message says which, where and since when.
+        OSError: the folder is not writable.
+        ValueError: another process uses it; the message says which, where and since when.
     """
 
     def __init__(self, folder: Path, flag: str, purpose: str = "write"):
@@ -56,20 +56,20 @@ class FolderLock:
                 os.close(descriptor)
                 if error.errno in _TAKEN:
                     raise _in_use(folder, flag, holder) from None
-                logger.warning("%s cannot be locked (%s): nothing keeps a second run out", folder, error.strerror)
+                logger.warning("%s cannot be locked (%s), so a second run could use it too", folder, error.strerror)
                 return
             if os.path.exists(self._path) and os.path.samestat(os.fstat(descriptor), os.stat(self._path)):
                 break
-            os.close(descriptor)  # its holder removed the file between our opening and locking it
+            os.close(descriptor)  # the holder removed the file between our opening and locking it
         self._descriptor = descriptor
         _held.add(self._path)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        with suppress(OSError):  # a full disk: the lock holds all the same
+        with suppress(OSError):  # a full disk: the lock still holds
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
 
     def release(self) -> None:
-        """Lets others in; nothing of the lock is left, nor a folder that was made for it and is still empty."""
+        """Releases the lock and removes its file, and the folder if it was created for it and is still empty."""
         if self._descriptor is not None:
             with suppress(OSError):
                 os.remove(self._path)
@@ -95,9 +95,9 @@ def _in_use(folder: Path, flag: str, holder: str) -> ValueError:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a live process has the folder, this one included; leaves nothing behind in it."""
+    """Whether a live process, including this one, has locked the folder; leaves nothing behind in it."""
     path = os.path.realpath(folder / FILE)
-    if path in _held:  # to open and close the file would drop the lock
+    if path in _held:  # opening and closing the file would release the lock
         return True
     try:
         with open(path, "r+") as file:

@@ -1,4 +1,4 @@
-"""What a search found, as a page to look at: each query beside its first matches."""
+"""Writes the results of a search as a page: each query beside its first matches."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from .outputs import whole
 
 THUMBNAIL_SIDE = 240  # the longer one, in pixels
 
-# Opens from disk: nothing in it is fetched but the thumbnails. The filter in use stands in the address, behind the #.
+# Opens from disk and loads only the thumbnails. The current filter is in the address, after the #.
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -110,30 +110,30 @@ def write_match_page(
     accepted: NDArray[np.bool_] | None = None,
     accepted_rule: str = "",
 ) -> Path:
-    """Writes `index.html` and, of each image shown, one thumbnail: a row a query, filtered in the browser.
+    """Writes `index.html` and a thumbnail of each image shown: one row per query, to filter in the browser.
 
     Args:
-        folder: made if missing.
+        folder: created if missing.
         title: e.g. "pitts30k test, R@1: 95.0, R@5: 97.4".
         queries: paths of Q images.
         database: paths of N images.
         predictions: Q x K database indices, best first; -1 is none.
-        correct: which of them are right, Q x K; None where nothing is known of that.
-        metres: how far each is from its query, Q x K, not a number where a position is unknown; None where all are.
-        read: gives an image as the model saw it, perhaps smaller, but not below `THUMBNAIL_SIDE`; None for one that is
-            not there, of which the page shows the name.
-        judged: of which matches it is known whether they are right, Q x K; None for all.
-        similarity: cosine of the descriptors of query and match, Q x K; None where it is not known.
-        rule: what makes a match correct, e.g. "within 25 m".
+        correct: which of them are correct, Q x K; None if unknown.
+        metres: distance of each to its query, Q x K, NaN where a position is unknown; None if all are.
+        read: returns an image as the model saw it, or smaller, down to `THUMBNAIL_SIDE`; None for a missing one, for
+            which the page shows the name.
+        judged: for which matches it is known whether they are correct, Q x K; None for all.
+        similarity: cosine of the descriptors of query and match, Q x K; None if unknown.
+        rule: the rule by which a match is correct, e.g. "within 25 m".
         findable: which queries have a correct image in the database, Q; None for all.
-        accepted: which matches are near enough to be believed, Q x K; None where nobody says.
-        accepted_rule: what makes them so, e.g. "squared distance up to 0.8".
+        accepted: which matches are accepted, Q x K; None without a threshold.
+        accepted_rule: the rule by which they are accepted, e.g. "squared distance up to 0.8".
 
     Returns:
         The path of `index.html`, which is written last.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: see `read`.
         OSError: the page cannot be written.
     """
     count, k = predictions.shape
@@ -145,7 +145,7 @@ def write_match_page(
         image_of = dict(zip(paths, tqdm(images, total=len(paths), desc="thumbnails", unit="image"), strict=True))
 
     kinds: dict[str, NDArray[np.bool_]] = {"all": np.ones(count, dtype=bool)}
-    labels, legend = ["all"], "Grey frames: which matches are correct is not known."
+    labels, legend = ["all"], "Grey frames: unknown which matches are correct."
     if correct is not None:
         right = correct & found
         judged = np.ones_like(found) if judged is None else judged
@@ -159,7 +159,7 @@ def write_match_page(
             labels.append("nothing to find")
         legend = f"✓ in a green frame: correct{rule and f', {escape(rule)}'}. ✗ in a red frame: wrong."
         if not judged.all():
-            legend += " Grey frames: a position is not known."
+            legend += " Grey frames: a position is unknown."
     if accepted is not None:
         accepted = accepted & found
         kinds["accepted"], kinds["rejected"] = accepted[:, 0], ~accepted[:, 0]
@@ -176,7 +176,7 @@ def write_match_page(
     )
     if similarity is not None:
         legend += " Similarity: cosine of the two descriptors."
-    legend += " A photo leads to the full one."
+    legend += " Click a photo to open it in full size."
 
     rows = []
     for query, query_path in enumerate(queries):
@@ -203,7 +203,7 @@ def write_match_page(
 
     page = PAGE.substitute(title=escape(title), legend=legend, filters=filters, cells=k + 1, rows="\n".join(rows))
     with whole(folder / "index.html") as path_of_page:
-        path_of_page.write_text(page, encoding="utf-8", errors="replace")  # file names may hold other bytes
+        path_of_page.write_text(page, encoding="utf-8", errors="replace")  # file names may contain other bytes
     return folder / "index.html"
 
 
@@ -213,19 +213,19 @@ def _write_thumbnail(path: str, folder: Path, read: Callable[[str], Image.Image 
     if image is None:
         return ""
     scale = THUMBNAIL_SIDE / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)  # of the thinnest strip too
+    width, height = (max(1, round(side * scale)) for side in image.size)  # at least 1, for very thin images
     small = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    # Named by the whole path: safe in an address, and no other image's, in an older page of this folder either.
+    # Named by the whole path: safe in a URL, and unique, also among those of an older page in this folder.
     source = f"thumbnails/{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.jpg"
     small.save(folder / source, quality=80)
     return f'<img src="{source}" width="{small.width}" height="{small.height}" loading="lazy" alt="">'
 
 
 def _figure(path: str, image: str, frame: str, caption: str, folder: Path) -> str:
-    """An image with its caption and file name, which leads to the full one; `frame` is its kind.
+    """An image with its caption and file name, linked to the full one; `frame` is its kind.
 
-    Kinds are query, correct, wrong and unknown, the last three perhaps with rejected behind them. The link is relative
-    to the page, so that it leads on where both are moved or served together.
+    Kinds are query, correct, wrong and unknown, the last three optionally followed by rejected. The link is relative to
+    the page, so that it works if both are moved or served together.
     """
     name = escape(os.path.basename(path))
     shown = '<div class="gone">the photo is not here</div>'

@@ -1,4 +1,4 @@
-"""The table of a training run: one row an epoch, nothing in it that a repetition would change."""
+"""The table of a training run: one row per epoch, with nothing that differs when the run is repeated."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ FILE = "metrics.csv"
 
 
 def append_row(folder: Path, row: dict[str, Any]) -> None:
-    """Adds a row to `metrics.csv`, whole or not at all; the first one gives the columns.
+    """Adds a row to `metrics.csv`, completely or not at all; the first row defines the columns.
 
     Raises:
         OSError: it could not be written; the message names the file.
@@ -34,14 +34,14 @@ def append_row(folder: Path, row: dict[str, Any]) -> None:
     except OSError as error:
         if path.exists():
             os.truncate(path, before)
-        raise OSError(f"cannot write {path} ({error}); free space and go on with --resume auto") from error
+        raise OSError(f"cannot write {path} ({error}); free space and resume with --resume auto") from error
 
 
 def cut_rows(folder: Path, epochs: int) -> None:
-    """Keeps one row for each of the first epochs, for a run that goes on from an older checkpoint.
+    """Keeps one row for each of the first epochs, for a run that resumes from an older checkpoint.
 
     Raises:
-        OSError: it could not be written; the message names the file, which is as it was.
+        OSError: it could not be written; the message names the file, which is unchanged.
     """
     path = folder / FILE
     if not path.exists():
@@ -52,7 +52,7 @@ def cut_rows(folder: Path, epochs: int) -> None:
     rows = {line.split(b",")[0]: line for line in lines if line.count(b",") == columns and line.endswith(b"\n")}
     kept = [rows[number] for number in (str(epoch).encode() for epoch in range(1, 1 + epochs)) if number in rows]
     if len(kept) < epochs:
-        logger.warning("%s lacks the rows of %d of the %d epochs so far", path, epochs - len(kept), epochs)
+        logger.warning("%s lacks rows for %d of the %d epochs so far", path, epochs - len(kept), epochs)
     wanted = b"".join([header, *kept] if kept else [])
     if wanted == content:
         return
@@ -62,4 +62,4 @@ def cut_rows(folder: Path, epochs: int) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error}); free space and go on with --resume auto") from error
+        raise OSError(f"cannot write {path} ({error}); free space and resume with --resume auto") from error

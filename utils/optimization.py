@@ -1,4 +1,4 @@
-"""How the weights move: optimiser, schedule, gradient scaling and the cross-image encoder's own rule."""
+"""How the weights are updated: optimiser, schedule, gradient scaling and the cross-image encoder's own rule."""
 
 import logging
 import math
@@ -27,16 +27,16 @@ def schedule(
     warmup_steps: int = 0,
     end_factor: float = 0.0,
 ) -> LRScheduler:
-    """The learning rates of all parameter groups, stepped after each optimiser step.
+    """The schedule of the learning rates of all parameter groups, to step after each optimiser step.
 
     Args:
-        optimizer: whose rates, as they are now, are the highest.
-        name: "halving" halves them every third epoch, as released; "linear" and "cosine" take them to `end_factor`
-            times their value by the end of the last step, and leave them there.
+        optimizer: the optimiser; its current rates are the peak rates.
+        name: "halving" halves them every third epoch, as released; "linear" and "cosine" lower them to `end_factor`
+            times their value by the end of the last step, and then keep them.
         steps_per_epoch: optimiser steps in an epoch.
-        total_steps: of the whole run, the warm-up counted; of no part in "halving".
-        warmup_steps: before the schedule begins, in which rates rise in equal steps from 1 / (warmup_steps + 1) on.
-        end_factor: of "linear" and "cosine".
+        total_steps: steps of the whole run, including the warm-up; has no effect with "halving".
+        warmup_steps: steps before the schedule begins; rates rise in equal steps from 1 / (warmup_steps + 1) on.
+        end_factor: for "linear" and "cosine".
 
     Raises:
         ValueError: the warm-up leaves "linear" or "cosine" no step.
@@ -44,20 +44,20 @@ def schedule(
     steps = total_steps - warmup_steps
     if name != "halving" and total_steps and steps < 1:
         raise ValueError(
-            f"--warmup_steps {warmup_steps} leaves no step for --lr_schedule {name}: the run has {total_steps}; use "
+            f"--warmup_steps {warmup_steps} leaves no steps for --lr_schedule {name}: the run has {total_steps}; use "
             "fewer, or more --epochs_num"
         )
 
     if name == "halving" and 0 < total_steps <= warmup_steps:
         logger.warning(
-            "--warmup_steps %d is as long as the run or longer, %d steps: learning rates do not reach their full value",
+            "--warmup_steps %d covers the whole run of %d steps: learning rates do not reach their full value",
             *(warmup_steps, total_steps),
         )
 
-    def half_wave(step: int) -> float:  # CosineAnnealingLR would take every group to one and the same rate
+    def half_wave(step: int) -> float:  # CosineAnnealingLR would end at the same rate in all groups
         return end_factor + (1 - end_factor) * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2
 
-    # Each is made when it is asked for: a scheduler sets the rates as it begins.
+    # Created only when chosen: a scheduler sets the rates when it is created.
     schedules: dict[str, Callable[[], LRScheduler]] = {
         "halving": lambda: StepLR(optimizer, step_size=3 * steps_per_epoch, gamma=0.5),
         "linear": lambda: LinearLR(optimizer, 1.0, end_factor, total_iters=max(steps, 1)),
@@ -70,33 +70,33 @@ def schedule(
 
 
 class Optimization:
-    """The optimiser of a model with its schedule, see `schedule`; by default learning rates halve every third epoch.
+    """The optimiser of a model with its `schedule`; by default learning rates halve every third epoch.
 
-    The cross-image encoder (`model.encoder`, perhaps None) follows `encoder_training`:
+    The cross-image encoder (`model.encoder`, may be None) follows `encoder_training`:
 
     - "every_step": it is trained at `lr_encoder`, on the same schedule, as the paper describes.
-    - "released": what the released training script does in fp32. There the main optimiser and an Adam of the encoder's
-      own at `lr_encoder` both step it once, and it is frozen ever after. The first step of Adam is proportional to the
-      learning rate, so one step at the sum of the two rates is the same, and no parameter needs two optimisers.
+    - "released": what the released training script does in fp32. There the main optimiser and the encoder's own Adam at
+      `lr_encoder` both step it once, and then it is frozen. The first step of Adam is proportional to the learning
+      rate, so one step at the sum of the two rates is the same, and no parameter needs two optimisers.
 
     Args:
         model: its trainable parameters are optimised.
         optim: a name from `OPTIMIZERS`.
-        weight_decay: of all parameters; None leaves the optimiser's own.
-        lr: of everything but the encoder.
-        lr_encoder: the encoder's own.
+        weight_decay: weight decay of all parameters; None keeps the optimiser's default.
+        lr: learning rate of everything but the encoder.
+        lr_encoder: learning rate of the encoder.
         encoder_training: "released" (Adam only) or "every_step".
-        encoder_retired: whether a run that this one goes on from took the one step of "released" already.
-        steps_per_epoch: optimiser steps in an epoch, the last short batch counted.
-        epochs: of the whole run, which "linear" and "cosine" reach their end in.
-        lr_schedule: a name of `schedule`, for all parameters.
-        warmup_steps: of `schedule`.
-        lr_end_factor: of `schedule`.
-        scale_gradients: multiplies the loss so that fp16 gradients do not underflow.
+        encoder_retired: whether the run being resumed already took the one step of "released".
+        steps_per_epoch: optimiser steps in an epoch, including the last short batch.
+        epochs: epochs of the whole run, at whose end "linear" and "cosine" end.
+        lr_schedule: `name` of `schedule`, for all parameters.
+        warmup_steps: see `schedule`.
+        lr_end_factor: `end_factor` of `schedule`.
+        scale_gradients: scale the loss so that fp16 gradients do not underflow.
         clip_grad_norm: the largest L2 norm of all gradients together; 0 does not clip.
 
     Attributes:
-        skipped: steps that the scaler of gradients skipped because they overflowed; they do not count in the schedule.
+        skipped: steps that gradient scaling skipped because gradients overflowed; the schedule does not count them.
 
     Raises:
         ValueError: "released" with an optimiser other than Adam.
@@ -127,7 +127,7 @@ class Optimization:
         self.skipped = 0
         if self.encoder is not None and encoder_training == "released" and optim != "adam":
             raise ValueError(
-                f"--encoder_training released is what the released script does, and that exists for Adam only, not for "
+                f"--encoder_training released, as in the released script, exists for Adam only, not for "
                 f"--optim {optim}; use --encoder_training every_step"
             )
         in_encoder = set() if self.encoder is None else set(self.encoder.parameters())
@@ -139,14 +139,14 @@ class Optimization:
             groups.append({"params": list(self.encoder.parameters()), "lr": rate})
         if warmup_steps and self.encoder is not None and encoder_training == "released":
             logger.warning(
-                "--warmup_steps %d is for the encoder too, whose one step (--encoder_training released) is its first",
+                "--warmup_steps %d lowers the encoder's rate too in its only step (--encoder_training released)",
                 warmup_steps,
             )
         optimizer, settings = OPTIMIZERS[optim]
         if weight_decay is not None:
             settings = {**settings, "weight_decay": weight_decay}
         device = next(model.parameters()).device.type
-        # One kernel for all parameters; on a CPU the loop that the tests compare with the released code's results.
+        # On a GPU, one kernel for all parameters; on a CPU, the loop that tests compare with the released code.
         self.optimizer = optimizer(groups, fused=device == "cuda" or None, **settings)
         self.scheduler = schedule(
             self.optimizer,
@@ -162,7 +162,7 @@ class Optimization:
 
     @property
     def lr(self) -> float:
-        """The present learning rate of everything but the encoder."""
+        """The current learning rate of everything but the encoder."""
         return self.optimizer.param_groups[0]["lr"]
 
     def backward(self, loss: Tensor) -> None:
@@ -170,7 +170,7 @@ class Optimization:
         self.scaler.scale(loss).backward()
 
     def step(self) -> bool:
-        """Moves the weights once and drops the gradients.
+        """Updates the weights once and clears the gradients.
 
         Returns:
             Whether there are now fewer parameters to train.
@@ -186,7 +186,7 @@ class Optimization:
         if self.scaler.get_scale() < scale:
             self.skipped += 1
             logger.info(
-                "a step was skipped, the %d. so far: its gradients overflowed at a scale of %g, which is now %g",
+                "step skipped (%d so far): its gradients overflowed at a scale of %g, which is now %g",
                 *(self.skipped, scale, self.scaler.get_scale()),
             )
             return False
@@ -203,7 +203,7 @@ class Optimization:
             logger.info("cross-image encoder frozen after its one step (--encoder_training released)")
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on, as tensors and plain values."""
+        """Everything needed to resume, as tensors and plain values."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -213,7 +213,7 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave; which kernels step is this machine's to say, not the file's."""
+        """Resumes from a `state_dict`; this machine, not the file, decides which optimiser kernels run."""
         groups = [
             {**of_file, **{name: own.get(name) for name in ("fused", "foreach", "capturable")}}
             for of_file, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)

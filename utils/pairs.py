@@ -1,6 +1,6 @@
-"""What was found, for structure from motion and SLAM: a list of pairs of photos, and descriptors in hloc's layout.
+"""Results for structure from motion and SLAM: a list of photo pairs, and descriptors in hloc's format.
 
-Both name photos relative to the folder that holds database and queries, as hloc and COLMAP do with their image folder.
+Both name photos relative to the folder that holds database and queries: the image folder of hloc and COLMAP.
 """
 
 import importlib
@@ -19,32 +19,32 @@ from .search import Chunk
 logger = logging.getLogger(__name__)
 
 PAIRS, DESCRIPTORS = "pairs.txt", "global_descriptors.h5"
-DATASET = "global_descriptor"  # hloc's name of one image's descriptor
+DATASET = "global_descriptor"  # hloc's name for an image's descriptor
 
 
 def require_names(queries: Sequence[str], database: Sequence[str], *, flag: str, there: bool = True) -> None:
-    """Sees to it that photos have names that lists can hold.
+    """Checks that the photos' names can be written to a list.
 
     Args:
         queries: Q paths.
         database: N paths.
-        flag: of the option that asks for the list.
-        there: whether the photos are: those of a map need not be.
+        flag: the option that writes the list.
+        there: whether the photos exist; those of a map may be missing.
 
     Raises:
-        ValueError: hloc and COLMAP would read a name as two, as a comment, or not at all; or find no photo.
+        ValueError: hloc and COLMAP would read a name as two, as a comment, or not at all; or photos are missing.
     """
     if not there:
         raise ValueError(
-            f"{flag} is for programs that read the photos, and those of the map are not there; bring them where the "
-            "map says, or leave it out"
+            f"{flag} is for programs that read the photos, but those of the map are missing; put them where the map "
+            "says, or leave the option out"
         )
     paths = [*queries, *database]
     root = common_root(paths)
     lost = [name for name in relative_to(root, paths) if not _listable(name)]
     if lost:
         raise ValueError(
-            f"{flag}: {len(lost)} of {len(paths)} names of photos below {root} have spaces, # in front, or bytes that "
+            f"{flag}: {len(lost)} of {len(paths)} photo names below {root} have spaces, a leading #, or bytes that "
             f"are not UTF-8, e.g. {lost[0]!r}; hloc and COLMAP cannot read these from a list: rename them"
         )
 
@@ -62,15 +62,15 @@ def require_h5py() -> Any:
     try:
         return importlib.import_module("h5py")
     except ImportError as error:
-        raise ValueError("--save_h5 takes the package h5py, which is missing; pip install h5py") from error
+        raise ValueError("--save_h5 needs the package h5py, which is missing; pip install h5py") from error
 
 
 def require_one_each(test_method: str, pca_dim: int) -> None:
-    """Sees to it that `write_h5` can write what hloc reads; a warning says where hloc finds something else.
+    """Checks that `write_h5` can write what hloc reads; warns if hloc will rank differently.
 
     Args:
         test_method: how queries are prepared.
-        pca_dim: numbers that a PCA leaves of a descriptor; 0 for none.
+        pca_dim: dimensions that a PCA reduces descriptors to; 0 for no PCA.
 
     Raises:
         ValueError: h5py is missing, or a query has several descriptors.
@@ -78,19 +78,19 @@ def require_one_each(test_method: str, pca_dim: int) -> None:
     require_h5py()
     if test_method in ("nearest_crop", "maj_voting"):
         raise ValueError(
-            f"--save_h5 holds one descriptor a photo, and --test_method {test_method} has one for each crop; give "
+            f"--save_h5 writes one descriptor per photo, but --test_method {test_method} has one per crop; use "
             "another, e.g. hard_resize"
         )
     if pca_dim:
-        logger.warning("--save_h5: hloc ranks by dot product, and after a PCA that is not the order of distances")
+        logger.warning("--save_h5: hloc ranks by dot product, which differs from the order of distances after a PCA")
 
 
 def write_pairs(folder: Path, queries: Sequence[str], database: Sequence[str], predictions: NDArray[np.int64]) -> None:
     """Writes `pairs.txt`, a line `query database` for each prediction.
 
     Args:
-        folder: the run's.
-        queries: Q paths, names that `require_names` lets pass.
+        folder: the run's folder.
+        queries: Q paths, with names that `require_names` accepts.
         database: N paths, likewise.
         predictions: Q x k database indices, best first; -1 is left out.
     """
@@ -105,7 +105,7 @@ def write_pairs(folder: Path, queries: Sequence[str], database: Sequence[str], p
         predictions.size - missing,
         len(queries),
         root,
-        f", {missing} matches fewer than asked for, which the index did not find" if missing else "",
+        f", {missing} matches fewer than requested, which the index did not find" if missing else "",
         folder / PAIRS,
     )
 
@@ -114,8 +114,8 @@ def write_h5(folder: Path, sides: Mapping[str, tuple[Sequence[str], Iterable[Chu
     """Writes `global_descriptors.h5`: the descriptor of each photo at `/<its name>/global_descriptor`.
 
     Args:
-        folder: the run's.
-        sides: paths of database and queries, and their descriptors as indices and n x D, some at a time.
+        folder: the run's folder.
+        sides: paths of database and queries, and their descriptors as indices and n x D, in chunks.
 
     Raises:
         ValueError: h5py is missing.

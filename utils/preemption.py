@@ -1,4 +1,4 @@
-"""Stopping in good order when a scheduler, a lost terminal or Ctrl-C asks for it."""
+"""Stops a run cleanly when a scheduler, a lost terminal or Ctrl-C asks for it."""
 
 import logging
 import math
@@ -14,28 +14,28 @@ from .signals import SIGNALS
 
 logger = logging.getLogger(__name__)
 
-COPY_WITHIN = 0.3  # seconds after a signal, in which another of its kind is a copy
+COPY_WITHIN = 0.3  # seconds after a signal within which another of its kind is a copy
 
 
 class Preemption:
-    """Notes the signals that ask to stop instead of dying of them, within a `with` block.
+    """Catches the signals that ask the program to stop, as a `with` block.
 
-    Whoever is in it asks `agreed` or calls `stop` where the program can end. The program says at once that it was
-    asked, and when it ends, what to do next. A second Ctrl-C ends it on the spot (but not the copy that torchrun or
-    `timeout` passes on, which comes with the first). A SIGHUP that was ignored before, as `nohup` does, stays so.
+    In the block, call `agreed` or `stop` wherever the program can end. It reports the signal at once and, when it ends,
+    what to do next. A second Ctrl-C ends it immediately (but not the copy that torchrun or `timeout` passes on, which
+    comes with the first). A SIGHUP that was ignored before, as with `nohup`, stays ignored.
 
     Args:
-        at_once: leave by SystemExit when the signal comes, for a program that can be left anywhere.
+        at_once: raise SystemExit when the signal comes, for a program that can stop anywhere.
 
     Attributes:
-        advice: what becomes of the work so far, for the last line.
+        advice: what happened to the work so far, for the last line.
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
-        self.advice = "nothing was finished; the same command begins again"
+        self.advice = "nothing was finished; run the same command to start again"
         self.signum: int | None = None
         self._at_once = at_once
-        self._interrupted = math.inf  # when Ctrl-C came first
+        self._interrupted = math.inf  # time of the first Ctrl-C
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
@@ -61,20 +61,20 @@ class Preemption:
         if signum == signal.SIGINT:
             self._interrupted = min(self._interrupted, now)
         if not again and distributed.is_main():
-            doing = "stopping" if self._at_once else "finishing the step under way"
+            doing = "stopping" if self._at_once else "finishing the current step"
             hint = ", Ctrl-C again ends at once" if signum == signal.SIGINT else ""
-            # Not by logging: the signal may have come in the middle of a line of it.
+            # Not by logging: the signal may have interrupted it.
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, f"\n{signal.Signals(signum).name}: {doing}{hint}\n".encode())
         if self._at_once and not again:
             self.stop()
 
     def agreed(self) -> bool:
-        """Whether a signal has come to any process of the run; all ask at the same point, and so stop at the same."""
+        """Whether any process of the run received a signal; all call this at the same point, so all stop there."""
         self.signum = distributed.maximum(self.signum or 0) or None
         return self.signum is not None
 
     def stop(self) -> None:
-        """Ends the program if a signal has come here, with the exit status that a shell gives for it: 128 + signal."""
+        """Ends the program if this process received a signal, with the exit status of a shell: 128 + signal."""
         if self.signum is not None:
             raise SystemExit(128 + self.signum)

@@ -1,4 +1,4 @@
-"""Where a training run stands, kept so that it can go on as if it had never stopped."""
+"""The progress of a training run, saved so that it can resume as if it had never stopped."""
 
 import logging
 import math
@@ -18,26 +18,25 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """A run's position, best score and files, which only the main process writes.
+    """A run's progress, best score and files; only the main process writes them.
 
     Attributes:
-        epoch: epochs finished, validation included.
-        losses: of the steps taken in the epoch under way, as far as they were read.
+        epoch: epochs finished, including validation.
+        losses: losses of the steps in the current epoch that have been read.
         lr: learning rate of the newest step.
         best_score: the highest validation score so far.
         not_improved: epochs since then.
-        order: of the places in the epoch under way, where the model decided it as the epoch began.
+        order: order of the places in the current epoch, if the model decided it at its start.
 
     Args:
-        folder: the run's.
-        model: what is trained.
-        optimization: how.
-        facts: plain values that every checkpoint carries.
-        decisive: what decides the result, by the name to show; a run goes on under the same values only.
-        unless_said: of `decisive`, what holds for a checkpoint that does not name it, as it was written before there
-            was such an option.
-        read_every: steps between two readings of their losses, since to read one is to wait for the GPU; they are read
-            before anything is written, too.
+        folder: the run's folder.
+        model: the model to train.
+        optimization: its optimiser and schedule.
+        facts: plain values to store in every checkpoint.
+        decisive: values that decide the result, by the name to show; a run resumes only under the same values.
+        unless_said: values of `decisive` for older checkpoints, written before an option existed.
+        read_every: steps between two readings of the losses, since reading one waits for the GPU; they are also read
+            before anything is written.
     """
 
     def __init__(
@@ -69,18 +68,18 @@ class Progress:
 
     @property
     def steps(self) -> int:
-        """Steps taken in the epoch under way."""
+        """Steps taken in the current epoch."""
         return len(self.losses) + len(self._unread)
 
     def finished(self, epochs: int, patience: int) -> bool:
-        """Whether all `epochs` are done, or the best of them is `patience` epochs old."""
+        """Whether all `epochs` are done, or the best epoch was `patience` epochs ago."""
         return self.epoch >= epochs or self.not_improved >= patience
 
     def record_step(self, loss: Tensor) -> None:
-        """Counts a step by its scalar loss.
+        """Records a step by its scalar loss.
 
         Raises:
-            ValueError: as `read_losses`.
+            ValueError: see `read_losses`.
         """
         self._unread.append(loss.detach())
         self.lr = self.optimization.lr
@@ -88,10 +87,10 @@ class Progress:
             self.read_losses()
 
     def read_losses(self) -> None:
-        """Takes over the losses that are still on the device.
+        """Reads the losses that are still on the device.
 
         Raises:
-            ValueError: one is not finite; nothing was written since.
+            ValueError: one is not finite; nothing was written since its step.
         """
         unread, self._unread = self._unread, []
         for loss in torch.stack(unread).tolist() if unread else []:
@@ -100,10 +99,10 @@ class Progress:
             self.losses.append(loss)
 
     def record_epoch(self, recalls: dict[int, float], score: float) -> bool:
-        """Closes the epoch: the row in metrics.csv, best_model.pth if the score is strictly better, last_model.pth.
+        """Ends the epoch: writes metrics.csv, last_model.pth, and best_model.pth if the score is strictly better.
 
         Returns:
-            Whether it is.
+            Whether the score is better.
         """
         self.read_losses()
         self.epoch, self.recalls = self.epoch + 1, recalls
@@ -122,7 +121,7 @@ class Progress:
 
     @property
     def mean_loss(self) -> float:
-        """Of the steps of the epoch under way."""
+        """Mean loss of the steps in the current epoch."""
         self.read_losses()
         return math.fsum(self.losses) / len(self.losses)
 
@@ -149,11 +148,11 @@ class Progress:
         }
 
     def save_best(self) -> None:
-        """Writes best_model.pth: the weights, and how they came about."""
+        """Writes best_model.pth: the weights, with how they were trained."""
         self._save(checkpoint.BEST, self._content())
 
     def save_last(self) -> None:
-        """Writes last_model.pth: all that it takes to go on; the one before becomes previous_model.pth."""
+        """Writes last_model.pth: everything needed to resume; the one before becomes previous_model.pth."""
         state = {
             "optimization": self.optimization.state_dict(),
             "generators": distributed.gather_objects(generator_states()),
@@ -166,31 +165,31 @@ class Progress:
     def _save(self, name: str, content: dict[str, Any]) -> None:
         if distributed.is_main():
             checkpoint.save(self.folder / name, content)
-        distributed.barrier()  # nobody reads it before it is there
+        distributed.barrier()  # no process reads it before it is written
 
     def _keep_best(self) -> None:
-        """Finds out now, not when all epochs are done, whether there will be a best model to evaluate."""
+        """Checks now, rather than after the last epoch, that there is a best model to evaluate."""
         path = self.folder / checkpoint.BEST
         if distributed.on_main(lambda: checkpoint.is_whole(path, like=self.model.state_dict())):
             return
         if self.not_improved or self.losses:
             raise self._best_is_gone()
-        logger.warning("%s was gone or damaged: written again from the checkpoint, which is the best so far", path)
+        logger.warning("%s was missing or damaged: rewritten from the checkpoint, which is the best so far", path)
         self.save_best()
 
     def _best_is_gone(self) -> ValueError:
         best, last = self.folder / checkpoint.BEST, self.folder / checkpoint.LAST
         return ValueError(
-            f"{best} is gone or damaged, and {last} is of later steps; put it back, or begin a new run with the "
-            f"weights that are there: python3 -m model.export --resume={last} --output=weights.safetensors, then "
+            f"{best} is missing or damaged, and {last} is from later steps; restore it, or start a new run from the "
+            f"latter's weights: python3 -m model.export --resume={last} --output=weights.safetensors, then "
             "--resume=weights.safetensors"
         )
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Goes on from a `last_model.pth`, whose weights the model already has.
+        """Resumes from a `last_model.pth`, whose weights the model already has.
 
         Raises:
-            ValueError: it was written under other decisive options, or the run's best model is gone.
+            ValueError: it was written with other decisive options, or the run's best model is missing.
         """
         checkpoint.require_same(self.decisive, {**self.unless_said, **content["decisive"]})
         self.epoch, self.losses = content["epoch_num"], content["losses"]
@@ -206,16 +205,15 @@ class Progress:
         if len(states) == distributed.world_size():
             if not restore_generators(states[distributed.rank()]):
                 logger.warning(
-                    "the checkpoint was written on another kind of device: what is drawn there (the encoder's dropout) "
-                    "is not what a run without a break would draw"
+                    "the checkpoint was written on another kind of device: random numbers there (the encoder's "
+                    "dropout) differ from those of an uninterrupted run"
                 )
         else:
             consequence = (
-                ": dropout draws other numbers, and the cross-image encoder looks across other images, than in a run "
-                "without a break"
+                ": dropout differs from an uninterrupted run, and the cross-image encoder attends across other images"
             )
             logger.warning(
-                "the checkpoint was written by %d processes and these are %d%s",
+                "the checkpoint was written by %d processes, but there are now %d%s",
                 len(states),
                 distributed.world_size(),
                 consequence if self.optimization.encoder is not None else "",

@@ -1,4 +1,4 @@
-"""What a run looks like: curves, tables, predictions."""
+"""Draws curves and writes tables and predictions of a run."""
 
 import csv
 import logging
@@ -21,8 +21,8 @@ TRAINING = "training.png"
 
 
 def draw_training(folder: Path) -> None:
-    """Draws the loss and the validation recalls of `metrics.csv`, epoch by epoch, into `training.png` beside it."""
-    from matplotlib.figure import Figure  # not before a picture is drawn: it takes a quarter of a second
+    """Draws the loss and the validation recalls in `metrics.csv` by epoch, into `training.png` beside it."""
+    from matplotlib.figure import Figure  # takes a quarter of a second to import
     from matplotlib.ticker import MaxNLocator
 
     with open(folder / metrics.FILE, newline="") as file:
@@ -51,10 +51,10 @@ def draw_recalls(
     """Draws recall@N for N = 1, 2, ... of each named curve, in percent, into `recalls.png`.
 
     Args:
-        folder: the run's.
-        title: stands above.
-        curves: by name.
-        ticks: the N to mark; those beyond the curves' end mark the end, which is their recall.
+        folder: the run's folder.
+        title: title of the figure.
+        curves: curves by name.
+        ticks: values of N to mark; those beyond the curves mark their end, which is their recall.
     """
     from matplotlib.figure import Figure
 
@@ -80,13 +80,13 @@ def draw_first_match(
 ) -> None:
     """Draws precision and recall of the first match into `first_match.png`.
 
-    They stand over each other for each encoder context, and over the accepted distance for the first one.
+    Precision is drawn over recall for each encoder context, and both over the accepted distance for the first one.
 
     Args:
-        folder: the run's.
-        title: stands above.
-        contexts: by name.
-        accepted_distance: is marked; None marks none.
+        folder: the run's folder.
+        title: name of the dataset, for the title.
+        contexts: first matches by context.
+        accepted_distance: distance to mark; None marks none.
     """
     from matplotlib.figure import Figure
 
@@ -117,14 +117,14 @@ def draw_first_match(
     name, matches = next(iter(contexts.items()))
     curve = acceptance.distance_curve(matches)
     if curve.positives and len(curve.thresholds):
-        # Between two distances nothing changes.
+        # Nothing changes between two distances.
         for what, values, line in (("precision", curve.precision, "-"), ("recall", curve.recall, ":")):
             over_distance.plot(curve.thresholds, values, line, color="C0", drawstyle="steps-post", label=what)
     if accepted_distance is not None:
         label = f"--accept {acceptance.written(accepted_distance)}"
         last = curve.thresholds[-1] if len(curve.thresholds) else accepted_distance
         over_distance.axvline(min(accepted_distance, 1.05 * last), color="black", linewidth=1, label=label)
-    over_distance.set(xlabel=f"accepted squared distance of descriptors, {name}", ylabel="%", ylim=(0, 103))
+    over_distance.set(xlabel=f"accepted squared descriptor distance, {name}", ylabel="%", ylim=(0, 103))
     if over_distance.lines:
         over_distance.legend(loc="best", fontsize="small")
     for axes in (both, over_distance):
@@ -134,22 +134,22 @@ def draw_first_match(
 
 
 def drawable(text: str) -> str:
-    """The text on one line, with a mark where it holds bytes that are no characters: matplotlib refuses to draw them.
+    """The text on one line, with undecodable bytes replaced: matplotlib refuses to draw them.
 
-    It goes with `parse_math=False`, since a name may hold dollar signs.
+    Use it with `parse_math=False`, since names may contain dollar signs.
     """
     return " ".join(text.encode(errors="replace").decode().split())
 
 
 def save_figure(figure: Any, path: Path, dpi: int) -> None:
-    """Writes a PNG, without a word on characters that matplotlib's font lacks and draws as boxes."""
+    """Writes a PNG, without warnings about characters that matplotlib's font lacks and draws as boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(path, dpi=dpi, format="png")
 
 
 def recall_table(table: Mapping[str, Mapping[str, Mapping[int, float]]]) -> str:
-    """Recalls by dataset and encoder context as lines of text; a dataset without labels has no row."""
+    """A text table of recalls by dataset and encoder context; a dataset without labels has no row."""
     rows = [(dataset, context, recalls) for dataset, by in table.items() for context, recalls in by.items()]
     if not rows:
         return "no dataset has labels"
@@ -176,22 +176,22 @@ def write_predictions(
     geographic: bool = False,
     accepted_distance: float | None = None,
 ) -> None:
-    """Writes `predictions.csv`, a row for each query and rank; what is not known is left empty.
+    """Writes `predictions.csv`, a row for each query and rank; unknown fields are left empty.
 
-    Names are written byte by byte as they are on disk, so that a name that is not UTF-8 stays that name.
+    Names are written byte by byte as on disk, so that a name that is not UTF-8 is kept.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         queries: Q paths.
         database: N paths.
         predictions: Q x k database indices, best first; -1 is left out.
         distances: squared L2 distances of the descriptors, Q x k.
-        correct: Q x k; None where it is not known.
-        judged: of which of them it is known, Q x k; None for all.
-        metres: from the query to the database image, on the ground, Q x k; not a number where that is not known.
-        positions: of the database, N x 2; UTM east and north in metres.
-        geographic: or latitude and longitude in degrees.
-        accepted_distance: adds a column that says whether the distance is at most this; None adds none.
+        correct: which predictions are correct, Q x k; None if unknown.
+        judged: for which of them this is known, Q x k; None for all.
+        metres: distance on the ground from the query to the database image, Q x k; NaN if unknown.
+        positions: positions of the database, N x 2; UTM east and north in metres.
+        geographic: whether positions are latitude and longitude in degrees instead.
+        accepted_distance: adds a column for whether the distance is at most this; None adds none.
     """
     axes = ("database_latitude", "database_longitude") if geographic else ("database_east", "database_north")
     digits = 7 if geographic else 2  # centimetres
@@ -222,7 +222,7 @@ def _number(value: float, digits: int) -> str:
 
 
 def write_paths(path: Path, images: Sequence[str]) -> None:
-    """Writes a list of paths, one a line; a line break within one is written as \\n, so that line n is image n."""
+    """Writes a list of paths, one per line; a line break in a path is written as \\n, so that line n is image n."""
     lines = [image.replace("\n", "\\n").replace("\r", "\\r") for image in images]
     broken = [image for image, line in zip(images, lines, strict=True) if image != line]
     if broken:
@@ -233,13 +233,13 @@ def write_paths(path: Path, images: Sequence[str]) -> None:
 def write_submission(
     folder: Path, query_keys: Sequence[str], database_keys: Sequence[str], predictions: NDArray[np.int64]
 ) -> None:
-    """Writes `submission.zip` for the MSLS challenge: a csv with a line a query, its key and the predicted keys.
+    """Writes `submission.zip` for the MSLS challenge: a csv with a line per query, its key and the predicted keys.
 
     Args:
-        folder: the run's.
-        query_keys: Q of them, without spaces.
-        database_keys: N, likewise.
-        predictions: Q x k database indices, best first, as many for each query.
+        folder: the run's folder.
+        query_keys: Q keys without spaces.
+        database_keys: N keys, likewise.
+        predictions: Q x k database indices, best first, without -1.
     """
     assert (predictions >= 0).all()
     lines = [

@@ -1,4 +1,4 @@
-"""What an evaluation leaves beside `results.json`: tables, pictures, pages, and files for other programs."""
+"""What an evaluation writes besides `results.json`: tables, pictures, pages, and files for other programs."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What to write, by the names of eval.py's options; numbers are of matches or queries, 0 for none."""
+    """What to write; fields are named like eval.py's options, and 0 matches or queries means none."""
 
     recall_values: tuple[int, ...]
     ghost_clusters: int
@@ -36,33 +36,33 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What was found for one set of queries, and all that is needed to write it.
+    """What was found for one query set, and all that is needed to write it.
 
     Attributes:
-        folder: where it goes.
+        folder: folder to write to.
         dataset: name of the dataset.
-        title: of the page of matches.
+        title: title of the page of matches.
         store: name of the queries' descriptors.
-        search: what found it, which has the descriptors.
+        search: the search that found it; it has the descriptors.
         queries: Q paths.
         database: N paths.
         predictions: Q x k database indices, best first; -1 is none.
         distances: squared L2 distances of the descriptors, Q x k.
-        unit: whether the descriptors have unit norm, so that their distance tells the cosine.
-        correct: which predictions are right, Q x k; None without labels.
-        judged: of which of them it is known, Q x k; None without labels.
-        metres: from the query to the database image, Q x k; None without positions.
-        positions: of the database, N x 2; None where none is known.
-        geographic: whether positions are latitude and longitude, rather than UTM metres.
+        unit: whether the descriptors have unit norm, so that their distance gives the cosine.
+        correct: which predictions are correct, Q x k; None without labels.
+        judged: for which of them this is known, Q x k; None without labels.
+        metres: distance from the query to the database image, Q x k; None without positions.
+        positions: positions of the database, N x 2; None if none is known.
+        geographic: whether positions are latitude and longitude rather than UTM metres.
         findable: the queries that have a correct image, Q; None without labels.
-        rule: what makes a match correct, in words.
+        rule: the rule by which a match is correct, in words.
         curves: recall@N in percent for N = 1, 2, ... by encoder context.
-        first_matches: what first matches are accepted by, by context.
-        accepted_distance: matches are accepted up to this squared distance; None where nobody asks for it.
-        pca: facts of the PCA that was fitted; None without.
-        key: image key of a path, for the submission.
-        read: gives a photo for the page; None for one that is not there.
-        assigned: gives a photo, H x W x 3 bytes, and the soft assignment of its patches, (K+G) x h x w.
+        first_matches: the facts by which first matches are accepted, by context.
+        accepted_distance: matches are accepted up to this squared distance; None if the options set none.
+        pca: facts about the fitted PCA, if any.
+        key: returns the image key of a path, for the submission.
+        read: returns a photo for the page; None if it is missing.
+        assigned: returns a photo, H x W x 3 bytes, and the soft assignment of its patches, (K+G) x h x w.
     """
 
     folder: Path
@@ -92,12 +92,12 @@ class Found:
 
 
 def write(found: Found, wanted: Wanted, outputs: Outputs) -> None:
-    """Writes what there is to look at and to compute with, as far as it is wanted; the page comes last.
+    """Writes the wanted outputs, the page of matches last.
 
     Args:
-        found: of a set of queries.
+        found: what was found for a query set.
         wanted: what to write.
-        outputs: takes what cannot be written.
+        outputs: collects what cannot be written.
     """
     folder, predictions = found.folder, found.predictions
     sides = {"database": found.database, found.store: found.queries}
@@ -147,7 +147,7 @@ def write(found: Found, wanted: Wanted, outputs: Outputs) -> None:
 
 
 def _write_assignments(found: Found, wanted: Wanted, outputs: Outputs) -> None:
-    """Draws what the layer looks at in some queries, spread over all of them, and in their first matches."""
+    """Draws the soft assignment of some queries, spread over all of them, and of their first matches."""
     folder, predictions, correct = found.folder / "assignments", found.predictions, found.correct
     folder.mkdir()
     count = min(wanted.save_assignments, len(predictions))
@@ -189,6 +189,6 @@ def _write_page(found: Found, count: int) -> None:
             rule=found.rule,
             findable=found.findable,
             accepted=accepted,
-            accepted_rule=f"squared distance of descriptors up to {found.accepted_distance}",
+            accepted_rule=f"squared descriptor distance up to {found.accepted_distance}",
         )
     logger.info("open in a browser: %s", (found.folder / "matches/index.html").absolute().as_uri())

@@ -1,4 +1,4 @@
-"""The search of queries in a database by their descriptors, in one encoder context."""
+"""Searches a database for queries by their descriptors, in one encoder context."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,35 +20,35 @@ from .outputs import whole
 from .place_map import PlaceMap
 from .search import Chunk
 
-FLAT = 1e-8  # a direction's variance is none below so much of the largest, in single precision
+FLAT = 1e-8  # below this fraction of the largest variance, a direction has none in single precision
 DRAWN_CONTEXTS = ("shuffled", "paired")  # in random orders
-SEARCHED_BY_ALL = 100_000  # database images, from which all processes take part in the search
+SEARCHED_BY_ALL = 100_000  # database images from which all processes share the search
 
 
 def searched_by_all(database: int, index: str | None = None) -> bool:
-    """Whether every process searches its share of so many database images, rather than the main one all of them."""
+    """Whether each process searches its share of a database of this size, rather than the main one all of it."""
     return distributed.world_size() > 1 and database >= SEARCHED_BY_ALL and index is None
 
 
 class Search:
-    """The search of a dataset's queries, of one set or several, in its database, in one encoder context.
+    """Searches a dataset's database for one or several query sets, in one encoder context.
 
     Args:
-        model: what is evaluated, in evaluation mode.
-        stores: cluster vectors of `database`, for a PCA of `pca`, and of the sets of queries under any other names. In
-            place of the first may be a map, which holds the descriptors themselves and any PCA.
+        model: the model to evaluate, in evaluation mode.
+        stores: cluster vectors of `database`, of `pca` for a PCA, and of the query sets under any other names. A map,
+            which holds final descriptors and any PCA, can take the place of `database`.
         test_method: how the queries were prepared, a name from `datasets.transforms.TEST_METHODS`.
-        context: images that share a batch in the encoder: "file_order" takes neighbours, as published; "unaligned"
-            too, but the queries' first batch is a short one; "shuffled" any (database and queries apart); "paired" any,
-            in one order for both sides, which are of one length; "independent" nobody but the image itself.
+        context: which images share a batch in the encoder. "file_order": neighbours, as published; "unaligned": the
+            same, but the queries' first batch is short; "shuffled": random ones, database and queries apart; "paired":
+            random ones, in one order for both sides, which have equal lengths; "independent": each image by itself.
         infer_batch_size: images that share a batch.
-        shift: queries in the first batch of the "unaligned" context, whole batches aside.
-        seed: of the shuffled orders, and of the PCA.
-        pca_dim: numbers that a PCA leaves of a descriptor; 0 for none.
-        pca_whiten: scale these to the same variance, and the descriptor to unit L2 norm.
-        device: where the model is, and what is searched on.
+        shift: queries in the first batch of the "unaligned" context, modulo the batch size.
+        seed: seed of the shuffled orders and of the PCA.
+        pca_dim: dimensions that a PCA reduces descriptors to; 0 for no PCA.
+        pca_whiten: scale these to equal variance, and the descriptor to unit L2 norm.
+        device: device of the model and of the search.
         by_all: all processes make this object and call `run` at the same points, each for its share of the database;
-            else one alone has the cores of the machine.
+            otherwise one process searches alone, with all cores of the machine.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Search:
         by_all: bool = False,
     ):
         self.test_method = test_method
-        self.agreements: list[dict[str, float]] = []  # of an approximate index with exact search, one for each set
+        self.agreements: list[dict[str, float]] = []  # of an approximate index with exact search, one per set
         self._counts = {name: len(store) for name, store in stores.items()}
         self._sets = [name for name in stores if name not in ("database", "pca")]
         self._crops = 1
@@ -82,7 +82,7 @@ class Search:
                 continue
             is_query = name in self._sets
             self._crops = store.shape[1] if is_query else self._crops
-            # A photo in its own shape shares a batch with none.
+            # A photo in its own shape shares a batch with no other.
             batch = 1 if context == "independent" or (is_query and test_method == "single_query") else infer_batch_size
             side = 0 if name == "database" or context == "paired" else 1 if is_query else 2
             batches = EncoderContext(
@@ -95,26 +95,26 @@ class Search:
         if self._place_map is not None:
             self.pca = self._place_map.pca
         elif pca_dim:
-            from sklearn.decomposition import PCA  # nearly a second to import, and seldom asked for
+            from sklearn.decomposition import PCA  # takes nearly a second to import and is seldom needed
 
             def fit() -> Any:
                 pca = PCA(pca_dim, whiten=pca_whiten, random_state=seed[0]).fit(self.rows("pca"))
                 if pca_whiten and not pca.explained_variance_[-1] > FLAT * pca.explained_variance_[0]:
                     lively = int((pca.explained_variance_ > FLAT * pca.explained_variance_[0]).sum())
                     raise ValueError(
-                        f"--pca_whiten would scale noise: of the {pca_dim} numbers only {lively} vary over the images; "
-                        f"use --pca_dim {lively} at most, or more images that differ"
+                        f"--pca_whiten would amplify noise: of {pca_dim} dimensions only {lively} vary over the "
+                        f"images; use --pca_dim {lively} at most, or more varied images"
                     )
                 return pca
 
             self.pca = distributed.on_main(fit) if by_all else fit()
 
     def chunks(self, name: str, *, shared: bool = False) -> Iterator[Chunk]:
-        """Final descriptors of n images at a time: indices and n x D, or n*crops x D with crops below each other.
+        """Final descriptors of n images at a time: indices and n x D, or n*crops x D, the crops of an image together.
 
         Args:
-            name: of the images.
-            shared: this process's share of them.
+            name: name of the images' store.
+            shared: only this process's share of them.
         """
         if name == "database" and self._place_map is not None:
             yield from self._place_map.chunks(shared=shared)
@@ -129,13 +129,13 @@ class Search:
             yield indices, rows
 
     def projection(self) -> dict[str, Tensor]:
-        """The PCA as a linear map: what to subtract, `mean`, D, and what to multiply by, `components`, d x D."""
+        """The PCA as a linear map: subtract `mean`, D, then multiply by `components`, d x D."""
         scale = np.sqrt(self.pca.explained_variance_)[:, None] if self.pca.whiten else 1.0
         found = {"mean": self.pca.mean_, "components": self.pca.components_ / scale}
         return {name: torch.from_numpy(np.asarray(value, dtype=np.float32)) for name, value in found.items()}
 
     def rows(self, name: str) -> NDArray[np.float32]:
-        """All final descriptors, in the order of the images, crops below each other."""
+        """All final descriptors, in the order of the images, the crops of an image together."""
         rows = np.empty((0, 0, 0), dtype=np.float32)
         for indices, described in self.chunks(name):
             described = described.reshape(len(indices), -1, described.shape[1])  # (n, crops, D)
@@ -153,18 +153,18 @@ class Search:
         rerank: int = 0,
         majority_weight: float = 0.01,
     ) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """Searches.
+        """Runs the search.
 
         Args:
-            k: database images a query, at most as many as there are.
+            k: database images per query; more than there are finds them all.
             index: description of an approximate FAISS index, or "binary"; None searches exactly.
-            index_parameters: of its search.
-            rerank: images a query that the binary index ranks exactly.
-            majority_weight: of agreement between crops, in the test method `maj_voting`.
+            index_parameters: search parameters of the index.
+            rerank: images per query that the binary index ranks exactly.
+            majority_weight: weight of the crops' votes in the test method `maj_voting`.
 
         Returns:
-            For each set of queries squared distances and database indices, each Q x k, best first; where all processes
-            search, in the main one.
+            For each query set, squared distances and database indices, each Q x k, best first; only in the main
+            process if all search.
         """
         with search.cores(usable_cores(alone=not self._by_all)) if distributed.world_size() > 1 else nullcontext():
             distances, predictions = self._found(min(k, self._counts["database"]), index, index_parameters, rerank)
@@ -198,10 +198,10 @@ class Search:
         return distances, predictions
 
     def save(self, folder: Path, **paths: Sequence[str]) -> None:
-        """Writes final descriptors, e.g. of `database=`, to `<name>.npy`, N (x crops) x D, with paths beside them.
+        """Writes final descriptors, e.g. of `database=`, to `<name>.npy`, N (x crops) x D, and the paths beside it.
 
         Raises:
-            OSError: they cannot be written; nothing is left of them then.
+            OSError: they cannot be written; nothing is left behind.
         """
         with whole(folder) as temporary:
             temporary.mkdir()

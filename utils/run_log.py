@@ -1,4 +1,4 @@
-"""The run's folder, its log and its results: what happened, with what, on what."""
+"""The run's folder, its log and its results, with the options and the environment that they depend on."""
 
 import itertools
 import json
@@ -33,26 +33,26 @@ logger = logging.getLogger(__name__)
 
 
 def runs_of(save_dir: Path) -> list[Path]:
-    """The folders of earlier runs with this `save_dir`."""
+    """Folders of earlier runs with this `save_dir`."""
     parent = Path("logs") / save_dir
     return [folder for folder in parent.iterdir() if folder.is_dir()] if parent.is_dir() else []
 
 
 def require_outside(folders: Iterable[Path], **places: Path | None) -> None:
-    """Sees to it that what a run writes does not lie among the photos that the next one lists.
+    """Makes sure that a run does not write into photo folders, where the next run would list its files.
 
     Args:
-        folders: of photos.
-        places: where something will be written, by the name of the option; None is nowhere.
+        folders: photo folders.
+        places: paths to write to, by option name; None for none.
 
     Raises:
-        ValueError: one lies in one of the folders.
+        ValueError: a path lies in one of the folders.
     """
     for flag, place in places.items():
         for folder in folders if place is not None else ():
             if Path(os.path.realpath(str(place))).is_relative_to(os.path.realpath(folder)):
                 raise ValueError(
-                    f"{place} lies in {folder}, and later runs would take what is written there for photos; name a "
+                    f"{place} lies in {folder}, so later runs would read what is written there as photos; name a "
                     f"--{flag} outside of it"
                 )
 
@@ -60,23 +60,23 @@ def require_outside(folders: Iterable[Path], **places: Path | None) -> None:
 class Terminal:
     """A stream to a terminal that may go away: a connection is lost, or the reader of a pipe ends (`| tee` on Ctrl-C).
 
-    The run goes on without. Progress bars write here too, since it takes the place of `sys.stderr`.
+    The run continues without it. It replaces `sys.stderr`, so progress bars write here too.
     """
 
     def __init__(self, stream: TextIO | None):
-        self._stream = stream  # None where the program was started without
+        self._stream = stream  # None if the program was started without one
 
     def write(self, text: str) -> int:
-        """Writes, as long as someone reads."""
+        """Writes as long as the stream works."""
         if self._stream is not None:
             try:
                 return self._stream.write(text)
-            except (OSError, ValueError):  # the latter of a closed file
+            except (OSError, ValueError):  # the latter from a closed file
                 self._stream = None
         return len(text)
 
     def flush(self) -> None:
-        """As of any stream."""
+        """Flushes as long as the stream works."""
         if self._stream is not None:
             try:
                 self._stream.flush()
@@ -84,7 +84,7 @@ class Terminal:
                 self._stream = None
 
     def isatty(self) -> bool:
-        """Whether it is a terminal indeed."""
+        """Whether it really is a terminal."""
         return self._stream is not None and self._stream.isatty()
 
     def __getattr__(self, name: str) -> Any:
@@ -92,10 +92,10 @@ class Terminal:
 
 
 class TerminalHandler(logging.StreamHandler[Any]):
-    """The message alone, with its level in front where that is not INFO, and the rank unless it is the main process.
+    """Prints the message with its level unless that is INFO, and with the rank unless it is the main process.
 
-    A line begins on a line of its own, whatever progress bar is on the terminal: this process moves its own bars out
-    of the way, and the others do not know of them.
+    Each message starts on a new line despite progress bars: this process clears its own bars first; the others do not
+    know of them, so they start with a line break.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -109,35 +109,35 @@ class TerminalHandler(logging.StreamHandler[Any]):
 
 
 class LogFile(logging.FileHandler):
-    """A log file that a run does without when it can no longer be written: one warning, on the terminal."""
+    """A log file; if it can no longer be written, the run continues without it after one warning on the terminal."""
 
     failed = False
 
     def __init__(self, path: Path, level: int):
-        super().__init__(path, encoding="utf-8", errors="backslashreplace")  # names may be no UTF-8
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")  # file names may not be UTF-8
         self.setLevel(level)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def handleError(self, _: logging.LogRecord) -> None:
         if not self.failed:
             self.failed = True
-            logger.warning("cannot write %s (%s); the run goes on without", self.baseFilename, sys.exc_info()[1])
+            logger.warning("cannot write %s (%s); the run continues without it", self.baseFilename, sys.exc_info()[1])
 
     def close(self) -> None:
-        with suppress(OSError):  # what could not be written before cannot be now
+        with suppress(OSError):  # if it could not be written before, closing fails too
             super().close()
 
 
 class RunLog:
-    """The log of a run, within a `with` block.
+    """The log of a run, as a `with` block.
 
     The terminal shows it from the start; `open` adds the run's folder, where `info.log` has what the terminal shows and
-    `debug.log` has all, tracebacks included, from the start too. Bad input, which this project raises as ValueError or
-    OSError, ends the program there: one line, no traceback on the terminal, exit status 2, and no folder if none was
-    opened yet. Of several processes the main one does all this, and the others say what goes wrong in them, in full in
+    `debug.log` has everything, with tracebacks; both also start from the beginning. Bad input (ValueError or OSError in
+    this project) ends the program: one line, no traceback on the terminal, exit status 2, and no folder if none was
+    opened yet. With several processes, the main one does all this; the others report only their errors, in full in
     `rank<number>.log`.
 
-    The run's folder is this process's alone until the block ends.
+    The run's folder is locked for this process until the block ends.
     """
 
     def __enter__(self) -> "RunLog":
@@ -148,7 +148,7 @@ class RunLog:
         self._folder: Path | None = None
         self._buffer = MemoryHandler(capacity=1_000_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
         self._root.setLevel(logging.DEBUG)
-        for talkative in ("PIL", "matplotlib"):  # they describe every image and every font
+        for talkative in ("PIL", "matplotlib"):  # they log every image and every font
             logging.getLogger(talkative).setLevel(logging.INFO)
         for compiler in ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx"):  # and every graph
             logging.getLogger(compiler).setLevel(logging.WARNING)
@@ -164,22 +164,22 @@ class RunLog:
         self._root.addHandler(handler)
 
     def lock(self, folder: Path) -> None:
-        """Keeps other runs out of a folder while this one lasts.
+        """Keeps other runs out of a folder during this one.
 
         Raises:
-            ValueError: another has it.
+            ValueError: another run uses it.
         """
         if distributed.is_main():
             self._locks.enter_context(FolderLock(folder, "--save_dir"))
 
     def open(self, save_dir: Path, folder: Path | None = None) -> Path:
-        """Makes `logs/<save_dir>/<time>` (an absolute `save_dir` replaces `logs/<save_dir>`), or goes on in `folder`.
+        """Makes `logs/<save_dir>/<time>` (an absolute `save_dir` replaces `logs/<save_dir>`), or continues in `folder`.
 
         Returns:
             The run's folder.
 
         Raises:
-            ValueError: another run has it.
+            ValueError: another run uses it.
         """
         if distributed.is_main():
             folder = folder or _make_folder(Path("logs") / save_dir)
@@ -189,11 +189,11 @@ class RunLog:
                 try:
                     file = LogFile(folder / name, level)
                 except OSError as error:
-                    logger.warning("cannot write %s (%s); the run goes on without", folder / name, error.strerror)
+                    logger.warning("cannot write %s (%s); the run continues without it", folder / name, error.strerror)
                     continue
                 self._add(file, level)
                 self._copy_buffer(file)
-            with suppress(OSError):  # what vanishes under our eyes, or is another user's
+            with suppress(OSError):  # folders that vanish meanwhile, or belong to another user
                 runs = (run for run in folder.parent.iterdir() if run != folder and (run / "info.log").exists())
                 warn_of_leftovers(runs)
             self._root.removeHandler(self._buffer)
@@ -229,13 +229,13 @@ class RunLog:
 
 
 OUT_OF_MEMORY = (
-    "out of memory ({}); in training, --precision bf16, --activation_checkpointing and --grad_cache_chunk 48 take "
+    "out of memory ({}); in training, --precision bf16, --activation_checkpointing and --grad_cache_chunk 48 need "
     "less, in evaluation --extraction_batch_size 4"
 )
 
 
 def _in_one_line(error: BaseException | None) -> tuple[str, int]:
-    """What to say of an error whose traceback would help nobody, and the exit status; an empty line for the others."""
+    """The message and exit status for an error whose traceback would not help; an empty message for others."""
     if isinstance(error, (ValueError, OSError)):
         message = str(error)
         if message.startswith("Caught "):  # from a DataLoader's worker, which wraps the message in its traceback
@@ -244,9 +244,9 @@ def _in_one_line(error: BaseException | None) -> tuple[str, int]:
     if isinstance(error, RuntimeError) and (reason := end_of_a_worker(error)):
         return reason, 1
     if isinstance(error, RuntimeError) and distributed.is_of_a_lost_process(error):
-        return "another process of the run has ended, and this one ends with it", 1
+        return "another process of the run has ended, so this one ends too", 1
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
-        return OUT_OF_MEMORY.format(str(error).splitlines()[0] if str(error) else "of the main memory"), 1
+        return OUT_OF_MEMORY.format(str(error).splitlines()[0] if str(error) else "main memory"), 1
     return "", 0
 
 
@@ -265,7 +265,7 @@ def _make_folder(parent: Path) -> Path:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a figure depends on besides the options: versions, device, this repository's version and git revision."""
+    """What results depend on besides the options: versions, device, this repository's version and git revision."""
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -281,7 +281,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """The commit that is checked out, with "-dirty" behind it if files differ; "unknown" without git."""
+    """The checked-out commit, followed by "-dirty" if files differ; "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
@@ -291,14 +291,14 @@ def git_revision() -> str:
 
 
 def log_header(settings: dict[str, Any], device: torch.device, *, given: Sequence[str] = ()) -> None:
-    """Writes the command line, the options, the versions and the device at the top of the log.
+    """Logs the command line, the options, the versions and the device.
 
     Args:
         settings: every option by its name; for debug.log.
-        device: what is computed on.
-        given: names of the options that were set, which are what a reader wants to see.
+        device: device of the model.
+        given: names of the options that were set, for info.log.
 
-    Where some of them come from --options, `settings["notes"]` says so.
+    If some of them come from --options, `settings["notes"]` says so.
     """
     logger.info("command: %s", " ".join([Path(sys.executable).name, *sys.argv]))
     logger.info("options given: %s", " ".join(as_flag(name, settings[name]) for name in given) or "none")
@@ -309,25 +309,25 @@ def log_header(settings: dict[str, Any], device: torch.device, *, given: Sequenc
 
 
 def compare_with_record(settings: dict[str, Any], device: torch.device) -> None:
-    """Says in what a run differs from the one whose results.json --options names, where nobody asked for that.
+    """Warns how a run differs from the one whose results.json --options names, other than by the command line.
 
     Args:
-        settings: every option by its name, once the checkpoint has had its say.
-        device: what is computed on.
+        settings: every option by its name, as completed by the checkpoint.
+        device: device of the model.
     """
     if settings["options"] is None or not distributed.is_main():
         return
     content = {}
-    with suppress(OSError, ValueError):  # it has been read before, and may be gone
+    with suppress(OSError, ValueError):  # it was read before, but may be gone
         content = json.loads(Path(settings["options"]).read_bytes())
     now = json.loads(json.dumps(settings, default=str))
     asked = {*settings["given"], "options", "given", "notes", "started_in"}
-    asked |= {"resume"}  # the header says where that is left out
+    asked |= {"resume"}  # the header says if that is left out
     there = content.get("options", {})
     changed = [name for name in now if name in there and name not in asked and now[name] != there[name]]
     if changed:
         logger.warning(
-            "not as in %s, by another checkpoint, version or option: %s",
+            "different from %s, by another checkpoint, version or option: %s",
             settings["options"],
             ", ".join(f"{as_flag(name, now[name])} ({as_flag(name, there[name])} there)" for name in changed),
         )
@@ -340,7 +340,7 @@ def compare_with_record(settings: dict[str, Any], device: torch.device) -> None:
     changed = [name for name in here if name in there and here[name] != there[name]]
     if changed:
         logger.info(
-            "another environment than in %s: %s",
+            "different environment from %s: %s",
             settings["options"],
             ", ".join(f"{name} {here[name]} ({there[name]} there)" for name in changed),
         )
@@ -355,14 +355,14 @@ def as_flag(name: str, value: Any) -> str:
 
 
 def log_parameters(model: torch.nn.Module) -> None:
-    """Writes how many parameters the model has and how many of them are trained."""
+    """Logs how many parameters the model has and how many of them are trained."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("parameters: %d trainable of %d", trainable, total)
 
 
 def write_results(folder: Path, results: dict[str, Any], settings: dict[str, Any], device: torch.device) -> None:
-    """Writes `results.json` into the run's folder: the results, and the options and versions that they depend on."""
+    """Writes `results.json` into the run's folder: the results, with the options and versions that they depend on."""
     if not distributed.is_main():
         return
     content = {**results, "options": settings, "environment": environment(device)}

@@ -1,4 +1,4 @@
-"""Nearest neighbours of descriptors, and what is counted and merged from them."""
+"""Nearest neighbours of descriptors, recall, and the merging of crops."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,15 +24,15 @@ Chunk = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 Number = TypeVar("Number", np.float32, np.int64)
 
-PAIRS_TOGETHER = 2**20  # of a query and a correct image, about
-CHECKED_QUERIES = 1000  # that an approximate index is compared with exact search on, at most
-FAISS_GPU_NEIGHBOURS = 2048  # a query, at most, that FAISS finds on a GPU
-DISTANCES_TOGETHER = 2**24  # that `knn_by_torch` holds at a time, about
+PAIRS_TOGETHER = 2**20  # pairs of a query and a correct image in memory at a time, roughly
+CHECKED_QUERIES = 1000  # queries on which an approximate index is compared with exact search, at most
+FAISS_GPU_NEIGHBOURS = 2048  # the most per query that FAISS finds on a GPU
+DISTANCES_TOGETHER = 2**24  # that `knn_by_torch` holds at a time, roughly
 CPU = torch.device("cpu")
 
 
 class UselessDescriptors(ValueError):
-    """Descriptors that nothing can be found with, and that nobody needs to keep."""
+    """Descriptors that cannot be searched and are not worth keeping."""
 
 
 def nearest(
@@ -42,25 +42,25 @@ def nearest(
     device: torch.device = CPU,
     sets: Sequence[int] = (),
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Exact nearest neighbours by L2 distance; the database passes by in chunks.
+    """Exact nearest neighbours by L2 distance; the database is read in chunks.
 
-    FAISS searches, on the CPU or on a CUDA GPU. Where it sees no GPU and PyTorch does, `knn_by_torch` searches; where
-    the GPU fails, FAISS goes on on the CPU. The ways by GPU have been tested with stand-ins only, never on a GPU.
+    FAISS searches, on the CPU or on a CUDA GPU. If only PyTorch sees the GPU, `knn_by_torch` searches; if the GPU
+    fails, FAISS continues on the CPU. The GPU paths have been tested with stand-ins only, never on a GPU.
 
     Args:
         queries: Q x D.
         chunks: the database, every index once, in any order.
-        k: neighbours a query; all N where there are fewer.
-        device: to search on; any but a CUDA GPU is the CPU.
-        sets: the number of queries in each of several sets, which follow each other; each finds what it would find
-            alone, to the last bit, which the size of matrix products decides.
+        k: neighbours per query; all N if there are fewer.
+        device: device of the search; any but a CUDA GPU means the CPU.
+        sets: the number of queries in each of several consecutive sets; each set finds what it would find alone, to the
+            last bit, which depends on the size of matrix products.
 
     Returns:
-        Squared distances and database indices, each Q x min(k, N), nearest first; of equal distances the one that came
-        first.
+        Squared distances and database indices, each Q x min(k, N), nearest first; equal distances in the order of the
+        chunks.
 
     Raises:
-        ValueError: a descriptor is not finite; FAISS would answer with nonsense.
+        ValueError: a descriptor is not finite; FAISS would return nonsense.
     """
     require_finite(queries)
     distances = np.empty((len(queries), 0), dtype=np.float32)
@@ -77,7 +77,7 @@ def nearest(
 
 
 def parts_of(sets: Sequence[int]) -> list[slice]:
-    """Where each of several sets of the given sizes is among the rows of all, which follow each other."""
+    """The rows of each of several consecutive sets of the given sizes."""
     ends = np.cumsum([0, *sets]).tolist()
     return [slice(start, end) for start, end in pairwise(ends)]
 
@@ -85,13 +85,13 @@ def parts_of(sets: Sequence[int]) -> list[slice]:
 def first(
     distances: NDArray[np.float32], found: NDArray[np.int64], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k nearest of what was found, each Q x n, nearest first; of equal distances the one that stands first."""
+    """The k nearest of the found ones, each Q x n, nearest first; equal distances keep their order."""
     best = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distances, best, 1), np.take_along_axis(found, best, 1)
 
 
 class _Gpu:
-    """A CUDA GPU to search on, until it fails once: what it had no memory for, it would have none for again."""
+    """A CUDA GPU to search on, until it fails once: if its memory was too small, it would be again."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -99,17 +99,17 @@ class _Gpu:
         self._resources: Any = None
 
     def knn(self, queries: Tensor, descriptors: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """As `knn_by_torch`, by FAISS where it sees a GPU."""
+        """Like `knn_by_torch`, by FAISS if it sees a GPU."""
         if not _faiss_sees_a_gpu():
             return knn_by_torch(queries, descriptors, k)
-        import faiss.contrib.torch_utils  # teaches FAISS tensors; it wraps FAISS's functions, so not without need
+        import faiss.contrib.torch_utils  # lets FAISS take tensors; it wraps FAISS's functions, so only if needed
 
         if self._resources is None:
             self._resources = faiss.StandardGpuResources()
-            self._resources.setTempMemory(2**28)  # in bytes; chunks are small, and so is what they need beside them
-        number = torch.cuda.current_device()  # CUDA 12, FAISS's, need not know what CUDA 13, PyTorch's, was told
+            self._resources.setTempMemory(2**28)  # in bytes; chunks are small, and so is their temporary memory
+        number = torch.cuda.current_device()  # FAISS's CUDA 12 may not know what PyTorch's CUDA 13 was told
         distances, rows = faiss.knn_gpu(self._resources, queries, descriptors, k, device=number)
-        # FAISS leaves the order of equal distances open on a GPU (and which of those at the k-th one it takes).
+        # On a GPU, FAISS does not define the order of equal distances (or which of those at rank k it takes).
         by_row = rows.argsort(dim=1)
         rows, distances = rows.gather(1, by_row), distances.gather(1, by_row)
         order = distances.argsort(dim=1, stable=True)
@@ -120,7 +120,7 @@ _gpu = cache(_Gpu)
 
 
 def _faiss_sees_a_gpu() -> bool:
-    return bool(getattr(faiss, "get_num_gpus", int)())  # FAISS for CPUs has no such function
+    return bool(getattr(faiss, "get_num_gpus", int)())  # FAISS for CPUs lacks this function
 
 
 @cache
@@ -129,17 +129,17 @@ def _warn_once(line: str) -> None:
 
 
 class _ChunkSearch:
-    """The search of one part of the database after another, on the GPU as long as that works.
+    """Searches one chunk of the database after another, on the GPU as long as that works.
 
     Args:
         queries: Q x D.
-        device: to search on.
+        device: device of the search.
     """
 
     def __init__(self, queries: NDArray[np.float32], device: torch.device):
         self._queries = queries
         self._gpu = _gpu(device) if device.type == "cuda" else None
-        self._on_gpu: Tensor | None = None  # the queries, which stay there
+        self._on_gpu: Tensor | None = None  # the queries; they stay there
 
     def __call__(self, descriptors: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Squared distances and rows of the n x D descriptors, each Q x k, k at most n."""
@@ -149,7 +149,7 @@ class _ChunkSearch:
             except (RuntimeError, AssertionError, MemoryError) as error:
                 self._gpu.works, self._on_gpu = False, None
                 logger.debug("the search left the GPU here", exc_info=error)
-                _warn_once(f"the search goes on on the CPU, since the GPU cannot: {_reason(error)}")
+                _warn_once(f"the search continues on the CPU, since it failed on the GPU: {_reason(error)}")
         try:
             return faiss.knn(self._queries, descriptors, k)
         except (RuntimeError, AssertionError, MemoryError) as error:
@@ -159,7 +159,8 @@ class _ChunkSearch:
         if k <= FAISS_GPU_NEIGHBOURS or not _faiss_sees_a_gpu():
             return True
         _warn_once(
-            f"{k} matches a query are searched on the CPU, since FAISS finds {FAISS_GPU_NEIGHBOURS} at most on a GPU"
+            f"the {k} matches per query are searched on the CPU, since FAISS on a GPU finds at most "
+            f"{FAISS_GPU_NEIGHBOURS}"
         )
         return False
 
@@ -167,7 +168,7 @@ class _ChunkSearch:
         self, gpu: _Gpu, descriptors: NDArray[np.float32], k: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         if self._on_gpu is None:
-            torch.cuda.empty_cache()  # FAISS takes memory of its own, beside what PyTorch keeps for later
+            torch.cuda.empty_cache()  # FAISS allocates its own memory, besides what PyTorch caches
             self._on_gpu = torch.from_numpy(np.ascontiguousarray(self._queries)).to(gpu.device)
         database = torch.from_numpy(np.ascontiguousarray(descriptors)).to(gpu.device)
         distances, rows = gpu.knn(self._on_gpu, database, k)
@@ -185,11 +186,11 @@ def knn_by_torch(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Ten
     Args:
         queries: Q x D, fp32.
         database: n x D, fp32.
-        k: neighbours a query, at most n.
+        k: neighbours per query, at most n.
 
     Returns:
-        Squared distances (fp32) and rows (int64), each Q x k, nearest first; of equal distances the lower row first, as
-        FAISS on a CPU has it.
+        Squared distances (fp32) and rows (int64), each Q x k, nearest first; equal distances by row, as with FAISS on a
+        CPU.
     """
     squares = database.square().sum(dim=1)
     rows = torch.arange(len(database), device=database.device)
@@ -197,7 +198,7 @@ def knn_by_torch(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Ten
     with without_tf32():
         for some in queries.split(max(1, DISTANCES_TOGETHER // len(database))):
             distances = some.square().sum(dim=1, keepdim=True) + squares - 2 * (some @ database.T)
-            # The bits of a float that is not negative count up with it, so that one number ranks distance, then row.
+            # The bits of non-negative floats sort like the floats, so one integer ranks by distance, then by row.
             bits = distances.clamp_(min=0).view(torch.int32).long()
             best.append((bits << 32 | rows).topk(k, largest=False).values)
     ranked = torch.cat(best)
@@ -207,25 +208,25 @@ def knn_by_torch(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Ten
 def first_of_all(
     own: Callable[[], tuple[NDArray[np.float32], NDArray[np.int64]]], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Merges what each process finds in its part of the database; parts follow each other as the processes do.
+    """Merges what each process finds in its part of the database; the parts are in the order of the processes.
 
     All processes call it at the same point.
 
     Args:
-        own: gives squared distances and database indices as `nearest`, Q x at most k.
-        k: neighbours a query, at most as many as the whole database has.
+        own: returns squared distances and database indices like `nearest`, Q x at most k.
+        k: neighbours per query, at most the size of the database.
 
     Returns:
-        The k nearest of all, as `nearest`, in the main process; a process's own in the others.
+        The k nearest of all, like `nearest`, in the main process; the process's own in the others.
 
     Raises:
-        ValueError: a process could not search.
-        SystemExit: in the processes that could have.
+        ValueError: this process, or in the main process any, could not search.
+        SystemExit: another process could not search.
     """
     failed: Exception | None = None
     try:
         near, rows = own()
-    except Exception as error:  # whatever it is, the others must not wait for ever
+    except Exception as error:  # any error: the others must not wait for ever
         failed = error
     useless = isinstance(failed, UselessDescriptors)
     failures = distributed.gather_objects(None if failed is None else (useless, _reason(failed)))
@@ -237,7 +238,7 @@ def first_of_all(
         if failure is not None:
             kind = UselessDescriptors if failure[0] else ValueError
             raise kind(f"process {number} could not search its part of the database: {failure[1]}")
-    missing = ((0, 0), (0, k - near.shape[1]))  # where a part has fewer than k, or nothing
+    missing = ((0, 0), (0, k - near.shape[1]))  # for a part with fewer than k, or none
     distances = distributed.gather_rows(np.pad(near, missing, constant_values=np.inf))
     found = distributed.gather_rows(np.pad(rows, missing, constant_values=-1))
     if not distributed.is_main():
@@ -250,7 +251,7 @@ def first_of_all(
 
 @contextmanager
 def cores(count: int) -> Iterator[None]:
-    """Within the block, FAISS and PyTorch compute on so many CPU cores; each has an OpenMP library of its own."""
+    """Within the block, FAISS and PyTorch use `count` CPU cores; each has an OpenMP library of its own."""
     before = faiss.omp_get_max_threads(), torch.get_num_threads()
     try:
         faiss.omp_set_num_threads(count)
@@ -262,10 +263,10 @@ def cores(count: int) -> Iterator[None]:
 
 
 def require_finite(descriptors: NDArray[np.float32]) -> None:
-    """Raises UselessDescriptors unless all n x D numbers are finite."""
+    """Raises UselessDescriptors if any of the n x D numbers is not finite."""
     if not np.isfinite(descriptors).all():
         raise UselessDescriptors(
-            "descriptors are not finite, so the model's weights are of no use; use another checkpoint"
+            "descriptors are not finite, so the model's weights are useless; use another checkpoint"
         )
 
 
@@ -284,21 +285,20 @@ def nearest_by_index(
 
     Args:
         queries: Q x D.
-        chunks: gives the database anew each time it is called, as `nearest` takes it.
-        count: descriptors in it, N.
-        k: neighbours a query, at most N.
+        chunks: returns the database at each call, as for `nearest`.
+        count: number of its descriptors, N.
+        k: neighbours per query, at most N.
         factory: FAISS's description of the index, e.g. "IVF4096,PQ64".
-        parameters: of its search, e.g. "nprobe=32".
-        device: of the exact search, as in `nearest`; the index is on the CPU.
+        parameters: search parameters, e.g. "nprobe=32".
+        device: device of the exact search, as in `nearest`; the index is on the CPU.
         sets: as in `nearest`.
 
     Returns:
-        As `nearest`, -1 where the index found fewer than k; and for each set the index's share of what exact search
-        finds first ("nearest") and among its first k ("first_k"), in percent, with the number of queries this was seen
-        on.
+        Like `nearest`, with -1 where the index found fewer than k; and for each set, how much the index finds of exact
+        search's first match ("nearest") and first k ("first_k"), in percent, with the number of queries compared.
 
     Raises:
-        ValueError: as `new_index`, `train_index`, `add_to_index` and `search_index`.
+        ValueError: see `new_index`, `train_index`, `add_to_index` and `search_index`.
     """
     require_finite(queries)
     k = min(k, count)
@@ -328,21 +328,21 @@ def nearest_by_index(
 
 
 def checked_queries(rows: NDArray[Number]) -> NDArray[Number]:
-    """The queries of a set, by their rows, that an approximate search is compared with exact search on."""
+    """The queries of a set on which an approximate search is compared with exact search."""
     return rows[:: max(1, -(-len(rows) // CHECKED_QUERIES))]
 
 
 def log_agreement(name: str, found: Sequence[NDArray[np.int64]], exact: NDArray[np.int64]) -> list[dict[str, float]]:
-    """Says how much of what exact search finds an index does.
+    """Logs how much of the result of exact search an index finds.
 
     Args:
-        name: of the index.
-        found: database indices of each set of queries, Q x k each.
-        exact: those of the `checked_queries` of all sets, which follow each other.
+        name: name of the index.
+        found: database indices of each query set, Q x k each.
+        exact: those of exact search, for the `checked_queries` of all sets, one after another.
 
     Returns:
-        For each set the shares, in percent, of what is first ("nearest") and among the first k ("first_k"), and the
-        number of "queries".
+        For each set, how much is found of the first match ("nearest") and of the first k ("first_k"), in percent, and
+        the number of "queries".
     """
     agreements = []
     checked = [checked_queries(of_set) for of_set in found]
@@ -367,12 +367,12 @@ def log_agreement(name: str, found: Sequence[NDArray[np.int64]], exact: NDArray[
 
 
 def correct_among(predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
-    """Which predictions are right.
+    """Which predictions are correct.
 
     Args:
         predictions: Q x k database indices; -1 is none.
-        positives: for each query the indices of its correct database images, gone over once; of dense ones, no more
-            than about a million are in memory.
+        positives: for each query, the indices of its correct database images, read once; at most about a million are in
+            memory at a time.
 
     Returns:
         Q x k.
@@ -391,7 +391,7 @@ def correct_among(predictions: NDArray[np.int64], positives: Sequence[NDArray[np
 
 
 def _correct_of_some(predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
-    # Each (query, image) pair as one number, so that all queries are looked up at once.
+    # Each (query, image) pair as one number, to look up all queries at once.
     images = 1 + max(predictions.max(initial=0), max((p.max(initial=0) for p in positives), default=0))
     query_of_positive = np.repeat(np.arange(len(positives)), [len(p) for p in positives])
     correct_pairs = query_of_positive * images + np.concatenate(positives)
@@ -406,14 +406,14 @@ def recall_at(
 
     Args:
         predictions: Q x k database indices, best first.
-        positives: for each query the indices of its correct database images.
-        recall_values: the N.
+        positives: for each query, the indices of its correct database images.
+        recall_values: values of N.
     """
     return recall_of(correct_among(predictions, positives), recall_values)
 
 
 def recall_of(correct: NDArray[np.bool_], recall_values: Sequence[int]) -> dict[int, float]:
-    """Recall@N as `recall_at`, from what `correct_among` gave, Q x k."""
+    """Recall@N like `recall_at`, from the result of `correct_among`, Q x k."""
     return {n: 100.0 * float(correct[:, :n].any(axis=1).mean()) for n in recall_values}
 
 
@@ -423,16 +423,16 @@ def merge_crops(
     """Merges the search results of several crops of each query into one.
 
     Args:
-        distances: Q*crops x k squared L2 distances; the rows of a query's crops follow each other.
-        predictions: the database indices beside them.
-        crops: rows a query.
+        distances: Q*crops x k squared L2 distances; the rows of a query's crops are consecutive.
+        predictions: the database indices, likewise.
+        crops: rows per query.
         majority_weight: 0 ranks by distance (`nearest_crop`). Above 0, images that several crops agree on move up
             first (`maj_voting`): among the first 1, then 5, then 10 columns, each image that occurs more than once has
             its distances there lowered by weight * occurrences / columns.
 
     Returns:
-        Distances, lowered ones included, and database indices, Q x k; an image counts at its first occurrence, and -1
-        stands where an index found fewer than k.
+        Distances, including lowered ones, and database indices, Q x k; an image counts at its first occurrence, and -1
+        means that an index found fewer than k.
 
     Source: the Visual Geo-localization Benchmark (Berton et al. 2022).
     """

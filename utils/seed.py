@@ -1,4 +1,4 @@
-"""Randomness, in one place."""
+"""Seeds and states of all random generators."""
 
 import random
 from typing import Any
@@ -17,7 +17,7 @@ def seed_everything(seed: int) -> None:
 
 
 def generator_states() -> dict[str, Any]:
-    """Where the generators of Python, NumPy, torch and this process's CUDA GPU stand, as tensors and plain values."""
+    """States of the generators of Python, NumPy, torch and this process's CUDA GPU, as tensors and plain values."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -28,16 +28,16 @@ def generator_states() -> dict[str, Any]:
 
 
 def restore_generators(states: dict[str, Any]) -> bool:
-    """Puts the generators back to where `generator_states` found them.
+    """Restores the states from `generator_states`.
 
     Returns:
-        Whether all of them: a GPU has no state from a process that had none, and the other way round.
+        Whether all were restored: there is no GPU state from a process without a GPU, and vice versa.
     """
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     cuda = states["cuda"]
-    if isinstance(cuda, list):  # files of earlier versions hold those of all GPUs of the machine
+    if isinstance(cuda, list):  # files of earlier versions have the states of all GPUs of the machine
         cuda = dict(enumerate(cuda)).get(distributed.local_rank())
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)

@@ -1,4 +1,4 @@
-"""Signals that ask a program to stop, and the processes that it started: standard library only."""
+"""Signals that ask a program to stop, and its child processes: standard library only."""
 
 import multiprocessing
 import os
@@ -13,13 +13,13 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Of schedulers, `timeout` and torchrun; Ctrl-C; a lost terminal; and what submitit and `sbatch --signal` send.
+# From schedulers, `timeout` and torchrun; Ctrl-C; a lost terminal; from submitit and `sbatch --signal`.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Within the block, `SIGNALS` wait; processes started in it never get them, since they inherit that."""
+    """Within the block, `SIGNALS` are blocked; processes started there inherit that and never receive them."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -28,15 +28,15 @@ def signals_held_back() -> Iterator[None]:
 
 
 def quiet_ctrl_c() -> None:
-    """From here on Ctrl-C ends the program without a traceback, until something else is made of it."""
+    """Makes Ctrl-C end the program without a traceback, until another handler is set."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
 def left_on_signals() -> Iterator[None]:
-    """Within the block Ctrl-C, SIGTERM and SIGHUP end the program by SystemExit, with status 128 + signal: what is
-    temporary is cleaned up, and no traceback is shown."""
+    """Within the block, Ctrl-C, SIGTERM and SIGHUP end the program by SystemExit with status 128 + signal: temporary
+    files are removed, and no traceback is shown."""
 
     def leave(signum: int, _: FrameType | None) -> None:
         raise SystemExit(128 + signum)
@@ -54,9 +54,9 @@ def left_on_signals() -> Iterator[None]:
 def mapped(
     pool: Executor, call: Callable[[Item], Result], items: Sequence[Item], *, chunksize: int = 1
 ) -> Iterator[Iterator[Result]]:
-    """Gives the results of a call of each item, in order, from a new pool of processes, which ends with the block.
+    """Yields the results of a call for each item, in order, from a new process pool, which ends with the block.
 
-    The processes never get `SIGNALS`. What is still to do when the block is left is dropped.
+    The processes never receive `SIGNALS`. Calls not started when the block ends are dropped.
     """
     with pool:
         try:
@@ -68,13 +68,13 @@ def mapped(
 
 
 def process_pool(workers: int | None) -> ProcessPoolExecutor:
-    """A pool of so many processes, by default one for each core, that end with the one that started them, however that
-    ends: they would wait for work for ever."""
+    """A pool of `workers` processes, by default one per core, that end with their parent, however that ends: otherwise
+    they would wait for work for ever."""
     return ProcessPoolExecutor(workers or os.cpu_count(), initializer=_end_with_parent)
 
 
 def _end_with_parent() -> None:
-    # Before the first task: a process that has had none may be left, too, and keeps the others.
+    # Before the first task: a process that never had one may be left too, and keeps the others alive.
     parent = multiprocessing.parent_process()
     if parent is None:
         return

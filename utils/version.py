@@ -1,10 +1,10 @@
-"""The version of this repository, which the file VERSION holds: standard library only."""
+"""The version of this repository, from the file VERSION: standard library only."""
 
 from pathlib import Path
 
 
 def version() -> str:
-    """As in the file; "unknown" where it was left behind."""
+    """The version in the file; "unknown" if it is missing."""
     try:
         return (Path(__file__).parents[1] / "VERSION").read_text().strip()
     except OSError:

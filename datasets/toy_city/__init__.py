@@ -1,14 +1,14 @@
-"""A made city: rendered street views in the layouts of GSV-Cities (training) and of the evaluation trees.
+"""A synthetic city: rendered street views in the layouts of GSV-Cities (training) and of evaluation datasets.
 
-Place recognition data sets are large and some need a licence. This package renders a small stand-in within a minute,
-so that training, evaluation and the tests run anywhere. Streets are rows of houses told apart by their structure
-(rooflines, window grids, doors, shop fronts), while all colours come from one shared palette, and every visit has its
-own camera pose, light, weather and passers-by. A model must therefore learn what stays: the buildings. Numbers
-measured here say that the code works; they say nothing about real cities.
+Place recognition datasets are large and some need a licence. This package renders a small substitute within a minute,
+so that training, evaluation and the tests run anywhere. Streets are rows of houses that differ in structure (rooflines,
+window grids, doors, shop fronts), while all colours come from one shared palette, and every visit has its own camera
+pose, light, weather and passers-by. So a model must learn what stays: the buildings. Numbers measured here show that
+the code works; they say nothing about real cities.
 
     python -m datasets.toy_city --output data
 
-    strip.py    the surface that is drawn on, in metres, and the palette
+    strip.py    the surface to draw on, in metres, and the palette
     facades.py  houses and gaps, people and cars
     views.py    camera, light and weather, the photograph
     layout.py   streets, names and tables on disk: `write_toy_city`

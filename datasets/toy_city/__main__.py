@@ -4,5 +4,5 @@ import sys
 
 from .command import main
 
-if __name__ == "__main__":  # which processes that are spawned import too
+if __name__ == "__main__":  # spawned processes import this too
     sys.exit(main())

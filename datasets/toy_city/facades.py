@@ -1,4 +1,4 @@
-"""What is drawn: the houses and gaps of a street, by which a place is known, and the people and cars that pass."""
+"""What is drawn: the houses and gaps of a street, which identify a place, and passing people and cars."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from .strip import ACCENTS, GLASS, ROOFS, TRIMS, WALLS, Colour, Strip, pick, sha
 
 @dataclass
 class House:
-    """What the parts of one house share: where it stands, in metres, and its colours."""
+    """What the parts of a house share: its position in metres and its colours."""
 
     strip: Strip
     rng: Generator

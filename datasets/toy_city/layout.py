@@ -1,4 +1,4 @@
-"""The made city on disk: which streets there are, where they lie, and the names and tables of their photos."""
+"""The toy city on disk: its streets, their positions, and the names and tables of their photos."""
 
 import csv
 import shutil
@@ -89,7 +89,7 @@ def panorama_name(rng: Generator) -> str:
 
 
 def evaluation_name(easting: float, northing: float, camera: Camera, rng: Generator) -> str:
-    """Return the file name of an evaluation image, which holds where its camera stood, in UTM metres."""
+    """Return the file name of an evaluation image, with the camera position in UTM metres."""
     lat = np.degrees(northing / (UTM_SCALE * EQUATOR_MERIDIAN_RADIUS))
     lon = UTM_CENTRAL_MERIDIAN + np.degrees((easting - FIRST_EASTING) / (UTM_SCALE * EQUATOR_RADIUS))
     date = f"{rng.integers(2008, 2022)}{rng.integers(1, 13):02d}"
@@ -138,23 +138,23 @@ def write_toy_city(
     overwrite: bool = False,
     progress: bool = False,
 ) -> tuple[Path, Path]:
-    """Render a made city and write it in the layouts of GSV-Cities and of the evaluation trees.
+    """Render a synthetic city and write it in the layouts of GSV-Cities and of evaluation datasets.
 
     The files depend on the seed and the sizes, never on the number of workers.
 
     Args:
         output: folder that receives `gsv_cities` and `toy_city`.
-        seed: source of every random number.
+        seed: seed of all random numbers.
         cities: training cities, names from `CITIES`.
-        train_streets: streets of each training city.
-        places: places along a training street, 25 metres apart.
-        visits: images of each training place.
+        train_streets: streets per training city.
+        places: places per training street, 25 metres apart.
+        visits: images per training place.
         test_streets, val_streets, cluster_streets: streets of the splits test, val and train, the last of which only
             serves to initialise the cluster centres.
         spots: places along an evaluation street, 10 metres apart, with one database image and one query each.
         size: width and height of the images in pixels.
         difficulty: how much two visits differ; by default `Difficulty()`.
-        workers: processes to render with; by default one for each core.
+        workers: processes that render; by default one per core.
         overwrite: replace the two folders if they exist.
         progress: show a progress bar.
 

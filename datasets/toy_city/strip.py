@@ -1,4 +1,4 @@
-"""What surfaces of the made city are drawn on: an upright strip in metres, and the palette that all streets share."""
+"""The surface to draw the toy city on: an upright strip in metres, and the palette that all streets share."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Camera and light: what a visit sees of a street, from where it stands, in its light and weather, as a photograph."""
+"""Camera and light: renders what a visit sees of a street, from its pose, in its light and weather, as a photograph."""
 
 from dataclasses import dataclass
 
