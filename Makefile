@@ -3,6 +3,7 @@ VENV := .venv/bin/python
 DEMO := data/demo
 
 SEED := 0
+EPOCHS := 8
 
 # Everything at the demo's size: the small backbone from scratch, on photos of 112 x 112.
 DEMO_OPTIONS := --eval_datasets_folder=$(DEMO) --eval_dataset_name=toy_city --backbone=dino_tiny --crossimage_encoder \
@@ -22,7 +23,7 @@ help:
 
 demo: $(DEMO)/toy_city
 	$(VENV) train.py $(DEMO_TRAINING) --save_dir=demo/before --epochs_num=0
-	$(VENV) train.py $(DEMO_TRAINING) --save_dir=demo/after --epochs_num=8 --train_batch_size=32 --lr=0.001
+	$(VENV) train.py $(DEMO_TRAINING) --save_dir=demo/after --epochs_num=$(EPOCHS) --train_batch_size=32 --lr=0.001
 	$(VENV) eval.py $(DEMO_OPTIONS) --save_dir=demo/matches --resume=$(call NEWEST,after)/best_model.pth \
 		--save_predictions=5
 	@# The pictures show clusters of trained features, as the recipe finds them; those of an untrained backbone die out.

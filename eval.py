@@ -166,7 +166,8 @@ def prepare(model: SuperVLADNet, options: EvalOptions, device: torch.device) -> 
     run_log.log_parameters(model)
     if model.encoder is not None:
         logger.info(
-            "largest difference between the two encoder layers: %.1e (3e-4 or less: one step at the published rates)",
+            "largest difference between the two encoder layers: %.1e (at the published learning rates, 3e-4 or less "
+            "means one training step)",
             model.encoder.layer_difference(),
         )
     if departures := options.departures(encoder=model.encoder is not None):

@@ -124,6 +124,36 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
     return asked
 
 
+def checkpoint(path: str | Path) -> Any:
+    """The model of a checkpoint file that train.py or `model.export` wrote (best_model.pth, .safetensors).
+
+    The file says what the model is; images should have the size that it was trained or exported for, see `prepare`.
+
+    Args:
+        path: path of the file.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is damaged, or does not say what its model is, as the released files: these have entry points.
+    """
+    path = Path(os.path.expanduser(path))
+    weights = _ours("model", "weights")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; name a best_model.pth, or a file that model.export wrote")
+    try:
+        content = weights.read_file(path)
+        if not (written := weights.model_of(path, content)):
+            raise ValueError(
+                f"{path} does not say what its model is; use supervlad, supervlad_crossimage or vlad_1cluster for a "
+                "released file"
+            )
+        model = _ours("model").build_model(**written)
+        weights.load_checkpoint(model, path, content)
+    except ValueError as error:
+        raise _without_flags(error) from error
+    return model.eval()
+
+
 def supervlad(
     pretrained: bool = True,
     crossimage_encoder: bool = False,

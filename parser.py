@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
@@ -25,6 +26,8 @@ Part = TypeVar("Part")
 TEST_METHODS = ("hard_resize", "single_query", "central_crop", "five_crops", "nearest_crop", "maj_voting")
 CONTEXTS = ("file_order", "unaligned", "shuffled", "paired", "independent")
 DRAWN_CONTEXTS = ("shuffled", "paired")  # in random orders
+# What a checkpoint written by train.py or model.export says of its model.
+OF_A_CHECKPOINT = ("backbone", "supervlad_clusters", "ghost_clusters")
 SUBMITTED = 20  # least images per query: the MSLS challenge scores the first 1, 5, 10 and 20
 # The options allowed with --map; those of the model and of the image size must equal the map's.
 ASKING_A_MAP = frozenset(
@@ -376,7 +379,10 @@ class EvalOptions(Options):
         found = {name: value for name, value in found.items() if name not in of_backbone or name not in self.given}
         if {"supervlad_clusters", "ghost_clusters", "crossimage_encoder"} & {*self.given}:
             found = {name: value for name, value in found.items() if name in of_backbone}
-        shown = [f"--{name} {value}" for name, value in found.items()]
+        shown = [
+            f"{'no ' * (value is False)}--{name}{'' if isinstance(value, bool) else f' {value}'}"
+            for name, value in found.items()
+        ]
         if "resize" not in self.given:
             found["resize"] = size
         if "backbone_blocks" not in self.given:
@@ -1138,11 +1144,15 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
             if "action" not in settings:
                 settings.setdefault("type", type(default))
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            if options_class is EvalOptions and entry.name in OF_A_CHECKPOINT:
+                settings["help"] += ", if the checkpoint does not say"
             settings["help"] += f" (default: {shown})" if shown not in (None, "") else ""
         action = parser.add_argument(f"--{entry.name}", default=argparse.SUPPRESS, **settings)
         actions[entry.name] = action
         flags += action.option_strings
     given, unknown = parser.parse_known_args(argv)
+    if find_spec("torch") is None:
+        parser.error(f"{sys.executable} has no PyTorch; run `make .venv/ready` once, then `source .venv/bin/activate`")
     if unknown:
         if split := _split_values(unknown[0], sys.argv[1:] if argv is None else argv, several):
             parser.error(split)

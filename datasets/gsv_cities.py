@@ -267,7 +267,8 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
 
     def __str__(self) -> str:
         several = f", {len(self.folders)} folders" if len(self.folders) > 1 else ""
-        return f"GSV-Cities ({len(self.labels)} places, {self.image_count} images, {len(self.cities)} cities{several})"
+        cities = f"{len(self.cities)} cities" if len(self.cities) > 1 else self.cities[0]
+        return f"{len(self.labels)} places ({self.image_count} images, {cities}{several})"
 
     def __len__(self) -> int:
         return len(self.labels)

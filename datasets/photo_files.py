@@ -6,6 +6,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -128,8 +129,8 @@ def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no folder {folder}; check --eval_datasets_folder and --eval_dataset_name, or --database_folder and "
-            "--queries_folder"
+            f"no folder {folder}: {_first_missing(folder)}; check --eval_datasets_folder and --eval_dataset_name, or "
+            "--database_folder and --queries_folder"
         )
     listing = scan(folder, suffixes)
     left_out = listing.left_out
@@ -144,6 +145,20 @@ def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[
         )
         logger.warning("%s: left out %s; %s", folder, left_out, advice)
     return listing.paths
+
+
+def _first_missing(folder: Path) -> str:
+    """Which part of the path of a missing folder is not there, and the folders beside it, in words."""
+    missing = folder.absolute()
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    if missing.exists():
+        return f"{missing} is a file"
+    with suppress(OSError):
+        names = sorted(entry.name for entry in os.scandir(missing.parent) if entry.is_dir() and entry.name[0] != ".")
+        others = f", only {', '.join(names[:5])}{', ...' * (len(names) > 5)}" * bool(names)
+        return f"{missing.parent} has no {missing.name}{others}"
+    return f"{missing.parent} cannot be read"
 
 
 def identity(path: str) -> tuple[int, int] | str:

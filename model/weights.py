@@ -436,7 +436,8 @@ def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dic
     if "aggregation.conv.weight" in state:
         total, asked = state["aggregation.conv.weight"].shape[0], (layer.clusters, layer.ghost_clusters)
         # The tensor tells only K + G.
-        fitting = [(written["clusters"], written["ghost_clusters"])] if "clusters" in written else splits(total)
+        said = {"clusters", "ghost_clusters"} <= written.keys()
+        fitting = [(written["clusters"], written["ghost_clusters"])] if said else splits(total)
         if asked not in fitting:
             flags = " or ".join(f"--supervlad_clusters={K} --ghost_clusters={G}" for K, G in fitting[:SPLITS_NAMED])
             if len(fitting) > SPLITS_NAMED:

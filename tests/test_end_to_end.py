@@ -81,7 +81,7 @@ def test_our_files_tell_what_they_are_of(city, trained, tmp_path, caplog):
     folder, _ = trained
     with caplog.at_level(logging.INFO):
         evaluate(city, tmp_path / "run", f"--resume={folder}/best_model.pth")
-    assert "from the checkpoint: --supervlad_clusters 4, --ghost_clusters 1, --crossimage_encoder True" in caplog.text
+    assert "from the checkpoint: --supervlad_clusters 4, --ghost_clusters 1, --crossimage_encoder" in caplog.text
     found = RECALLS.search((run_folder(tmp_path / "run") / "info.log").read_text().splitlines()[-1])
     assert found and found.group() in (folder / "info.log").read_text()
 

@@ -95,6 +95,30 @@ def test_released_weights_are_loaded(strangers):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), saved.state_dict().values(), strict=True))
 
 
+def test_a_checkpoint_of_ones_own_is_loaded(strangers, tmp_path):
+    written = {
+        "backbone": "dino_tiny",
+        "backbone_blocks": 9,
+        "clusters": 2,
+        "ghost_clusters": 1,
+        "crossimage_encoder": True,
+    }
+    saved = build_model(**written)
+    torch.save({"model_state_dict": saved.state_dict(), "model": written}, tmp_path / "best_model.pth")
+    load = partial(torch.hub.load, REPOSITORY, "checkpoint", source="local")
+    model = load(path=tmp_path / "best_model.pth")
+    assert not model.training and model.descriptor_dim == saved.descriptor_dim
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), saved.state_dict().values(), strict=True))
+    torch.save(saved.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match="bare.pth does not say what its model is; use supervlad, "):
+        load(path=str(tmp_path / "bare.pth"))
+    with pytest.raises(FileNotFoundError, match="no file .*none.pth; name a best_model.pth"):
+        load(path=tmp_path / "none.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "best_model.pth").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cut.pth"):
+        load(path=tmp_path / "cut.pth")
+
+
 @pytest.mark.parametrize("resize", [(322, 320), (0, 14), (-14, 14), (13, 13), (322,), (14, 14, 14), 322, (14.0, 14)])
 def test_a_size_that_the_model_does_not_take(strangers, resize):
     with pytest.raises(ValueError, match="multiples of the 14-pixel patch, at least 14; use e.g."):

@@ -7,7 +7,7 @@ import pytest
 import parser
 from datasets.transforms import TEST_METHODS
 from model import BACKBONES
-from parser import EvalOptions, TrainOptions, parse
+from parser import OF_A_CHECKPOINT, EvalOptions, TrainOptions, parse
 
 TRAIN = """--eval_datasets_folder=D --eval_dataset_name=pitts30k --foundation_model_path=dinov2_vitb14_pretrain.pth
 --backbone=dino --supervlad_clusters=4 --crossimage_encoder --patience=3 --lr=0.00005 --epochs_num=20
@@ -353,3 +353,18 @@ def test_where_files_lie_does_not_decide_a_run():
     given = ["--eval_datasets_folder=D", "--train_dataset_folder", "a", "b"]
     assert "--train_dataset_folder" not in parse(TrainOptions, given).decisive
     assert parse(TrainOptions, given[:1]).decisive["--train_dataset_folder"] is None, "as ever"
+
+
+def test_a_python_without_pytorch_is_told_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr("parser.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit_:
+        parse(EvalOptions, ["--eval_datasets_folder=d", "--resume=r"])
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2 and "has no PyTorch; run `make .venv/ready` once, then `source .venv/bin/" in message
+
+
+def test_help_says_what_a_checkpoint_decides(capsys):
+    for options, count in ((EvalOptions, len(OF_A_CHECKPOINT)), (TrainOptions, 0)):
+        with pytest.raises(SystemExit):
+            parse(options, ["--help"])
+        assert " ".join(capsys.readouterr().out.split()).count(", if the checkpoint does not say") == count

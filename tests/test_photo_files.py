@@ -418,3 +418,19 @@ def test_degrees_in_names_are_told_where_they_are_only_shown(places, evaluated):
         shown, _ = evaluated(flag)
         assert shown.count("the positions of the database images look like degrees (nearly all within 90") == 1
         assert "the positions of the queries look" not in shown
+
+
+def test_a_missing_folder_is_told_by_its_first_missing_part(tmp_path):
+    for name in ("gsv_cities", "toy_city", ".hidden"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no toycity, only gsv_cities, toy_city; check "):
+        list_images(tmp_path / "toycity/images/test/database")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/toy_city has no images; check "):
+        list_images(tmp_path / "toy_city/images/test/database")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/file is a file; check "):
+        list_images(tmp_path / "file")
+    for number in range(5):
+        (tmp_path / f"city{number}").mkdir()
+    with pytest.raises(FileNotFoundError, match="only city0, city1, city2, city3, city4, ...; check "):
+        list_images(tmp_path / "none")

@@ -147,7 +147,7 @@ def test_a_conversion_is_trained_on_beside_other_folders(toy_tree, city, convert
     with caplog.at_level("INFO"):
         train_script.main(flags.split())
     places = len({place for use, place in fates.values() if use == "train"}) + 16
-    assert f"training on GSV-Cities ({places} places" in caplog.text and "3 cities, 2 folders" in caplog.text
+    assert f"training on {places} places (" in caplog.text and "3 cities, 2 folders" in caplog.text
     assert f"epoch 2: described {places // 4 * 4} of {places} places in " in caplog.text
     used = Counter(use for use, _ in fates.values())
     test = f"Mine test ({used['test/database']} database, {used['test/queries']} queries)"
