@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from datasets.toy_city import write_toy_city
+from utils import assignments, report
 
 # They start processes or build a ViT-B; `make test-fast` leaves them out.
 SLOW = {"distributed", "end_to_end", "export", "golden_model", "golden_training", "real_photos", "resume", "signals"}
@@ -50,6 +51,14 @@ def city(tmp_path_factory):
 def unseeded():
     """Gives each test the same randomness, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Figures are made, and drawn in tests marked `drawn` alone: that takes two thirds of a small evaluation's time."""
+    if not request.node.get_closest_marker("drawn"):
+        for module in (report, assignments):
+            monkeypatch.setattr(module, "save_figure", lambda figure, path, dpi: path.touch())
 
 
 @pytest.fixture(scope="session", autouse=True)

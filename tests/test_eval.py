@@ -120,6 +120,7 @@ def test_options_are_readable_on_the_terminal_and_whole_in_the_debug_log(evaluat
 @pytest.mark.parametrize(
     ("values", "marked"), [((1, 5, 10, 20), [1, 5, 10, 15]), ((3,), [3]), ((7, 2, 2), [2, 7]), ((99,), [15])]
 )
+@pytest.mark.drawn
 def test_the_curve_is_marked_at_the_recall_values(evaluated, monkeypatch, values, marked):
     """Of 15 database images; a recall at more is the recall at 15."""
     figures = []
@@ -180,6 +181,7 @@ def test_company_does_not_change_what_a_photo_of_ones_own_finds(city, evaluated,
     assert "plain folders" not in capsys.readouterr().err
 
 
+@pytest.mark.drawn
 def test_three_contexts_from_one_pass(evaluated, capsys, monkeypatch):
     passed = []
     real = evaluation.extract
@@ -218,6 +220,7 @@ def test_every_test_method_runs_for_any_recall_values(evaluated, method):
     assert (first / "predictions.csv").read_text() == (second / "predictions.csv").read_text()
 
 
+@pytest.mark.drawn
 def test_predictions_curve_and_descriptors(city, evaluated):
     folder = evaluated("--save_descriptors", "--recall_values", 1, 5)
     rows = rows_of(folder)
@@ -345,6 +348,7 @@ def test_several_datasets_make_a_table(city, weights, tmp_path, capsys):
     assert [line.split()[0] for line in table[1:3]] == ["toy_city", "another"] and "R@20" in table[0]
 
 
+@pytest.mark.drawn
 def test_pictures_of_assignments(evaluated, capsys):
     folder = evaluated("--save_assignments=3")
     assert [path.name for path in sorted((folder / "assignments").iterdir())] == [
