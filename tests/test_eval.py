@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -530,20 +531,18 @@ eval.main(sys.argv[2:])
 
 
 def test_killed_five_times_and_resumed(city, weights, tmp_path):
-    """The script dies before a write, having done as many as the number says."""
+    """The script dies before a write, having done as many as the number says; the last starts from cold, as users'."""
     (tmp_path / "killed.py").write_text(
         KILLED.format(root=str(Path(__file__).parents[1]), log=str(tmp_path / "written.txt"))
     )
     flags = [*SMALL, f"--resume={weights}/plain.pth", f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city"]
     flags += ["--extraction_batch_size=2", f"--save_dir={tmp_path}/run"]
 
-    def run(writes, folder):
-        command = [sys.executable, tmp_path / "killed.py", str(writes), *flags, f"--descriptors_folder={folder}"]
-        return subprocess.run(command, capture_output=True, text=True)
-
+    kept = [*flags, f"--descriptors_folder={tmp_path}/kept"]
     for writes in (0, 3, 1, 5, 4):  # of 8 batches of the database and 8 of the queries
-        assert run(writes, tmp_path / "kept").returncode == -signal.SIGKILL
-    finished = run(100, tmp_path / "kept")
+        assert warm.run(tmp_path / "killed.py", writes, *kept).returncode == -signal.SIGKILL
+    command = [sys.executable, tmp_path / "killed.py", "100", *kept]
+    finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     written = (tmp_path / "written.txt").read_text().splitlines()
     assert sorted(written) == sorted(f"{side} {n}" for side in ("database", "queries") for n in range(15))

@@ -1,0 +1,69 @@
+"""Scripts of this folder in processes that have the imports behind them.
+
+Importing PyTorch, torchvision, FAISS and the rest takes 4 s of processor time. A server does it once for a session of
+tests; each process is forked from it, leads a process group of its own, and ends as any other: by itself, or by the
+signal that is sent to it. What a start from cold is like, some tests ask with a command instead.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from contextlib import chdir
+from multiprocessing import forkserver
+from pathlib import Path
+from types import SimpleNamespace
+
+from torch.distributed import TCPStore
+
+ROOT = Path(__file__).parents[1]
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def run(script, *arguments, timeout=300):
+    """As `subprocess.run([sys.executable, script, *arguments])`: the exit status, what was written, the process's id."""
+    return _run(script, arguments, [{}], timeout)
+
+
+def torchrun(script, *arguments, processes=2, timeout=300):
+    """As `torchrun --standalone`, to the processes: their store lies elsewhere, and their environment says so."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1}
+    shared |= {"MASTER_ADDR": store.host, "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    shared |= {"TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_RESTART_COUNT": 0}
+    ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    return _run(script, arguments, ranks, timeout)
+
+
+def _run(script, arguments, environments, timeout):
+    CONTEXT.set_forkserver_preload(["train", "eval"])
+    with chdir(ROOT):  # where it finds them
+        forkserver.ensure_running()
+    path = str(Path(__file__).parent / script)
+    with tempfile.NamedTemporaryFile("r", errors="backslashreplace") as output:
+        processes = [
+            CONTEXT.Process(target=_become, args=(path, [*map(str, arguments)], environment, output.name))
+            for environment in environments
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(timeout)
+            codes = [process.exitcode for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        failed = [code for code in codes if code != 0]  # None: it has not ended
+        return SimpleNamespace(returncode=failed[0] if failed else 0, stderr=output.read(), pid=processes[0].pid)
+
+
+def _become(path, arguments, environment, output):
+    os.setsid()
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(file, standard)
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
