@@ -19,14 +19,16 @@ from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
+# The last ones the scripts import as they come to need them.
+PRELOADED = ["train", "eval", "sklearn.metrics", "sklearn.neighbors", "matplotlib.backends.backend_agg"]
 
 
-def run(script, *arguments, timeout=300):
+def run(script, *arguments, timeout=120):
     """As `subprocess.run([sys.executable, script, *arguments])`: the exit status, what was written, the process's id."""
     return _run(script, arguments, [{}], timeout)
 
 
-def torchrun(script, *arguments, processes=2, timeout=300):
+def torchrun(script, *arguments, processes=2, timeout=120):
     """As `torchrun --standalone`, to the processes: their store lies elsewhere, and their environment says so."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1}
@@ -37,7 +39,7 @@ def torchrun(script, *arguments, processes=2, timeout=300):
 
 
 def _run(script, arguments, environments, timeout):
-    CONTEXT.set_forkserver_preload(["train", "eval"])
+    CONTEXT.set_forkserver_preload(PRELOADED)
     with chdir(ROOT):  # where it finds them
         forkserver.ensure_running()
     path = str(Path(__file__).parent / script)
@@ -61,9 +63,15 @@ def _run(script, arguments, environments, timeout):
 
 def _become(path, arguments, environment, output):
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # that of its own children is again the one that users have
     os.environ.update({name: str(value) for name, value in environment.items()})
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(file, standard)
     sys.argv = [path, *arguments]
-    runpy.run_path(path, run_name="__main__")
+    status = 0
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as exit_:
+        status = exit_.code
+    sys.exit(status)  # not before the error has let go of all: what reads photos would be waited for
