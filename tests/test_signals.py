@@ -245,20 +245,24 @@ if __name__ == "__main__":
 def test_a_lost_terminal_costs_nothing(city, tmp_path, lost):
     """As ssh hangs up: the kernel sends SIGHUP, and the terminal takes nothing more; as `| tee` ends by Ctrl-C."""
     flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=1", f"--save_dir={tmp_path}", "--resume=auto"]
-    command = [sys.executable, str(Path(__file__).with_name("signalled.py")), "self", "SIGHUP", "step", "6", "train"]
+    command = ["signalled.py", "self", "SIGHUP", "step", "6", "train", *flags]
     reading, writing = os.openpty() if lost == "terminal" else os.pipe()
-    job = subprocess.Popen(
-        [*command, *flags],
-        stderr=writing,
-        start_new_session=True,
-        preexec_fn=(lambda: os.close(2)) if lost == "closed" else None,
-    )
-    os.close(writing)
+    if lost == "terminal":
+        command[:1] = [sys.executable, str(Path(__file__).with_name("signalled.py"))]
+        job = subprocess.Popen(command, stderr=writing, start_new_session=True)
+    else:
+        job = warm.start(*command, stderr=None if lost == "closed" else f"/proc/{os.getpid()}/fd/{writing}")
     shown = b""
     while lost != "closed" and b"epoch=01" not in shown:
         shown += os.read(reading, 1000)
+    os.close(writing)
     os.close(reading)
-    assert job.wait(120) == 128 + signal.SIGHUP
+    if lost == "terminal":
+        status = job.wait(120)
+    else:
+        job.join(120)
+        status = job.exitcode
+    assert status == 128 + signal.SIGHUP
     assert steps_in(tmp_path) == (1, 2)
     (log,) = tmp_path.glob("*/info.log")
     assert "stopped by SIGHUP: training is saved in" in log.read_text()

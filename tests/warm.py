@@ -24,7 +24,7 @@ PRELOADED = ["train", "eval", "sklearn.metrics", "sklearn.neighbors", "matplotli
 
 
 def run(script, *arguments, timeout=120):
-    """As `subprocess.run([sys.executable, script, *arguments])`: the exit status, what was written, the process's id."""
+    """As `subprocess.run([sys.executable, script, *arguments])`: exit status, what was written, the process's id."""
     return _run(script, arguments, [{}], timeout)
 
 
@@ -38,18 +38,20 @@ def torchrun(script, *arguments, processes=2, timeout=120):
     return _run(script, arguments, ranks, timeout)
 
 
-def _run(script, arguments, environments, timeout):
+def start(script, *arguments, stderr, environment=()):
+    """A process that runs a script and writes what it says into a file; None closes its standard error."""
     CONTEXT.set_forkserver_preload(PRELOADED)
     with chdir(ROOT):  # where it finds them
         forkserver.ensure_running()
     path = str(Path(__file__).parent / script)
+    process = CONTEXT.Process(target=_become, args=(path, [*map(str, arguments)], dict(environment), stderr))
+    process.start()
+    return process
+
+
+def _run(script, arguments, environments, timeout):
     with tempfile.NamedTemporaryFile("r", errors="backslashreplace") as output:
-        processes = [
-            CONTEXT.Process(target=_become, args=(path, [*map(str, arguments)], environment, output.name))
-            for environment in environments
-        ]
-        for process in processes:
-            process.start()
+        processes = [start(script, *arguments, stderr=output.name, environment=each) for each in environments]
         try:
             for process in processes:
                 process.join(timeout)
@@ -61,13 +63,17 @@ def _run(script, arguments, environments, timeout):
         return SimpleNamespace(returncode=failed[0] if failed else 0, stderr=output.read(), pid=processes[0].pid)
 
 
-def _become(path, arguments, environment, output):
+def _become(path, arguments, environment, stderr):
     os.setsid()
     multiprocessing.set_start_method(None, force=True)  # that of its own children is again the one that users have
     os.environ.update({name: str(value) for name, value in environment.items()})
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    for standard in (1, 2):
-        os.dup2(file, standard)
+    if stderr is None:
+        os.close(2)
+    else:
+        file = os.open(stderr, os.O_WRONLY | os.O_APPEND)
+        for standard in (1, 2):
+            os.dup2(file, standard)
+        os.close(file)
     sys.argv = [path, *arguments]
     status = 0
     try:
