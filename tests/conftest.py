@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from datasets.toy_city import write_toy_city
+from utils import assignments, report
 
 # They start processes or build a ViT-B; `make test-fast` leaves them out.
 SLOW = {"distributed", "end_to_end", "export", "golden_model", "golden_training", "real_photos", "resume", "signals"}
@@ -19,13 +20,31 @@ SLOW_TESTS = {
     "test_the_scripts_start_without_what_only_some_runs_need",
     "test_two_processes_find_what_one_finds",
 }
+# They take ten seconds or more, or are of a fixture that does; the longest first.
+LONGEST = [
+    "test_a_preempted_and_a_killed_process_change_nothing",
+    "test_recalls_of_the_released_code",
+    "test_killed_at_ten_points",
+    "test_three_steps",
+    "test_one_process_that_stops_in_validation_ends_the_others_without_a_traceback",
+    "test_torchrun_alone_is_signalled",
+    "test_two_processes_find_what_one_finds",
+    "test_every_precision_ends_near_the_loss_of_fp32",
+]
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the slow ones."""
+    """Marks the slow ones, and puts them first: of short tests at the end each process finds its share."""
     for item in items:
         if item.path.stem.removeprefix("test_") in SLOW or item.originalname in SLOW_TESTS:
             item.add_marker(pytest.mark.slow)
+
+    def turn(item):
+        if item.originalname in LONGEST:
+            return LONGEST.index(item.originalname)
+        return len(LONGEST) + (item.get_closest_marker("slow") is None)
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +69,14 @@ def city(tmp_path_factory):
 def unseeded():
     """Gives each test the same randomness, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Figures are made, and drawn in tests marked `drawn` alone: that takes two thirds of a small evaluation's time."""
+    if not request.node.get_closest_marker("drawn"):
+        for module in (report, assignments):
+            monkeypatch.setattr(module, "save_figure", lambda figure, path, dpi: path.touch())
 
 
 @pytest.fixture(scope="session", autouse=True)

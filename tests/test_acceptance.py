@@ -234,6 +234,7 @@ def test_nordlands_size_takes_no_time():
     assert len(of["distance"]["curve"]["precision"]) == acceptance.CURVE_POINTS
 
 
+@pytest.mark.drawn
 def test_a_run_tells_how_far_its_first_matches_can_be_believed(evaluated, capsys):
     folder = evaluated()
     distances, correct, _ = first_of(folder)
@@ -289,6 +290,7 @@ def test_the_picture_shows_the_curves(tmp_path, monkeypatch):
     report.draw_first_match(tmp_path, "nothing", {"independent": nothing}, 0.1)
 
 
+@pytest.mark.drawn
 def test_each_context_has_its_own(evaluated):
     contexts = "--encoder_context independent shuffled --context_seeds=2 --infer_batch_size=4".split()
     folder = evaluated(*contexts, "--accept=0.1", model="encoder")
@@ -300,6 +302,7 @@ def test_each_context_has_its_own(evaluated):
     assert results_of(folder)["accepted"]["accepted"] == (distances <= 0.1).sum()
 
 
+@pytest.mark.drawn
 def test_queries_of_unknown_streets_are_false_alarms(evaluated, copied, capsys):
     """They lower the precision, and leave the recall as it is: it is of the queries that have a correct photo."""
     (unknown, test), (known, without) = ((data, images / "test") for data, images in map(copied, ("unknown", "known")))
@@ -528,17 +531,20 @@ def test_a_positives_file_gives_no_metres(evaluated, tmp_path, capsys):
     assert "; no ratio to another place, since --positives_file gives no metres\n" in capsys.readouterr().err
 
 
+@pytest.mark.drawn
 def test_votes_are_no_distances(evaluated, capsys):
     found = results_of(evaluated("--test_method=maj_voting"))["contexts"]["file_order"]["first_match"]
     assert found["ratio"] is None and found["distance"]["average_precision"] > 0
     assert "; no ratio to another place, since votes lower the distances" in capsys.readouterr().err
 
 
+@pytest.mark.drawn
 def test_a_search_of_one_match_has_no_ratio(evaluated, capsys):
     evaluated("--recall_values", 1)
     assert "since no match among 1 is from another place than the first" in capsys.readouterr().err
 
 
+@pytest.mark.drawn
 def test_what_an_index_does_not_find_is_never_accepted(evaluated, monkeypatch, capsys):
     real = Search.run
 

@@ -34,6 +34,7 @@ def test_colours_are_told_apart():
 
 
 @pytest.mark.parametrize(("clusters", "ghosts"), [(5, 1), (3, 0), (65, 1), (3, 2)])
+@pytest.mark.drawn
 def test_a_picture_is_drawn(tmp_path, clusters, ghosts):
     photos = [assigned([[0, 1], [2, 1]], clusters), assigned([[2, 1], [0, 0]], clusters, size=(3000, 40))]
     draw_assignments(tmp_path / "picture.png", photos, ghost_clusters=ghosts)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from recorded import record
 from test_resume import assert_same, outcome
 
@@ -16,8 +17,8 @@ FLAGS = (
 ).split()
 
 
-def torchrun(script, *arguments, processes=2, restarts=0):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def torchrun(script, *arguments, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [f"--max-restarts={restarts}", str(Path(__file__).with_name(script)), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
@@ -38,7 +39,8 @@ def gathered(steps, name):
 )
 def test_several_processes_take_the_steps_of_one(city, tmp_path, processes, places, flags):
     flags = [*FLAGS, f"--eval_datasets_folder={city}", f"--train_batch_size={places}", *flags.split()]
-    run = torchrun("recorded.py", tmp_path / "steps", *flags, f"--save_dir={tmp_path}/several", processes=processes)
+    several = [tmp_path / "steps", *flags, f"--save_dir={tmp_path}/several"]
+    run = warm.torchrun("recorded.py", *several, processes=processes)
     assert run.returncode == 0, run.stderr
     halves = 2 * [4 * -(-min(places, 16 - start) // 2) for start in range(0, 16, places)]
     one = record([*flags, f"--save_dir={tmp_path}/one"], halves=halves)
@@ -67,7 +69,7 @@ def recalls_of(folder):
 def test_a_preempted_and_a_killed_process_change_nothing(city, tmp_path):
     flags = [*FLAGS, f"--eval_datasets_folder={city}", "--train_batch_size=4", "--checkpoint_every=2", "--resume=auto"]
     flags += ["--crossimage_encoder", "--encoder_training=every_step"]  # whose dropout differs between the processes
-    run = torchrun("killed.py", "step", 1000, *flags, f"--save_dir={tmp_path}/uninterrupted")
+    run = warm.torchrun("killed.py", "step", 1000, *flags, f"--save_dir={tmp_path}/uninterrupted")
     assert run.returncode == 0, run.stderr
     flags.append(f"--save_dir={tmp_path}/interrupted")
     run = torchrun("killed.py", "preempted", 3, *flags)
@@ -81,6 +83,6 @@ def test_a_preempted_and_a_killed_process_change_nothing(city, tmp_path):
 
 def test_a_batch_too_small_for_the_processes(city, tmp_path):
     flags = [*FLAGS, f"--eval_datasets_folder={city}", "--train_batch_size=1", f"--save_dir={tmp_path}/run"]
-    run = torchrun("recorded.py", tmp_path / "steps", *flags)
+    run = warm.torchrun("recorded.py", tmp_path / "steps", *flags)
     assert run.returncode != 0 and "--train_batch_size 1 is too small for 2 processes" in run.stderr
     assert not (tmp_path / "run").exists()

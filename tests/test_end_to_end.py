@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import eval as eval_script
 import train as train_script
 from model import build_model
+from parser import TrainOptions, parse
 
 SMALL = "--eval_dataset_name=toy_city --backbone=dino_tiny --device cpu --num_workers 0 --resize 56 56".split()
 README_TRAIN = (
@@ -157,15 +159,29 @@ def test_other_optimisers_train_the_encoder_at_every_step(city, tmp_path, optim)
     assert (first - second).abs().max() > 1e-5, "the layers start equal"
 
 
+@pytest.fixture(scope="module")
+def trained_in(city, tmp_path_factory):
+    """Trains in a precision, where no flags that mean the same have done so, and returns the --save_dir."""
+    flags = ["--epochs_num=4", "--train_batch_size=4", "--freeze_te=none", "--lr=0.0003", "--crossimage_encoder"]
+    done = {}
+
+    def save_dir(*precision):
+        options = parse(TrainOptions, [*SMALL, f"--eval_datasets_folder={city}", *flags, *precision])
+        meant = replace(options, given=(), mixed_precision=False)
+        if meant not in done:
+            done[meant] = tmp_path_factory.mktemp("precision")
+            train(city, done[meant], *flags, *precision)
+        return done[meant]
+
+    return save_dir
+
+
 @pytest.mark.parametrize("precision", ["--precision=bf16", "--precision=fp16", "--mixed_precision", "--precision=tf32"])
-def test_every_precision_ends_near_the_loss_of_fp32(city, tmp_path, precision):
-    flags = ["--epochs_num=5", "--train_batch_size=4", "--freeze_te=none", "--lr=0.0003", "--crossimage_encoder"]
-    train(city, tmp_path / "fp32", *flags)
-    train(city, tmp_path / "other", *flags, precision)
-    plain, other = losses(tmp_path / "fp32"), losses(tmp_path / "other")
-    assert len(plain) == 5 and plain[-1] < plain[0]
+def test_every_precision_ends_near_the_loss_of_fp32(trained_in, precision):
+    plain, other = losses(trained_in()), losses(trained_in(precision))
+    assert len(plain) == 4 and plain[-1] < plain[0]
     assert other[-1] == pytest.approx(plain[-1], rel=0.05)
-    assert read(run_folder(tmp_path / "other"))["encoder_retired"] is True
+    assert read(run_folder(trained_in(precision)))["encoder_retired"] is True
 
 
 def test_a_new_run_from_our_weights_does_not_step_the_encoder_again(city, tmp_path, trained):

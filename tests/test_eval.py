@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -120,6 +121,7 @@ def test_options_are_readable_on_the_terminal_and_whole_in_the_debug_log(evaluat
 @pytest.mark.parametrize(
     ("values", "marked"), [((1, 5, 10, 20), [1, 5, 10, 15]), ((3,), [3]), ((7, 2, 2), [2, 7]), ((99,), [15])]
 )
+@pytest.mark.drawn
 def test_the_curve_is_marked_at_the_recall_values(evaluated, monkeypatch, values, marked):
     """Of 15 database images; a recall at more is the recall at 15."""
     figures = []
@@ -180,6 +182,7 @@ def test_company_does_not_change_what_a_photo_of_ones_own_finds(city, evaluated,
     assert "plain folders" not in capsys.readouterr().err
 
 
+@pytest.mark.drawn
 def test_three_contexts_from_one_pass(evaluated, capsys, monkeypatch):
     passed = []
     real = evaluation.extract
@@ -218,6 +221,7 @@ def test_every_test_method_runs_for_any_recall_values(evaluated, method):
     assert (first / "predictions.csv").read_text() == (second / "predictions.csv").read_text()
 
 
+@pytest.mark.drawn
 def test_predictions_curve_and_descriptors(city, evaluated):
     folder = evaluated("--save_descriptors", "--recall_values", 1, 5)
     rows = rows_of(folder)
@@ -345,6 +349,7 @@ def test_several_datasets_make_a_table(city, weights, tmp_path, capsys):
     assert [line.split()[0] for line in table[1:3]] == ["toy_city", "another"] and "R@20" in table[0]
 
 
+@pytest.mark.drawn
 def test_pictures_of_assignments(evaluated, capsys):
     folder = evaluated("--save_assignments=3")
     assert [path.name for path in sorted((folder / "assignments").iterdir())] == [
@@ -526,20 +531,18 @@ eval.main(sys.argv[2:])
 
 
 def test_killed_five_times_and_resumed(city, weights, tmp_path):
-    """The script dies before a write, having done as many as the number says."""
+    """The script dies before a write, having done as many as the number says; the last starts from cold, as users'."""
     (tmp_path / "killed.py").write_text(
         KILLED.format(root=str(Path(__file__).parents[1]), log=str(tmp_path / "written.txt"))
     )
     flags = [*SMALL, f"--resume={weights}/plain.pth", f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city"]
     flags += ["--extraction_batch_size=2", f"--save_dir={tmp_path}/run"]
 
-    def run(writes, folder):
-        command = [sys.executable, tmp_path / "killed.py", str(writes), *flags, f"--descriptors_folder={folder}"]
-        return subprocess.run(command, capture_output=True, text=True)
-
+    kept = [*flags, f"--descriptors_folder={tmp_path}/kept"]
     for writes in (0, 3, 1, 5, 4):  # of 8 batches of the database and 8 of the queries
-        assert run(writes, tmp_path / "kept").returncode == -signal.SIGKILL
-    finished = run(100, tmp_path / "kept")
+        assert warm.run(tmp_path / "killed.py", writes, *kept).returncode == -signal.SIGKILL
+    command = [sys.executable, tmp_path / "killed.py", "100", *kept]
+    finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     written = (tmp_path / "written.txt").read_text().splitlines()
     assert sorted(written) == sorted(f"{side} {n}" for side in ("database", "queries") for n in range(15))

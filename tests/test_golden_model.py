@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from formula import formula_backbone, formula_model, golden, normal
+from formula import each_batch_once, formula_backbone, formula_model, golden, normal
 
 from model import BACKBONES, build_model
 from model.initialization import layer_weights
@@ -15,18 +15,24 @@ REFERENCE = golden("reference")
 IMAGES = {224: normal(224, (3, 3, 224, 224)), 322: normal(322, (2, 3, 322, 322))}
 
 
+@pytest.fixture(scope="module")
+def once():
+    with each_batch_once():
+        yield
+
+
 @pytest.mark.parametrize(
     ("name", "clusters", "ghost_clusters", "encoder"),
     [("crossimage", 4, 1, True), ("plain", 4, 1, False), ("onecluster", 1, 2, False)],
 )
-def test_descriptors(name, clusters, ghost_clusters, encoder):
+def test_descriptors(once, name, clusters, ghost_clusters, encoder):
     model = formula_model(clusters=clusters, ghost_clusters=ghost_clusters, crossimage_encoder=encoder).eval()
     with torch.inference_mode():
         for side, images in IMAGES.items():
             np.testing.assert_allclose(model(images).numpy(), REFERENCE[f"forward/{name}/{side}"], rtol=0, atol=1e-5)
 
 
-def test_backbone():
+def test_backbone(once):
     backbone = formula_backbone(BACKBONES["dino"]).eval()
     with torch.inference_mode():
         tokens = backbone.tokens(IMAGES[224])

@@ -151,6 +151,7 @@ def test_the_first_context_is_written_before_the_second_is_searched(evaluate, mo
     assert status == 2 and list(results_of(folder)["contexts"]) == ["file_order"]
 
 
+@pytest.mark.drawn
 def test_odd_names_and_shapes_lose_nothing(evaluate, tree, capsys):
     data = tree("$a$ $b", database=4, queries=2)
     for side in ("database", "queries"):
@@ -221,6 +222,7 @@ def test_the_last_line_is_an_address(evaluate, capsys):
     assert last == f"open in a browser: {(folder / 'matches/index.html').as_uri()}" and "file:///" in last
 
 
+@pytest.mark.drawn
 def test_assignment_pictures_carry_file_names(evaluate, monkeypatch, city, tmp_path):
     titles = []
     monkeypatch.setattr(results, "draw_assignments", lambda _, photos, **__: titles.extend(p.title for p in photos))

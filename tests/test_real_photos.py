@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from formula import formula_model
+from formula import each_batch_once, formula_model
 
 import eval as eval_script
 import train as train_script
@@ -47,9 +47,15 @@ def test_the_corridor_is_converted_and_trained_on(tmp_path, capsys):
     assert "Recalls on Corridor test" in shown
 
 
+@pytest.fixture(scope="module")
+def once():
+    with each_batch_once():
+        yield
+
+
 @needs_photos
 @pytest.mark.parametrize("flags", RECALLS)
-def test_recalls_of_the_released_code(flags, tmp_path):
+def test_recalls_of_the_released_code(once, flags, tmp_path):
     options = {"clusters": 4 if "s=4" in flags else 1, "ghost_clusters": 1 if "s=4" in flags else 2}
     model = formula_model(**options, crossimage_encoder="encoder" in flags)
     state = {f"module.{name}": value for name, value in model.state_dict().items()}

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 
 import train as train_script
 from datasets import similar_places
@@ -58,7 +59,7 @@ def uninterrupted(flags, tmp_path_factory):
 
 
 def test_killed_at_ten_points(flags, uninterrupted, tmp_path):
-    """Each process goes on from what the one before it left, and is killed in turn."""
+    """Each process goes on from what the one before it left, and is killed in turn; the first starts from cold."""
     points = [
         ("write", 2),  # the first last_model.pth: nothing to go on from
         ("step", 1),  # before any checkpoint of a step
@@ -73,8 +74,11 @@ def test_killed_at_ten_points(flags, uninterrupted, tmp_path):
     ]
     command = [sys.executable, str(Path(__file__).with_name("killed.py"))]
     flags = [*flags, f"--save_dir={tmp_path}", "--resume=auto"]
-    for point, count in points:
-        run = subprocess.run([*command, point, str(count), *flags], capture_output=True, text=True)
+    for number, (point, count) in enumerate(points):
+        if number:
+            run = warm.run("killed.py", point, count, *flags)
+        else:
+            run = subprocess.run([*command, point, str(count), *flags], capture_output=True, text=True)
         assert run.returncode == -signal.SIGKILL, run.stderr
     train_script.main(flags)
     assert_same(outcome(tmp_path), uninterrupted)
@@ -98,10 +102,9 @@ def test_killed_while_similar_places_share_batches(flags, tmp_path, monkeypatch)
 
     save = Progress.save_last
     monkeypatch.setattr(Progress, "save_last", lambda self: kept.append(self.order) or save(self))
-    command = [sys.executable, str(Path(__file__).with_name("killed.py"))]
     flags = [*flags, f"--save_dir={tmp_path}/killed", "--resume=auto"]
     for count in (7, 5):  # in the third step of the second epoch, and of the third
-        run = subprocess.run([*command, "step", str(count), *flags], capture_output=True, text=True)
+        run = warm.run("killed.py", "step", count, *flags)
         assert run.returncode == -signal.SIGKILL, run.stderr
     (last,) = (tmp_path / "killed").glob("*/last_model.pth")
     content = torch.load(last, weights_only=True)

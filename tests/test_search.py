@@ -16,6 +16,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+import warm
 
 import eval as eval_script
 import test as evaluation
@@ -333,9 +334,7 @@ def test_all_processes_search_what_one_finds(evaluate, flags, tmp_path):
             status, _, one = evaluate(*more, "--encoder_context=shuffled")
         finally:
             extraction.CHUNK_BYTES, extraction.ENCODED_TOGETHER = chunk_bytes, together
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(Path(__file__).with_name("searched_by_all.py")), *flags, *more, "--encoder_context=shuffled"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = warm.torchrun("searched_by_all.py", *flags, *more, "--encoder_context=shuffled")
     assert status == 0 and run.returncode == 0, run.stderr
     (several,) = set((tmp_path / "runs").iterdir()) - {one}
     assert matches(several) == matches(one) and len(list(csv.reader((one / "predictions.csv").open()))) == 1 + 15 * 15

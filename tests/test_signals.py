@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 import train as train_script
 from utils.preemption import Preemption
@@ -32,8 +33,23 @@ def marked(mark):
     return found
 
 
-def run_signalled(*arguments, torchrun=False):
-    """The finished job, and the processes that it left behind."""
+def of_session(leader):
+    """Command lines of the processes of a session."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(folder.name)) == leader:
+                found.append((folder / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+def run_signalled(*arguments, torchrun=False, cold=True):
+    """The finished job, and the processes that it left behind; torchrun's starts from cold."""
+    if not cold:
+        job = warm.run("signalled.py", *arguments)
+        return job, of_session(job.pid)
     mark = uuid.uuid4().hex
     command = [sys.executable]
     command += "-m torch.distributed.run --standalone --nproc_per_node=2".split() if torchrun else []
@@ -62,7 +78,7 @@ def steps_in(save_dir):
 )
 def test_a_training_job_finishes_its_step(city, tmp_path, whom, name, point, count, workers, done):
     flags = [*TRAINING, f"--eval_datasets_folder={city}", f"--num_workers={workers}", f"--save_dir={tmp_path}"]
-    job, left = run_signalled(whom, name, point, count, "train", *flags, "--resume=auto")
+    job, left = run_signalled(whom, name, point, count, "train", *flags, "--resume=auto", cold=name == "SIGTERM")
     assert job.returncode == 128 + signal.Signals[name], job.stderr
     assert steps_in(tmp_path) == done and not left
     assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
@@ -87,7 +103,7 @@ def test_an_extraction_stops_in_one_line(city, tmp_path, name, workers):
     (best,) = tmp_path.glob("train/*/best_model.pth")
     flags = [f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", "--device=cpu", f"--resume={best}"]
     flags += ["--resize", "56", "56", f"--num_workers={workers}", f"--save_dir={tmp_path}/run"]
-    job, left = run_signalled("group", name, "batch", 3, "eval", *flags)
+    job, left = run_signalled("group", name, "batch", 3, "eval", *flags, cold=name == "SIGTERM")
     assert job.returncode == 128 + signal.Signals[name] and not left, job.stderr
     assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
     assert f"stopped by {name}: --descriptors_folder would have kept the descriptors computed so far" in job.stderr
@@ -229,20 +245,24 @@ if __name__ == "__main__":
 def test_a_lost_terminal_costs_nothing(city, tmp_path, lost):
     """As ssh hangs up: the kernel sends SIGHUP, and the terminal takes nothing more; as `| tee` ends by Ctrl-C."""
     flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=1", f"--save_dir={tmp_path}", "--resume=auto"]
-    command = [sys.executable, str(Path(__file__).with_name("signalled.py")), "self", "SIGHUP", "step", "6", "train"]
+    command = ["signalled.py", "self", "SIGHUP", "step", "6", "train", *flags]
     reading, writing = os.openpty() if lost == "terminal" else os.pipe()
-    job = subprocess.Popen(
-        [*command, *flags],
-        stderr=writing,
-        start_new_session=True,
-        preexec_fn=(lambda: os.close(2)) if lost == "closed" else None,
-    )
-    os.close(writing)
+    if lost == "terminal":
+        command[:1] = [sys.executable, str(Path(__file__).with_name("signalled.py"))]
+        job = subprocess.Popen(command, stderr=writing, start_new_session=True)
+    else:
+        job = warm.start(*command, stderr=None if lost == "closed" else f"/proc/{os.getpid()}/fd/{writing}")
     shown = b""
     while lost != "closed" and b"epoch=01" not in shown:
         shown += os.read(reading, 1000)
+    os.close(writing)
     os.close(reading)
-    assert job.wait(120) == 128 + signal.SIGHUP
+    if lost == "terminal":
+        status = job.wait(120)
+    else:
+        job.join(120)
+        status = job.exitcode
+    assert status == 128 + signal.SIGHUP
     assert steps_in(tmp_path) == (1, 2)
     (log,) = tmp_path.glob("*/info.log")
     assert "stopped by SIGHUP: training is saved in" in log.read_text()

@@ -747,6 +747,7 @@ def test_estimated_hours_grow_with_the_images():
     assert estimated_hours(backbone, size=(56, 56), images=3_600_000) > 0.1
 
 
+@pytest.mark.drawn
 def test_the_curves_of_a_run(tmp_path):
     for epoch in (1, 2):
         metrics.append_row(tmp_path, {"epoch": epoch, "steps": 4, "loss": 1 / epoch, "lr": 1e-5, "R@1": 40.0 * epoch})
