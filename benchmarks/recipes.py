@@ -191,26 +191,25 @@ def page_of(settings: Settings) -> str:
 
 PAGE = """# Recipes on the toy city
 
-Written by `python3 -m benchmarks.recipes` from the runs' results.json; change it there. Each row is a mean over seeds
-{seeds}, with the lowest and the highest; a seed decides the initial weights and every draw, the city stays the same.
+`python3 -m benchmarks.recipes` writes this page from the results.json of its runs; change the text there. Each row is a mean over
+seeds {seeds}, with the lowest and the highest run. A seed decides the initial weights and every random draw; the city is the same.
 All runs share
 
     train.py {flags}
 
-(the last one in the first table only). The best epoch is chosen on the validation split, and the best combination too:
-of the encoder's training, the order of places and the schedule, each the switch that validates best, where it validates
-better than the released recipe. The test split decides nothing. Minutes are processor time, of training, validation
-and the test.
+(the last option in the first table only). The validation split chooses the best epoch of a run. It also chooses the best
+combination: of the encoder's training, the order of places and the schedule, each the switch with the best mean validation score, if
+that is better than the released recipe's. The test split decides nothing. Minutes are processor time of training and its
+evaluations.
 
-**What it says**: on a made city, with a small backbone trained from scratch, which differences are larger than those
-between seeds. Where two ranges overlap, nothing has been shown; three seeds give no test of significance, and 220
-queries alone let a recall of 45 vary by some 3 points (one standard deviation of a binomial).
+**What it says**: which differences are larger than those between seeds, on a synthetic city, with a small backbone trained from
+scratch. If two ranges overlap, nothing has been shown. Three seeds allow no test of significance, and with 220 queries alone a
+recall of 40 has a standard deviation of some 3 points (binomial).
 
-**What it does not say**: anything about real cities, about DINOv2's weights with most blocks frozen, as the recipe has
-them, about GSV-Cities' 62,000 places, or about long training. Hard batches are meant for models that no longer learn
-from easy ones, and these runs are short. In `file order` the encoder sees a place from several sides, and both sides of
-the toy city follow one route ([contexts](docs/evaluation.md#contexts-of-the-cross-image-encoder)); `independent` is
-what one query gets."""
+**What it does not say**: anything about real cities; about DINOv2's weights with most blocks frozen, as in the recipe; about
+GSV-Cities' 62,000 places; or about long training. Hard batches are meant for models that no longer learn from easy ones, and these
+runs are short. In `file order` the encoder sees several views of a place, and both sides of the toy city follow one route
+([contexts](docs/evaluation.md#contexts-of-the-cross-image-encoder)); `independent` is what a single query gets."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
