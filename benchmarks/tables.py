@@ -2,7 +2,7 @@
 
     python -m benchmarks.tables            # writes each table between its markers
     python -m benchmarks.tables --check    # writes nothing; names what differs from its records, exit status 1
-    python -m benchmarks.tables --add logs/default/<time>/results.json --name corridor_plain
+    python -m benchmarks.tables --add logs/default/<time>/results.json --name corridor_plain [--replace]
 
 A record is a JSON file. Its `kind` is `measured` where a run of this repository left it, with options, versions, device
 and git revision; `published` where the figures are other people's; `noted` where they are ours and no record of the run
@@ -17,6 +17,7 @@ record are under `<!-- prose: page -->` in tables.md, and checked.
 import argparse
 import json
 import re
+import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ PAGES = ("README.md", "REPRODUCE.md", "benchmarks/README.md", "docs/*.md")
 MARKED = re.compile(r"^(<!-- (table|prose): (\S+) -->\n)((?:(?!<!-- ).)*)^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 BEGINNING, END = (re.compile(marker, re.MULTILINE) for marker in ("^<!-- (?:table|prose):", "^<!-- end -->"))
 KINDS = {"measured": "environment", "published": "source", "noted": "source"}  # and what each must have
+DERIVED, DERIVED_FROM = "derived", ("compare", "noted_rate")  # what follows from records, and from which
 LEFT_OUT = {"first_match"}  # of a run's results.json: curves, which no table shows
 
 
@@ -57,8 +59,8 @@ def read_json(path: Path, **settings: Any) -> Any:
         ValueError: it is no such file.
     """
     try:
-        content = json.loads(path.read_text(), **settings)
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"), **settings)
+    except (ValueError, RecursionError) as error:  # nested too deep
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a record: it does not begin with {{")
@@ -101,7 +103,7 @@ def read_records(root: Path) -> dict[str, Any]:
     except KeyError as error:
         raise ValueError(f"{root / RESULTS} has no {error}, from which other figures follow") from error
     hours = {name: count / per_hour for name, count in photos.items()}
-    return records | {"derived": Record(photos=photos, hours=hours, start=start)}
+    return records | {DERIVED: Record(photos=photos, hours=hours, start=start)}
 
 
 def filled(name: str, text: str, records: Mapping[str, Any]) -> str:
@@ -190,24 +192,77 @@ def without_paths(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and "/" in value else value
 
 
-def add(root: Path, results: Path, name: str, note: str | None) -> Path:
-    """Makes a record of a run's results.json; one of the same name is replaced.
+def read_run(path: Path) -> dict[str, Any]:
+    """The results.json of a run or a benchmark.
 
     Raises:
-        ValueError: the file is not that of a run, or the name cannot stand in a field.
+        ValueError: it cannot be read, or is something else.
     """
-    if not name.isidentifier():
-        raise ValueError(f"--name {name}: a record's name is letters, digits and _, such as corridor_plain")
-    content = read_json(results)
-    if "environment" not in content:
-        raise ValueError(f"{results} is not the results.json of a run: it does not say on what it ran (environment)")
+    remedy = "name the results.json that train.py, eval.py or a benchmark left"
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise ValueError(f"--add {path} cannot be read ({error.strerror or error}); {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"--add {error}; {remedy}") from error
+    if "kind" in content:
+        raise ValueError(f"--add {path} is a record already (its kind is {content['kind']}); {remedy}")
+    environment = content.get("environment")
+    if not isinstance(environment, dict) or not environment:
+        raise ValueError(
+            f"--add {path} is not the results.json of a run: it does not say on what it ran (environment); {remedy}"
+        )
+    return content
+
+
+def add(root: Path, results: Path, name: str, note: str | None, *, replace: bool = False) -> Iterator[str]:
+    """Makes a record of a run's results.json; yields lines to print.
+
+    Raises:
+        ValueError: the file is not that of a run, or the name cannot stand in a field, or is that of a record and this
+            is not to be replaced.
+    """
+    if not name.isidentifier() or name == DERIVED:
+        raise ValueError(
+            f"--name {name}: a record's name is letters, digits and _, and not {DERIVED}, which stands for what "
+            "follows from others; choose another, such as corridor_plain"
+        )
+    path = root / RESULTS / f"{name}.json"
+    there = path.exists()
+    if there and not replace:
+        raise ValueError(f"--name {name}: {path} already exists; choose another name, or replace it with --replace")
+    content = read_run(results)
+    shown = list(showing(root, name))
     environment = content.pop("environment")
     run = {"kind": "measured", "run": results.resolve().parent.name} | ({"note": note} if note else {})
-    path = root / RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
         temporary.write_text(json.dumps({**run, **without_paths(content), "environment": environment}, indent=1) + "\n")
-    return path
+    yield f"{'replaced' if there else 'written'}: {path}"
+    revision = environment.get("git")
+    if revision in (None, "unknown") or str(revision).endswith("-dirty"):
+        what = f"is {revision}, with changes that no commit has" if revision not in (None, "unknown") else "is unknown"
+        yield f"warning: the git revision of the run {what}: nobody else can repeat it; commit, and run it again"
+    if shown:
+        yield f"shown by {', '.join(shown)}; python -m benchmarks.tables writes the tables"
+    else:
+        yield f"no table shows it yet: add a row to {DEFINITIONS}"
+
+
+def showing(root: Path, name: str) -> Iterator[str]:
+    """The tables, and the pages in whose sentences, a record's figures stand.
+
+    Raises:
+        ValueError: tables.md is not as `str.format` wants it.
+    """
+    names = {name, DERIVED} if name in DERIVED_FROM else {name}
+    for match in marked(root / DEFINITIONS, (root / DEFINITIONS).read_text()):
+        try:
+            fields = {re.split(r"[.\[]", field)[0] for _, field, _, _ in string.Formatter().parse(match[4]) if field}
+        except ValueError as error:
+            raise ValueError(f"{DEFINITIONS}: {match[3]}: {error}") from error
+        if fields & names:
+            yield f"the table {match[3]}" if match[2] == "table" else f"sentences of {match[3]}"
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -217,17 +272,23 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
         The exit status: 1 if something on a page is not what the records say.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page differs")
-    parser.add_argument("--add", type=Path, metavar="RESULTS_JSON", help="make a record of what a run left")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page differs")
+    what.add_argument("--add", type=Path, metavar="RESULTS_JSON", help="make a record of what a run left")
     parser.add_argument("--name", help="of the record that --add makes")
     parser.add_argument("--note", help="what its options do not say, such as where the weights come from")
+    parser.add_argument("--replace", action="store_true", help="let --add replace the record that has this name")
     given = parser.parse_args(argv)
     try:
         if given.add is not None:
             if given.name is None:
                 raise ValueError("--add needs a --name for the record, such as --name=corridor_plain")
-            print(f"written: {add(root, given.add, given.name, given.note)}")
+            for line in add(root, given.add, given.name, given.note, replace=given.replace):
+                print(line)
             return 0
+        for flag in ("name", "note", "replace"):
+            if getattr(given, flag):
+                raise ValueError(f"--{flag} is about the record that --add makes; give --add too, or leave it out")
         definitions = Definitions(root)
         for path in pages(root) if not given.check else ():
             text = path.read_text()
@@ -236,8 +297,10 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
                     temporary.write_text(right)
                 print(f"written: {path.relative_to(root)}")
         differences = list(definitions.differences(root))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error.filename} cannot be read or written ({error.strerror}); restore it, or free it for you")
     print("\n".join(differences or ["all tables are those of their records"]))
     return 1 if differences else 0
 

@@ -436,18 +436,29 @@ def check_photos(folders: Sequence[Path], *, workers: int | None = None) -> list
 
 
 def location_faults(folders: Sequence[Path], paths: Sequence[str], results: Sequence[Photo | Fault]) -> list[Fault]:
-    """Photos without a position in all names, or else in EXIF data."""
+    """Photos without a position in all names, or else in EXIF data; the first says what to do about all."""
     if all(map(has_position, paths)):
         return [fault for folder in folders for fault in degree_faults(folder, _below(folder, paths))]
     readable = {path: result for path, result in zip(paths, results, strict=True) if isinstance(result, Photo)}
+    named = any(map(has_position, paths))
     if not any(photo.located for photo in readable.values()):
-        advice = "no photo has a position: not all have one in their names, none in EXIF data; use --no_labels"
+        lost = (
+            "not all have one in their names, none in EXIF data" if named else "neither EXIF nor a file name gives one"
+        )
+        advice = f"no photo has a position: {lost}; use --no_labels"
         return [Fault("no-position", str(folder), advice) for folder in folders if _below(folder, paths)]
-    advice = (
-        "no GPS position in its EXIF data, and not all names have UTM coordinates; leave it out, search with "
-        "--labels_where_known or --no_labels, or name all photos @<UTM east>@<UTM north>@...@.jpg"
+    lost = (
+        "no GPS position in its EXIF data, and not all names have UTM coordinates"
+        if named
+        else "neither EXIF nor the file name gives a position"
     )
-    return [Fault("no-position", path, advice) for path, photo in readable.items() if not photo.located]
+    nowhere = [path for path, photo in readable.items() if not photo.located]
+    remedy = (
+        "; leave out such photos, search with --labels_where_known or --no_labels, or name all photos "
+        "@<UTM east>@<UTM north>@...@.jpg"
+    )
+    # The remedy once: it is the same for all of them.
+    return [Fault("no-position", path, lost + remedy * (path == nowhere[0])) for path in nowhere]
 
 
 def _below(folder: Path, paths: Sequence[str]) -> list[str]:

@@ -160,12 +160,20 @@ def photo_positions(
     for what, paths, positions in (("database", database, taken[0]), ("query", queries, taken[1])):
         nowhere = _first_nowhere(positions)
         if nowhere is not None:
-            missing = int((~known(positions)).sum())
+            which = f"{int((~known(positions)).sum())} of {len(paths)} {what} photos have no GPS position"
+            some_named = any(known(of).any() for of in named)
+            if some_named:
+                lost = (
+                    f"{which} in their EXIF data, e.g. {paths[nowhere]}, and not all names have UTM coordinates, e.g. "
+                    f"{example}"
+                )
+            else:
+                lost = f"{which}: neither EXIF nor the file name gives one, e.g. {paths[nowhere]}"
+            some = some_named or all(known(of).any() for of in taken)
             raise ValueError(
-                f"{missing} of {len(paths)} {what} photos have no GPS position in their EXIF data, e.g. "
-                f"{paths[nowhere]}, and not all names have UTM coordinates, e.g. {example}; remove such photos, name "
-                "all of them @<UTM east>@<UTM north>@...@.jpg, count only the others with --labels_where_known, or "
-                "search without positions with --no_labels"
+                f"{lost}; {'remove such photos, ' if some else ''}name all of them @<UTM east>@<UTM north>@...@.jpg, "
+                f"{'count only the others with --labels_where_known, ' if some else ''}or search without positions "
+                "with --no_labels"
             )
     return *taken, True
 

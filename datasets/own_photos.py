@@ -32,6 +32,16 @@ LARGEST = 2e7  # metres; no map reaches farther
 METRES, DEGREES, LABELS = "metres", "degrees", "labels"
 TIMES = ("%Y:%m:%d %H:%M:%S", "%Y%m%d_%H%M%S", "%Y-%m")
 DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 14: "%Y%m%d%H%M%S"}  # by length, since strptime takes one-digit months
+SAME, MISSING, DAMAGED = "the same file as another photo", "there is no such file", "cannot be read"
+NO_LABEL, NO_GPS, NO_POSITION = "no label", "no GPS position in EXIF data", "no position"
+REMEDIES = {  # what to do about photos that are dropped for these reasons
+    SAME: "name more photos",
+    MISSING: "correct the paths in the csv",
+    DAMAGED: "replace or repair those that cannot be read",
+    NO_LABEL: "give each photo a label",
+    NO_GPS: "give positions or labels in a csv",
+    NO_POSITION: "give all photos positions",
+}
 WANTED = "a csv starts with the columns path, and east,north or lat,lon or label; heading, time and label may follow"
 
 
@@ -254,14 +264,19 @@ def _from_cells(cells: dict[str, str], kind: str, where: str) -> Photo:
     return photo
 
 
-def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
+def collect(sources: Sequence[Path], *, notes: list[str] | None = None, progress: bool = False) -> Collection:
     """The photos of all sources: folders and csv files.
+
+    Args:
+        sources: their paths.
+        notes: becomes the collection's; so they are also known after an error.
+        progress: whether to show a progress bar.
 
     Raises:
         OSError: a source is missing or cannot be read.
         ValueError: a source is unusable, or the sources give positions in different ways.
     """
-    notes: list[str] = []
+    notes = [] if notes is None else notes
     dropped: dict[str, list[str]] = defaultdict(list)
     kinds: dict[str, Path] = {}
     photos: dict[object, Photo] = {}
@@ -279,7 +294,7 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
         kinds.setdefault(kind, source)
         for photo in found:
             if photos.setdefault(identity(photo.path), photo) is not photo:
-                dropped["the same file as another photo"].append(photo.path)
+                dropped[SAME].append(photo.path)
     if len(kinds) > 1:
         listed = ", ".join(f"{source} has {kind}" for kind, source in kinds.items())
         raise ValueError(f"{listed}, which cannot be combined; convert them one at a time")
@@ -288,7 +303,7 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
     def look(photo: Photo) -> tuple[Photo, bytes] | str:
         """The photo with what its file says, and a digest of its bytes; or why it cannot be used."""
         if not os.path.isfile(photo.path):  # reading a pipe would block
-            return "there is no such file"
+            return MISSING
         exif = photo.path in by_exif
         try:
             read_reduced(photo.path, 64)
@@ -296,11 +311,11 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
             with open(photo.path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").digest()
         except Exception:  # decoders fail on damaged files in many ways
-            return "cannot be read"
+            return DAMAGED
         if photo.label == "":
-            return "no label"
+            return NO_LABEL
         if kind != LABELS and (np.isnan(photo.position).any() or (kind == DEGREES and photo.position == (0.0, 0.0))):
-            return "no GPS position in EXIF data" if exif else "no position"
+            return NO_GPS if exif else NO_POSITION
         return photo, content
 
     kept = []
@@ -317,7 +332,8 @@ def collect(sources: Sequence[Path], *, progress: bool = False) -> Collection:
                     copies[photo.path] = original
     if not kept:
         reasons = ", ".join(f"{len(paths)} {reason}" for reason, paths in dropped.items())
-        raise ValueError(f"no photo of {len(photos)} can be used ({reasons}); give positions or labels in a csv")
+        most = max(dropped, key=lambda reason: len(dropped[reason]))
+        raise ValueError(f"no photo of {len(photos)} can be used ({reasons}); {REMEDIES[most]}")
     metres = _metres(kept, kind)
     zones = sorted({photo.zone for photo in kept}, key=str)
     if len(zones) > 1:

@@ -1,6 +1,7 @@
 """Places from photo positions: which photos form one, which places can be kept together, and what to hold out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
@@ -9,6 +10,10 @@ from sklearn.cluster import DBSCAN
 from sklearn.neighbors import KDTree
 
 from .own_photos import Photo
+
+LONGEST = 4.0  # sides of a map: a street that is longer for its width is drawn wider than it is
+MOST_STRETCHED = 10.0
+LONG_SIDE = 10.0  # inches
 
 
 def cells_of(metres: NDArray[np.float64], cell: float) -> NDArray[np.int64]:
@@ -102,3 +107,30 @@ def connected_share(
 def nearer(metres: NDArray[np.float64], others: NDArray[np.float64], gap: float) -> NDArray[np.bool_]:
     """Which of N x 2 positions are nearer than the gap to one of M x 2 others."""
     return np.asarray(KDTree(others).query(metres)[0][:, 0] < gap)
+
+
+@dataclass(frozen=True)
+class MapShape:
+    """How to draw positions: the shape of their area, so that a street is neither lost in a square nor a bare line.
+
+    Attributes:
+        inches: width and height.
+        limits: lowest and highest metre along each axis.
+        stretch: how many times as large as the other axis each is drawn; 1 for a true map.
+    """
+
+    inches: tuple[float, float]
+    limits: tuple[tuple[float, float], tuple[float, float]]
+    stretch: tuple[float, float]
+
+
+def map_shape(extent: NDArray[np.float64]) -> MapShape:
+    """The shape of a map of positions from 0 to an extent east and north, in metres."""
+    shown = extent * 1.1 + 2
+    shown = np.maximum(shown, shown.max() / LONGEST / MOST_STRETCHED)
+    drawn = np.maximum(shown, shown.max() / LONGEST)
+    inches = drawn / drawn.max() * LONG_SIDE
+    low, high = extent / 2 - shown / 2, extent / 2 + shown / 2
+    (width, height), (east, north) = inches.tolist(), (drawn / shown).tolist()
+    limits = ((float(low[0]), float(high[0])), (float(low[1]), float(high[1])))
+    return MapShape((width + 1, height + 1.2), limits, (east, north))

@@ -7,8 +7,10 @@ form, each with its source.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from .database_queries import DatabaseQueries
+if TYPE_CHECKING:  # it imports torch, which takes seconds, and the tables of the pages need only the figures
+    from .database_queries import DatabaseQueries
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ def protocol_of(name: str) -> Protocol:
     return PROTOCOLS.get("svox" if name.startswith("svox_") else name, Protocol())
 
 
-def warn_of_counts(dataset: DatabaseQueries, protocol: Protocol, queries: str | None = "queries") -> None:
+def warn_of_counts(dataset: "DatabaseQueries", protocol: Protocol, queries: str | None = "queries") -> None:
     """Warns if a test split does not have the published numbers of images.
 
     Args:

@@ -66,6 +66,7 @@ if __name__ == "__main__":
 import csv
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -82,14 +83,16 @@ from torchvision.transforms.v2.functional import to_pil_image
 from utils.outputs import whole
 
 from .gsv_cities import COLUMNS, LABELS_PER_CITY, image_name
-from .own_photos import LABELS, Collection, Photo, collect
-from .own_places import apart, cells_of, connected_share, heading_bins, in_area, nearer
+from .own_photos import LABELS, REMEDIES, Collection, Photo, collect
+from .own_places import apart, cells_of, connected_share, heading_bins, in_area, map_shape, nearer
 from .transforms import read_pixels
 
 METRES_PER_DEGREE = 111_320.0
 POSITIVE = 25.0  # metres from a query to a correct database photo, the default of train.py
 IMAGES_PER_PLACE = 4  # the default of train.py
 TRAIN, SPLITS = "train", ("val", "test")
+NEAR_HELD_OUT, NEAR_PLACE = "nearer than --gap to what is held out for", "a place nearer than --gap to one with"
+NO_HEADING, TOO_FEW = "no heading, which --heading_bins asks for", "a place of fewer than"
 KEPT = (TRAIN, *(f"{split}/{part}" for split in SPLITS for part in ("database", "queries")))
 
 
@@ -168,7 +171,7 @@ def hold_out(
         asked = metres[uses == f"{split}/queries"]
         alone = len(asked) - int(nearer(asked, metres[uses == f"{split}/database"], np.nextafter(POSITIVE, 99)).sum())
         lines[-1] += f"; {alone} queries have no database photo within {POSITIVE:g} m" * bool(alone)
-        uses[nearer(metres, metres[held], gap) & (uses == TRAIN)] = f"nearer than --gap to what is held out for {split}"
+        uses[nearer(metres, metres[held], gap) & (uses == TRAIN)] = f"{NEAR_HELD_OUT} {split}"
     return uses, lines
 
 
@@ -200,28 +203,28 @@ def assign(
 
     train = np.flatnonzero(uses == TRAIN)
     directions = heading_bins([photos[index] for index in train], bins)
-    uses[train[directions < 0]] = "no heading, which --heading_bins asks for"
+    uses[train[directions < 0]] = NO_HEADING
     train, directions = train[directions >= 0], directions[directions >= 0]
     if not len(train):
-        fates = ", ".join(f"{count} photos: {use}" for use, count in Counter(uses.tolist()).items())
+        fates = ", ".join(f"{count} photos: {use}" for use, count in _lost(collection, uses, KEPT[1:]).items())
         raise ValueError(
-            f"no photo is left to train on ({fates}); hold out a smaller share or area, lower --gap, or leave out "
-            "--heading_bins"
+            f"no photo is left to train on ({fates}); {_remedy(collection, uses, min_images=min_images, bins=bins)}"
         )
     found = np.unique(np.column_stack((cells[train], directions)), axis=0, return_inverse=True)[1].ravel()
     enough = np.bincount(found)[found] >= min_images
-    uses[train[~enough]] = f"a place of fewer than {min_images} photos (--min_images)"
+    uses[train[~enough]] = f"{TOO_FEW} {min_images} photos (--min_images)"
     stays = np.zeros(len(train), dtype=bool)
     stays[enough] = apart(metres[train[enough]], found[enough], directions[enough], gap, bins)
-    uses[train[enough & ~stays]] = "a place nearer than --gap to one with as many photos or more"
+    uses[train[enough & ~stays]] = f"{NEAR_PLACE} as many photos or more"
     places = np.full(len(photos), -1)
     places[train[stays]] = np.unique(found[stays], return_inverse=True)[1]
     count = int(places.max()) + 1
     if count < 2:
+        reasons = ", ".join(f"{count} photos: {use}" for use, count in _lost(collection, uses).items())
         raise ValueError(
             f"{len(photos)} photos in {len(np.unique(cells))} cells make {count} place{'s' * (count != 1)} to train "
-            f"on, but two are needed ({_reasons(uses) or 'nothing was dropped'}); lower --min_images, --gap or "
-            "--cell, or add photos"
+            f"on, but two are needed ({reasons or 'nothing was dropped'}); "
+            f"{_remedy(collection, uses, min_images=min_images, bins=bins)}"
         )
     if count > LABELS_PER_CITY:
         raise ValueError(f"{count} places, but a table holds at most {LABELS_PER_CITY}; convert a region at a time")
@@ -243,8 +246,41 @@ def _of_labels(collection: Collection, cells: NDArray[np.int64], gap: float) -> 
     return line
 
 
-def _reasons(uses: NDArray[np.object_]) -> str:
-    return ", ".join(f"{count} photos: {use}" for use, count in Counter(uses.tolist()).items() if use not in KEPT)
+def _lost(collection: Collection, uses: NDArray[np.object_], also: Sequence[str] = ()) -> Counter[str]:
+    """How many photos were dropped for each reason, or have one of these other uses."""
+    lost = Counter({reason: len(paths) for reason, paths in collection.dropped.items()})
+    lost.update(use for use in uses.tolist() if use not in KEPT or use in also)
+    return lost
+
+
+def _remedy(collection: Collection, uses: NDArray[np.object_], *, min_images: int, bins: int) -> str:
+    """What to do about too few places: it follows what most photos were dropped for."""
+    labelled = collection.photos[0].label is not None
+    held_out = bool(np.isin(uses.astype(str), KEPT[1:]).any())
+    fewer = " or ".join(
+        ["lower --min_images"] * (min_images > 2)
+        + ["lower --heading_bins"] * (bins > 1)
+        + ["raise --cell"] * (not labelled)
+    )
+    options = {
+        TOO_FEW: f"{fewer}, or add photos of the same places" if fewer else "add photos of the same places",
+        NEAR_PLACE: "lower --gap, or add photos from farther away",
+        NEAR_HELD_OUT: "lower --gap, or hold out a smaller share or area",
+        NO_HEADING: "leave out --heading_bins, or give all photos headings",
+    }
+    remedies = Counter[str]()
+    for reason, count in _lost(collection, uses).items():
+        name = next((name for name in options if reason.startswith(name)), "")
+        remedies[options[name] if name else REMEDIES[reason]] += count
+    if remedies:
+        return remedies.most_common(1)[0][0]
+    if held_out:
+        return "hold out a smaller share or area, or add photos"
+    if labelled:
+        return "add photos with another label"
+    return (
+        "lower --cell, or add photos from farther away" if np.ptp(collection.metres) else "add photos of other places"
+    )
 
 
 def _extent(collection: Collection) -> str:
@@ -361,9 +397,10 @@ def draw_map(path: Path, metres: NDArray[np.float64], fate: Fate) -> None:
     """Plots where the photos are, those to train on in the colour of their place, and what became of the others."""
     from matplotlib.figure import Figure  # takes a quarter of a second to import
 
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    axes = figure.subplots()
     metres = metres - metres.min(axis=0)
+    shape = map_shape(metres.max(axis=0))
+    figure = Figure(figsize=shape.inches, layout="constrained")
+    axes = figure.subplots()
     kinds = np.array([use if use in KEPT else "dropped" for use in fate.uses])
     for kind, style in {
         "dropped": {"color": "0.8", "marker": "."},
@@ -376,10 +413,13 @@ def draw_map(path: Path, metres: NDArray[np.float64], fate: Fate) -> None:
         if (kinds == kind).any():
             east, north = metres[kinds == kind].T
             axes.scatter(east, north, s=25, label=f"{kind} ({len(east)})", linewidths=0.8, **style)  # type: ignore
-    middle, half = metres.max(axis=0) / 2, metres.max() * 0.55 + 1  # a square, even for a straight line
-    limits = {f"{axis}lim": (middle[i] - half, middle[i] + half) for i, axis in enumerate("xy")}
-    axes.set(xlabel="metres east", ylabel="metres north", aspect="equal", **limits)
-    axes.legend(loc="best")
+    labels = {
+        f"{axis}label": f"metres {what}" + f", drawn {times:.3g} times as large" * (times > 1)
+        for axis, what, times in zip("xy", ("east", "north"), shape.stretch, strict=True)
+    }
+    limits = {f"{axis}lim": limit for axis, limit in zip("xy", shape.limits, strict=True)}
+    axes.set(aspect=shape.stretch[1] / shape.stretch[0], **labels, **limits)  # type: ignore[arg-type]
+    figure.legend(loc="outside upper center", ncols=3 if shape.inches[0] > 7 else 1)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
@@ -404,7 +444,11 @@ def summary(collection: Collection, fate: Fate) -> list[str]:
             f"{len(collection.copies)} photos are copies of others, byte for byte, e.g. {copy} of {original}: kept, "
             "but they teach nothing, and a query finds its copy; remove them and convert again"
         )
-    # A name may contain a line break, or bytes that are not text.
+    return printable(lines)
+
+
+def printable(lines: Sequence[str]) -> list[str]:
+    """The same, since a name may contain a line break, or bytes that are not text."""
     return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]
 
 
@@ -460,6 +504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "val": HeldOut(area=args.val_area, share=args.val_share),
         "test": HeldOut(area=args.test_area, share=args.test_share),
     }
+    notes: list[str] = []
     try:
         _require_sense(
             name,
@@ -473,7 +518,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         require_new(output, args.sources)
         with left_on_signals():
-            collection = collect(args.sources, progress=True)
+            collection = collect(args.sources, notes=notes, progress=True)
             fate = assign(
                 collection,
                 held_out,
@@ -494,9 +539,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lines = summary(collection, fate) + write(folder, collection, fate, name=name, copy=args.copy)
                 (folder / "summary.txt").write_text("\n".join(lines) + "\n", errors="surrogateescape")
     except (OSError, ValueError) as error:
+        for note in printable(notes):  # such as that only a part was converted
+            print(note, flush=True)
         parser.error(str(error))
     print("\n".join(lines))
-    print(f"wrote {output}; train with --train_dataset_folder {output / 'gsv_cities'}")
+    if (output / name / "images").is_dir():
+        options = f"--eval_datasets_folder={shlex.quote(str(output))} --eval_dataset_name={name}"
+    else:
+        options = f"--train_dataset_folder {shlex.quote(str(output / 'gsv_cities'))}"
+    print(*printable([f"wrote {output}; train with {options}"]))
     return 0
 
 

@@ -375,7 +375,10 @@ def test_two_plain_folders_without_labels(city, evaluated, tmp_path, capsys):
     assert all((row["correct"] == "1") == (row["query"][-5] == row["database"][-5]) for row in rows)
     with pytest.raises(SystemExit):
         evaluated(*folders, dataset=False)
-    assert "6 of 6 database photos have no GPS position in their EXIF data, e.g. " in capsys.readouterr().err
+    assert (
+        "6 of 6 database photos have no GPS position: neither EXIF nor the file name gives one, e.g. "
+        in capsys.readouterr().err
+    )
 
 
 def object_array(rows):

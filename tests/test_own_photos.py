@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from sklearn.metrics.pairwise import haversine_distances
 
 import eval as eval_script
+from datasets.check import main as check
 from datasets.database_queries import EARTH_RADIUS, DatabaseQueries, ImageList, haversine_metres, photo_positions
 from datasets.exif import gps_position, gps_positions
 from datasets.transforms import read_pixels
@@ -234,6 +236,63 @@ def test_a_photo_without_a_position(walk, photo, evaluated, capsys):
     with pytest.raises(ValueError, match=r"1 of 1 database photos .* coordinates, e.g. .*/b/oops.jpg; remove"):
         photo_positions([photo("a/@1@2@.jpg")], [photo("b/oops.jpg")])
     assert not (evaluated(*folders, "--no_labels") / "recalls.png").exists()
+
+
+NEITHER = "neither EXIF nor the file name gives"
+NAME_ALL = "name all of them @<UTM east>@<UTM north>@...@.jpg, "
+SOME = "count only the others with --labels_where_known, "
+
+
+@pytest.mark.parametrize(
+    ("known_sides", "said", "remedy"),
+    [
+        ("map today", "1 of 2 database photos have no GPS position: ", f"; remove such photos, {NAME_ALL}{SOME}or "),
+        ("today", "1 of 1 database photos have no GPS position: ", f"; {NAME_ALL}or "),
+        ("map", "1 of 2 database photos have no GPS position: ", f"; {NAME_ALL}or "),
+        ("", "1 of 1 database photos have no GPS position: ", f"; {NAME_ALL}or "),
+    ],
+)
+def test_where_no_name_has_a_position_none_is_asked_for_in_all(known_sides, said, remedy, photo):
+    """And of what cannot help where a side has no position at all, nothing is said."""
+    sides = [[photo(f"{side}/lost.jpg")] for side in ("map", "today")]
+    for paths, side in zip(sides, ("map", "today"), strict=True):
+        if side in known_sides.split():
+            paths.append(photo(f"{side}/found.jpg", exif=gps_exif(*HOME)))
+    with pytest.raises(ValueError) as error:
+        photo_positions(*sides)
+    assert str(error.value) == (
+        f"{said}{NEITHER} one, e.g. {sides[0][0]}{remedy}search without positions with --no_labels"
+    )
+
+
+@pytest.mark.parametrize("some_named", [False, True])
+def test_check_gives_the_remedy_of_photos_without_a_position_once(some_named, photo, tmp_path, capsys):
+    found = photo("map/found.jpg", exif=gps_exif(*HOME), seed=9)
+    lost = [photo(f"{folder}/lost_{n}.jpg", seed=n) for n, folder in enumerate(("map", "map", "today"))]
+    what = f"{NEITHER} a position"
+    if some_named:
+        photo("today/@1@2@.jpg", exif=gps_exif(*HOME), seed=8)
+        what = "no GPS position in its EXIF data, and not all names have UTM coordinates"
+    assert check([f"{tmp_path}/map", f"{tmp_path}/today", "--workers=1"]) == 1
+    *_, first, second, third, last = capsys.readouterr().out.splitlines()
+    assert first == (
+        f"no-position: {lost[0]}: {what}; leave out such photos, search with --labels_where_known or --no_labels, or "
+        "name all photos @<UTM east>@<UTM north>@...@.jpg"
+    )
+    assert [second, third] == [f"no-position: {path}: {what}" for path in lost[1:]]
+    assert last == f"3 faults in {4 + some_named} images"
+    os.unlink(found)
+    if not some_named:
+        assert check([f"{tmp_path}/map", f"{tmp_path}/today", "--workers=1"]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[2:] == [
+            *(
+                f"no-position: {tmp_path}/{side}: no photo has a position: neither EXIF nor a file name gives one; use "
+                "--no_labels"
+                for side in ("map", "today")
+            ),
+            "2 faults in 3 images",
+        ]
 
 
 def csv_rows(folder):

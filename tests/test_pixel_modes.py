@@ -225,8 +225,7 @@ def test_check_tells_of_them(tmp_path, capsys):
         f"unreadable: {tmp_path}/no.tiff: values from 0 to 1e+06, whose scale is unknown: convert it to 8 or 16 "
         "bits; replace or remove it",
         f"guessed: {tmp_path}/white.pfm: mode F, whose scale is guessed: values up to 1 read as 255 x value",
-        f"no-position: {tmp_path}: no photo has a position: not all have one in their names, none in EXIF data; use "
-        "--no_labels",
+        f"no-position: {tmp_path}: no photo has a position: neither EXIF nor a file name gives one; use --no_labels",
         "2 faults in 4 images, 2 notes",
     ]
 

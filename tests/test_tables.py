@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,21 +201,106 @@ def test_a_benchmark_leaves_what_becomes_a_record(copy, monkeypatch, capsys):
 def test_what_is_no_record_is_refused(copy, capsys):
     results = copy / "results.json"
     add = ["--add", str(results), "--name=mine"]
-    assert "No such file" in refused(add, copy, capsys)
+    remedy = "; name the results.json that train.py, eval.py or a benchmark left"
+    line = refused(add, copy, capsys)
+    assert line.endswith(f"error: --add {results} cannot be read (No such file or directory){remedy}")
+    for folder in (copy, copy / "docs/data.md/results.json"):
+        line = refused(["--add", str(folder), "--name=mine"], copy, capsys)
+        assert f"--add {folder} cannot be read (" in line and line.endswith(remedy) and "Errno" not in line
     for content, reason in (
-        ("{", "is not JSON"),
-        ("[]", "is not a record"),
-        ("{}", "is not the results.json of a run"),
+        (b"{", "is not JSON"),
+        (b"\xff\xd8\xff", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[]", "is not a record"),
+        (b"{}", "is not the results.json of a run"),
+        (b'{"environment": {}}', "is not the results.json of a run"),
+        (b'{"environment": "GPU"}', "is not the results.json of a run"),
+        (b'{"kind": "measured", "environment": {"git": "cb96e83"}}', "is a record already"),
     ):
-        results.write_text(content)
-        assert f"{results} {reason}" in refused(add, copy, capsys)
+        results.write_bytes(content)
+        line = refused(add, copy, capsys)
+        assert f"--add {results} {reason}" in line and line.endswith(remedy)
     results.write_text('{"environment": {"git": "cb96e83"}}')
-    assert "--name a-b: a record's name is letters, digits and _" in refused([*add[:2], "--name=a-b"], copy, capsys)
+    for name in ("a-b", "derived"):
+        line = refused([*add[:2], f"--name={name}"], copy, capsys)
+        assert f"--name {name}: a record's name is letters, digits and _" in line
+    for flag in ("--name=mine", "--note=mine", "--replace"):
+        assert f"{flag.split('=')[0]} is about the record that --add makes" in refused([flag], copy, capsys)
     assert "--add needs a --name" in refused(add[:2], copy, capsys)
     assert not (copy / tables.RESULTS / "mine.json").exists()
     for content in ('{"kind": "measured"}', '{"kind": "guessed", "source": "me"}', '{"kind": "noted"}'):
         (copy / tables.RESULTS / "mine.json").write_text(content)
         assert "mine.json: a record's kind is one of measured with its environment" in refused([], copy, capsys)
+
+
+@pytest.fixture
+def run(copy):
+    """Writes what a run of a git revision left; returns the options that make it a record of a name."""
+
+    def left(name, git="cb96e83", **figures):
+        path = copy / "elsewhere" / "results.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({**figures, "environment": {"git": git}}))
+        return ["--add", str(path), f"--name={name}"]
+
+    return left
+
+
+def test_a_record_is_replaced_only_if_this_is_asked_for(copy, run, capsys):
+    for name in ("corridor_plain", "published_authors"):
+        path = copy / tables.RESULTS / f"{name}.json"
+        before = path.read_bytes()
+        line = refused(run(name, recalls={"1": 5.0}), copy, capsys)
+        assert line.endswith(f"--name {name}: {path} already exists; choose another name, or replace it with --replace")
+        assert path.read_bytes() == before
+        assert tables.main([*run(name, recalls={"1": 5.0}), "--replace"], copy) == 0
+        assert capsys.readouterr().out.startswith(f"replaced: {path}\n")
+        assert json.loads(path.read_text())["recalls"] == {"1": 5.0}
+    assert tables.main([*run("mine"), "--replace"], copy) == 0
+    assert capsys.readouterr().out.startswith(f"written: {copy / tables.RESULTS / 'mine.json'}\n")
+
+
+@pytest.mark.parametrize(
+    ("git", "what"),
+    [
+        ("cb96e83-dirty", "is cb96e83-dirty, with changes that no commit has"),
+        ("v2-3-gcb96e83-dirty", "is v2-3-gcb96e83-dirty, with changes that no commit has"),
+        ("unknown", "is unknown"),
+        (None, "is unknown"),
+        ("cb96e83", None),
+    ],
+)
+def test_a_run_that_nobody_can_repeat_is_warned_of(git, what, copy, run, capsys):
+    assert tables.main(run("mine", git), copy) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [what in line for line in warnings] == [True] * (what is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mine", "no table shows it yet: add a row to benchmarks/tables.md"),
+        ("corridor", "no table shows it yet: add a row to benchmarks/tables.md"),  # only the beginning of a name
+        ("published_authors", "shown by the table published, "),
+        ("noted_place_map", "sentences of docs/programs.md"),
+        ("noted_rate", "shown by the table "),  # by what follows from it
+    ],
+)
+def test_it_is_said_which_tables_show_a_record(name, said, copy, run, capsys):
+    assert tables.main([*run(name), "--replace"], copy) == 0
+    assert said in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_page_that_cannot_be_read_is_named(copy, capsys):
+    (copy / tables.DEFINITIONS).unlink()
+    line = refused(["--check"], copy, capsys)
+    assert f"{copy / tables.DEFINITIONS} cannot be read or written (No such file or directory); restore it" in line
+
+
+def test_no_torch_is_imported_to_read_text():
+    code = "import sys, benchmarks.tables; print(sorted({'torch', 'faiss', 'sklearn', 'numpy'} & sys.modules.keys()))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=tables.ROOT, check=True, capture_output=True, text=True)
+    assert out.stdout == "[]\n"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
 from datetime import datetime
@@ -20,8 +21,9 @@ from datasets.check import main as check
 from datasets.database_queries import DatabaseQueries
 from datasets.gsv_cities import GSVCities, PlaceBatches
 from datasets.own_photos import parse_time
-from datasets.own_places import apart, cells_of, connected_share, heading_bins
+from datasets.own_places import apart, cells_of, connected_share, heading_bins, map_shape
 from datasets.utm import to_utm, zone_of
+from parser import TrainOptions, parse
 
 KEPT = {"train", *(f"{split}/{part}" for split in ("val", "test") for part in ("database", "queries"))}
 
@@ -468,6 +470,228 @@ def test_an_output_is_there_whole_or_not_at_all(table, tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit):
         to_gsv_cities.main(flags)
     assert f"--output {tmp_path}/out already exists; remove it" in capsys.readouterr().err
+
+
+def spread(count, step, each):
+    """A street: so many spots, so many metres apart, with so many photos each."""
+    return rows_at(*((step * i, 0) for i in range(count)), each=each)
+
+
+FEW, NEAR, MORE = "(--min_images)", "as many photos or more", "or add photos of the same places"
+REMEDIES = {  # header, rows, flags, the largest reason, the remedy, and flags that follow it
+    "few photos a place": (
+        "path,east,north",
+        spread(10, 12, 1),
+        "--gap=5",
+        FEW,
+        "lower --min_images or raise --cell, " + MORE,
+        "--cell=60 --gap=5",
+    ),
+    "few, and fewest already": (
+        "path,east,north",
+        spread(10, 12, 1),
+        "--gap=5 --min_images=2",
+        FEW,
+        "raise --cell, " + MORE,
+        "--cell=30 --min_images=2",
+    ),
+    "few of a label": (
+        "path,east,north,label",
+        [f"{row},{row[:2]}" for row in spread(10, 12, 1)],
+        "",
+        FEW,
+        "lower --min_images, " + MORE,
+        None,
+    ),
+    "few in a direction": (
+        "path,east,north,heading",
+        [f"{row},{90 * i % 360}" for i, row in enumerate(spread(3, 99, 4))],
+        "--heading_bins=4",
+        FEW,
+        "lower --min_images or lower --heading_bins or raise --cell, " + MORE,
+        "--heading_bins=1",
+    ),
+    "near another place": (
+        "path,east,north",
+        spread(3, 20, 4),
+        "",
+        NEAR,
+        "lower --gap, or add photos from farther away",
+        "--gap=15",
+    ),
+    "more near than few": (
+        "path,east,north",
+        spread(3, 20, 4) + ["z.jpg,500,0"],
+        "",
+        NEAR,
+        "lower --gap, or add photos from farther away",
+        "--gap=15",
+    ),
+    "near a label": (
+        "path,east,north,label",
+        [f"{row},{row[:2]}" for row in spread(3, 20, 4)],
+        "",
+        NEAR,
+        "lower --gap, or add photos from farther away",
+        "--gap=15",
+    ),
+    "near what is held out": (
+        "path,east,north",
+        spread(5, 30, 4),
+        "--val_area -1 -1 1 1 --gap=100",
+        "held out for val",
+        "lower --gap, or hold out a smaller share or area",
+        "--val_area -1 -1 1 1 --gap=20",
+    ),
+    "no heading": (
+        "path,east,north,heading",
+        [f"{row},{'5' * (i < 4)}" for i, row in enumerate(spread(4, 99, 4))],
+        "--heading_bins=4",
+        "which --heading_bins asks for",
+        "leave out --heading_bins, or give all photos headings",
+        "",
+    ),
+    "no heading at all": (
+        "path,east,north",
+        spread(2, 99, 4),
+        "--heading_bins=4",
+        "8 photos: no heading",
+        "leave out --heading_bins, or give all photos headings",
+        "",
+    ),
+    "held out": (
+        "path,east,north",
+        spread(3, 60, 4),
+        "--val_area -1 -1 61 1",
+        "nothing was dropped",
+        "hold out a smaller share or area, or add photos",
+        "--val_area -1 -1 1 1",
+    ),
+    "all held out": (
+        "path,east,north",
+        spread(3, 60, 4),
+        "--val_area -1 -1 500 1",
+        "val/database",
+        "hold out a smaller share or area, or add photos",
+        "--val_area -1 -1 1 1",
+    ),
+    "one cell": (
+        "path,east,north",
+        spread(3, 3, 4),
+        "",
+        "nothing was dropped",
+        "lower --cell, or add photos from farther away",
+        "--cell=2 --gap=1",
+    ),
+    "one spot": ("path,east,north", spread(1, 1, 4), "", "nothing was dropped", "add photos of other places", None),
+    "one label": (
+        "path,label",
+        [f"p{i}.jpg,x" for i in range(4)],
+        "",
+        "nothing was dropped",
+        "add photos with another label",
+        None,
+    ),
+    "no position": (
+        "path,east,north",
+        [*spread(1, 1, 4), *(f"n{i}.jpg,," for i in range(5))],
+        "",
+        "5 photos: no position",
+        "give all photos positions",
+        None,
+    ),
+    "no file": (
+        "path,east,north",
+        [*spread(1, 1, 4), *(f"gone{i}.jpg,1,1" for i in range(5))],
+        "",
+        "5 photos: there is no such file",
+        "correct the paths in the csv",
+        None,
+    ),
+    "not one file": (
+        "path,east,north",
+        ["gone0.jpg,1,1"],
+        "",
+        "1 there is no such file",
+        "correct the paths in the csv",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REMEDIES)
+def test_the_remedy_follows_the_largest_reason(table, tmp_path, capsys, kind):
+    """And where it is an option, it helps."""
+    header, rows, flags, reason, remedy, better = REMEDIES[kind]
+    source = str(table(header, *rows, missing=[f"gone{i}.jpg" for i in range(5)]))
+    refused(capsys, tmp_path, [source, *flags.split()], rf"{re.escape(reason)}.*\); {re.escape(remedy)}$")
+    if better is not None:
+        assert to_gsv_cities.main([source, *better.split(), f"--output={tmp_path}/out"]) == 0
+
+
+def test_what_is_not_converted_is_said_before_an_error_too(toy_tree, city, tmp_path, capsys, table):
+    """As after success: of a tree, other files, and ignored columns; and before errors of reading."""
+    tree, _, _ = toy_tree
+    (tree / "images/test").symlink_to(city / "toy_city/images/test")
+    note = f"{tree}: only its train split is converted; test are for evaluation"
+    for flags in ("--min_images=99", "--val_area 0 0 1 1"):
+        with pytest.raises(SystemExit, match="^2$"):
+            to_gsv_cities.main([str(tree), *flags.split(), f"--output={tmp_path}/out"])
+        captured = capsys.readouterr()
+        assert captured.out.splitlines() == [note] and "error: " in captured.err
+    source = table("path,lat,lon,mood", "a.jpg,48,2,good")
+    (tmp_path / "none").mkdir()
+    for sources, lines in (
+        ([source], [f"{source}: columns ignored: mood"]),
+        ([tree, source], [note, f"{source}: columns ignored: mood"]),
+        ([tree, tmp_path / "none"], [note]),
+    ):
+        with pytest.raises(SystemExit, match="^2$"):
+            to_gsv_cities.main([*map(str, sources), f"--output={tmp_path}/out"])
+        assert capsys.readouterr().out.splitlines() == lines
+
+
+@pytest.mark.parametrize("held_out", ["", "--val_share=0.3", "--test_share=0.3"])
+def test_the_last_line_is_a_command_that_trains(held_out, table, tmp_path, capsys):
+    output = tmp_path / "my city"
+    source = table("path,east,north", *spread(12, 99, 4))
+    assert to_gsv_cities.main([str(source), f"--output={output}", "--name=Paris", *held_out.split()]) == 0
+    wrote, options = capsys.readouterr().out.splitlines()[-1].split("; train with ")
+    assert wrote == f"wrote {output}"
+    if held_out:
+        assert options == f"--eval_datasets_folder='{output}' --eval_dataset_name=Paris"
+    else:
+        assert options == f"--train_dataset_folder '{output}/gsv_cities'"
+    given = parse(TrainOptions, shlex.split(options) + ["--eval_datasets_folder=x"] * (not held_out))
+    folders = given.train_dataset_folder or [given.eval_datasets_folder / "gsv_cities"]
+    assert [folder / "Dataframes" for folder in folders] == [output / "gsv_cities" / "Dataframes"]
+    assert not held_out or (given.eval_datasets_folder / given.eval_dataset_name / "images/val/queries").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("extent", "inches", "stretch"),
+    [
+        ((500, 500), (10, 10), (1, 1)),
+        ((500, 250), (10, 5), (1, 1)),
+        ((1000, 30), (10, 2.5), (1, 1102 / 4 / 35)),  # one street, 30 m wide
+        ((30, 1000), (2.5, 10), (1102 / 4 / 35, 1)),
+        ((1000, 0), (10, 2.5), (1, 10)),
+        ((0, 0), (10, 10), (1, 1)),
+    ],
+)
+def test_a_map_has_the_shape_of_its_photos(extent, inches, stretch):
+    shape = map_shape(np.array(extent, dtype=float))
+    assert np.subtract(shape.inches, (1, 1.2)) == pytest.approx(inches, rel=0.02)
+    assert shape.stretch == pytest.approx(stretch)
+    for (low, high), metres in zip(shape.limits, extent, strict=True):
+        assert low < 0 and high > metres and low + high == pytest.approx(metres)
+
+
+def test_a_plot_of_one_street_is_wide(table, converted):
+    other_side = [f"s{i}.jpg,{99 * i},12" for i in range(12)]
+    output, _, _ = converted(table("path,east,north", *spread(12, 99, 4), *other_side))
+    width, height = Image.open(output / "places.png").size
+    assert 2.5 < width / height < 3.5
 
 
 TWO = [(1, 0), (100, 0)]
