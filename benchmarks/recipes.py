@@ -191,25 +191,26 @@ def page_of(settings: Settings) -> str:
 
 PAGE = """# Recipes on the toy city
 
-`python3 -m benchmarks.recipes` writes this page from the results.json of its runs; change the text there. Each row is a mean over
-seeds {seeds}, with the lowest and the highest run. A seed decides the initial weights and every random draw; the city is the same.
-All runs share
+`python3 -m benchmarks.recipes` writes this page from the results.json of its runs; change the text there. Each row is
+a mean over seeds {seeds}, with the lowest and the highest run. A seed decides the initial weights and every random
+draw; the city is the same. All runs share
 
     train.py {flags}
 
-(the last option in the first table only). The validation split chooses the best epoch of a run. It also chooses the best
-combination: of the encoder's training, the order of places and the schedule, each the switch with the best mean validation score, if
-that is better than the released recipe's. The test split decides nothing. Minutes are processor time of training and its
-evaluations.
+(the last option in the first table only). The validation split chooses the best epoch of a run. It also chooses the
+best combination: of the encoder's training, the order of places and the schedule, each the switch with the best mean
+validation score, if that is better than the released recipe's. The test split decides nothing. Minutes are processor
+time of training and its evaluations.
 
-**What it says**: which differences are larger than those between seeds, on a synthetic city, with a small backbone trained from
-scratch. If two ranges overlap, nothing has been shown. Three seeds allow no test of significance, and with 220 queries alone a
-recall of 40 has a standard deviation of some 3 points (binomial).
+**What it says**: which differences are larger than those between seeds, on a synthetic city, with a small backbone
+trained from scratch. If two ranges overlap, nothing has been shown. Three seeds allow no test of significance, and
+with 220 queries alone a recall of 40 has a standard deviation of some 3 points (binomial).
 
-**What it does not say**: anything about real cities; about DINOv2's weights with most blocks frozen, as in the recipe; about
-GSV-Cities' 62,000 places; or about long training. Hard batches are meant for models that no longer learn from easy ones, and these
-runs are short. In `file order` the encoder sees several views of a place, and both sides of the toy city follow one route
-([contexts](docs/evaluation.md#contexts-of-the-cross-image-encoder)); `independent` is what a single query gets."""
+**What it does not say**: anything about real cities; about DINOv2's weights with most blocks frozen, as in the recipe;
+about GSV-Cities' 62,000 places; or about long training. Hard batches are meant for models that no longer learn from
+easy ones, and these runs are short. In `file order` the encoder sees several views of a place, and both sides of the
+toy city follow one route ([contexts](docs/evaluation.md#contexts-of-the-cross-image-encoder)); `independent` is what a
+single query gets."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
