@@ -161,6 +161,22 @@ def row_of(name: str, results: Sequence[Result], seeds: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def apart(settings: Settings, encoder: str) -> str:
+    """Which switches' test recalls, in file order, all lie on one side of the released recipe's, in a sentence."""
+
+    def recalls_of(flags: Sequence[str]) -> list[float]:
+        return [result.recalls["file_order"] for result in results_of(settings, encoder, flags)]
+
+    released = recalls_of([])
+    found = {name: recalls_of(flags) for name, flags in switches_of(encoder).items()}
+    if not released or not all(found.values()):
+        return ""
+    worse = [f"`{name}` below" for name, recalls in found.items() if max(recalls) < min(released)]
+    better = [f"`{name}` above" for name, recalls in found.items() if min(recalls) > max(released)]
+    which = ", ".join(worse + better) or "none"
+    return f"Switches whose test R@1 lies apart from the released recipe's for all seeds: {which}."
+
+
 def page_of(settings: Settings) -> str:
     """RECIPES.md, of the runs that are finished."""
     seeds = len(settings.seeds)
@@ -186,6 +202,8 @@ def page_of(settings: Settings) -> str:
             label = " + ".join(chosen) or "none: no switch validates better"
             if results:
                 lines.append(row_of(f"best combination: {label}", results, seeds))
+        if sentence := apart(settings, encoder):
+            lines += ["", sentence]
     return "\n".join(lines) + "\n"
 
 

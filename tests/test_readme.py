@@ -19,7 +19,7 @@ from parser import EvalOptions, TrainOptions, parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "REPRODUCE.md", ROOT / "MODELS.md", ROOT / "benchmarks" / "README.md"]
-PAGES += [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "RECIPES.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language):

@@ -40,15 +40,17 @@ def test_the_best_combination_is_chosen_by_validation(settings):
         "|---|---|---|---|",
         "| the released recipe | 31.0 (30.0 to 32.0) | 91.0 (90.0 to 92.0) | 5.0 |",
     ]
-    assert page[-1] == "| best combination: similar | 56.0 (56.0 to 56.0) | 95.0 (94.0 to 96.0) | - |"
+    assert page[-3:-1] == ["| best combination: similar | 56.0 (56.0 to 56.0) | 95.0 (94.0 to 96.0) | - |", ""]
+    assert page[-1].endswith("for all seeds: `reshuffled` above, `similar` above, `linear` above.")
     assert sum("every_step" in line for line in page) == 0, "it is of the encoder"
 
 
 def test_unfinished_rows_say_so(settings):
     write_run(settings, "encoder", [], 1, test=30, validation=40, independent=20.5)
     page = recipes.page_of(settings)
+    assert "for all seeds" not in page, "not all switches have run"
     assert "| the released recipe (1 of 3 runs) | 30.0 (30.0 to 30.0) | 20.5 (20.5 to 20.5) | 90.0" in page
-    assert "seeds\n0 1 2, with" in page and "train.py --a --crossimage_encoder\n" in page
+    assert "seeds 0 1 2, with" in page and "train.py --a --crossimage_encoder\n" in page
 
 
 def test_runs_are_made_once_and_gone_on_with(city, tmp_path, monkeypatch):
@@ -82,3 +84,12 @@ def test_runs_are_made_once_and_gone_on_with(city, tmp_path, monkeypatch):
     assert [float(cell.split("(")[0]) for cell in row[2:4]] == [
         pytest.approx(contexts[name]["recalls"]["1"], abs=0.051) for name in ("file_order", "independent")
     ]
+
+
+def test_only_ranges_that_do_not_meet_are_called_apart(settings):
+    tests = {"reshuffled": (10, 20, 29), "similar": (10, 20, 30), "linear": (30, 33, 35)}
+    for seed in settings.seeds:
+        write_run(settings, "plain", [], seed, test=30 + seed, validation=40)
+        for name, recalls in tests.items():
+            write_run(settings, "plain", recipes.SWITCHES[name], seed, test=recalls[seed], validation=40)
+    assert recipes.apart(settings, "plain").endswith("for all seeds: `reshuffled` below.")
