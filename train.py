@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,7 @@ def run(options: TrainOptions) -> dict[int, float]:
         SystemExit: bad input (status 2), results.json could not be written (1), or a signal asked to stop (128 + its
             number, after a checkpoint).
     """
-    with distributed.processes(), run_log.RunLog() as log, Preemption() as preemption:
+    with distributed.processes(), run_log.RunLog() as log, Preemption() as preemption, ExitStack() as held:
         device = pick_device(options.device)
         run_log.log_header(asdict(options), device, given=options.given)
         run_log.compare_with_record(asdict(options), device)
@@ -78,6 +79,7 @@ def run(options: TrainOptions) -> dict[int, float]:
         # Data: places to train on, a validation split to choose the best model, a test split to evaluate it.
         num_workers = reading_workers(device) if options.num_workers is None else options.num_workers
         places, batches, loader = load_places(options, num_workers, device)
+        held.enter_context(loader)
         val, test = load_splits(options, places)
         read_images = image_reader(options, num_workers, device, preemption)
 

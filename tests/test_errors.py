@@ -1,5 +1,6 @@
 """Bad input gives one clear message, exit status 2 and no traceback."""
 
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -132,11 +133,14 @@ def test_unreadable_training_image(fails, copied_city):
     for workers in (0, 2):
         message = fails(train_script, f"--eval_datasets_folder={copied_city}", *flags, f"--num_workers={workers}")
         assert "cannot read the image" in message and "London_" in message
+        assert not multiprocessing.active_children()
 
 
 def test_a_loss_that_is_not_finite(fails, city):
     flags = ["--train_resize", "56", "56", "--epochs_num=3", "--train_batch_size=8", "--freeze_te=none", "--lr=1e30"]
-    assert "the loss became nan" in fails(train_script, f"--eval_datasets_folder={city}", *flags)
+    for workers in (0, 2):
+        message = fails(train_script, f"--eval_datasets_folder={city}", *flags, f"--num_workers={workers}")
+        assert "the loss became nan" in message and not multiprocessing.active_children()
 
 
 def test_released_encoder_training_without_adam(fails, city):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -122,6 +123,8 @@ class ImageLoader(DataLoader[Any]):
     A scheduler, Ctrl-C or torchrun signals all processes of a job. If that killed the workers, the main process could
     not finish its step; so they never receive the signals, and end with the main process.
 
+    They end with the `with` block of the loader.
+
     Workers pass whole batches. If shared memory is too small for that (Docker's default is 64 MB), they pass single
     items, which the main process collates: the same batches, but slower.
 
@@ -165,6 +168,19 @@ class ImageLoader(DataLoader[Any]):
         with signals_held_back():
             read = super().__iter__()
         return self._batches(read)
+
+    def __enter__(self) -> "ImageLoader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        """Ends the workers, unless the program ends, which kills them.
+
+        The error of a failed run holds on to the iterator. When both are collected as garbage, its queues may go first;
+        its workers then wait for ever, and ending them takes PyTorch 5 s each or more.
+        """
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None and (kind is None or issubclass(kind, Exception)):
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def _batches(self, read: Iterator[Any]) -> Iterator[Any]:
         if self._singly is None:
