@@ -12,11 +12,16 @@ from utils import assignments, report
 SLOW = {"distributed", "end_to_end", "export", "golden_model", "golden_training", "real_photos", "resume", "signals"}
 SLOW_TESTS = {
     "test_a_loss_that_is_not_finite",
+    "test_a_repeated_training_is_the_same",
     "test_all_processes_search_what_one_finds",
     "test_compiled_blocks_compute_the_same",
     "test_killed_five_times_and_resumed",
+    "test_odd_names_and_shapes_lose_nothing",
     "test_onnx",
+    "test_pictures_of_assignments",
     "test_runs_are_made_once_and_gone_on_with",
+    "test_the_layer_compiled_by_itself",
+    "test_the_models_of_torch_hub_take_no_metric_learning",
     "test_the_scripts_start_without_what_only_some_runs_need",
     "test_two_processes_find_what_one_finds",
 }
