@@ -26,6 +26,36 @@ Part = TypeVar("Part")
 TEST_METHODS = ("hard_resize", "single_query", "central_crop", "five_crops", "nearest_crop", "maj_voting")
 CONTEXTS = ("file_order", "unaligned", "shuffled", "paired", "independent")
 DRAWN_CONTEXTS = ("shuffled", "paired")  # in random orders
+# How --help groups the options; each script shows those that it has.
+GROUPS = {
+    "data": """
+        eval_datasets_folder eval_dataset_name queries_names database_folder queries_folder map train_dataset_folder
+        cities images_per_place skip_unreadable query_keys
+    """,
+    "model and weights": """
+        resume foundation_model_path backbone backbone_blocks supervlad_clusters ghost_clusters crossimage_encoder
+    """,
+    "what counts as correct": """
+        val_positive_dist_threshold positive_frames positives_file no_labels labels_where_known
+    """,
+    "evaluation protocol": """
+        resize antialias test_method majority_weight recall_values infer_batch_size encoder_context context_seeds
+        context_shift pca_dim pca_whiten pca_dataset_folder
+    """,
+    "training recipe": """
+        train_batch_size train_resize randaugment_ops place_order freeze_te epochs_num patience optim lr lr_encoder
+        lr_schedule warmup_steps lr_end_factor weight_decay clip_grad_norm encoder_training
+    """,
+    "search": "index index_parameters rerank accept",
+    "results": """
+        save_dir save_predictions save_assignments save_descriptors save_submission save_pairs save_h5 save_map
+    """,
+    "runs: repeat, resume, keep": "options checkpoint_every descriptors_folder descriptor_dtype",
+    "device, speed and memory": """
+        device precision val_precision mixed_precision compile deterministic num_workers extraction_batch_size
+        activation_checkpointing grad_cache_chunk efficient_ram_testing seed
+    """,
+}
 # What a checkpoint written by train.py or model.export says of its model.
 OF_A_CHECKPOINT = ("backbone", "supervlad_clusters", "ghost_clusters")
 SUBMITTED = 20  # least images per query: the MSLS challenge scores the first 1, 5, 10 and 20
@@ -1130,10 +1160,13 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {version()}", help="print the version and exit"
     )
-    flags, several, actions = ["--help", "--version"], [], {}
-    for entry in fields(options_class):
-        if not entry.metadata:
+    flags, several, actions, sections = ["--help", "--version"], [], {}, {}
+    entries = {entry.name: entry for entry in fields(options_class) if entry.metadata}
+    for title, name in ((title, name) for title, names in GROUPS.items() for name in names.split()):
+        if (entry := entries.get(name)) is None:
             continue
+        if title not in sections:
+            sections[title] = parser.add_argument_group(title)
         settings = dict(entry.metadata)
         if "nargs" in settings:
             several.append(f"--{entry.name}")
@@ -1145,9 +1178,9 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
                 settings.setdefault("type", type(default))
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             if options_class is EvalOptions and entry.name in OF_A_CHECKPOINT:
-                settings["help"] += ", if the checkpoint does not say"
+                shown = f"the checkpoint's, else {shown}"
             settings["help"] += f" (default: {shown})" if shown not in (None, "") else ""
-        action = parser.add_argument(f"--{entry.name}", default=argparse.SUPPRESS, **settings)
+        action = sections[title].add_argument(f"--{entry.name}", default=argparse.SUPPRESS, **settings)
         actions[entry.name] = action
         flags += action.option_strings
     given, unknown = parser.parse_known_args(argv)

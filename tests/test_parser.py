@@ -1,5 +1,7 @@
 """The options: the recipe by default, the released README's flags, clear refusals."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 import parser
 from datasets.transforms import TEST_METHODS
 from model import BACKBONES
-from parser import OF_A_CHECKPOINT, EvalOptions, TrainOptions, parse
+from parser import GROUPS, OF_A_CHECKPOINT, EvalOptions, TrainOptions, parse
 
 TRAIN = """--eval_datasets_folder=D --eval_dataset_name=pitts30k --foundation_model_path=dinov2_vitb14_pretrain.pth
 --backbone=dino --supervlad_clusters=4 --crossimage_encoder --patience=3 --lr=0.00005 --epochs_num=20
@@ -367,4 +369,18 @@ def test_help_says_what_a_checkpoint_decides(capsys):
     for options, count in ((EvalOptions, len(OF_A_CHECKPOINT)), (TrainOptions, 0)):
         with pytest.raises(SystemExit):
             parse(options, ["--help"])
-        assert " ".join(capsys.readouterr().out.split()).count(", if the checkpoint does not say") == count
+        assert " ".join(capsys.readouterr().out.split()).count("(default: the checkpoint's, else ") == count
+
+
+def test_help_has_each_option_once_in_a_group(capsys):
+    grouped = [name for names in GROUPS.values() for name in names.split()]
+    assert len(grouped) == len({*grouped})
+    for options in (EvalOptions, TrainOptions):
+        names = [entry.name for entry in fields(options) if entry.metadata]
+        assert {*names} <= {*grouped}
+        with pytest.raises(SystemExit):
+            parse(options, ["--help"])
+        shown = re.findall(r"^  --(?:no-)?(\w+)", capsys.readouterr().out, re.MULTILINE)
+        assert sorted(shown) == sorted([*names, "version"])
+        assert [name for name in shown if name in grouped] == [name for name in grouped if name in names]
+    assert {*grouped} <= {entry.name for options in (EvalOptions, TrainOptions) for entry in fields(options)}
