@@ -50,7 +50,7 @@ GROUPS = {
     "results": """
         save_dir save_predictions save_assignments save_descriptors save_submission save_pairs save_h5 save_map
     """,
-    "runs: repeat, resume, keep": "options checkpoint_every descriptors_folder descriptor_dtype",
+    "repeat, resume, keep": "options checkpoint_every descriptors_folder descriptor_dtype",
     "device, speed and memory": """
         device precision val_precision mixed_precision compile deterministic num_workers extraction_batch_size
         activation_checkpointing grad_cache_chunk efficient_ram_testing seed
