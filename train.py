@@ -77,11 +77,10 @@ def run(options: TrainOptions) -> dict[int, float]:
         require_determinism(options.deterministic)
 
         # Data: places to train on, a validation split to choose the best model, a test split to evaluate it.
-        num_workers = reading_workers(device) if options.num_workers is None else options.num_workers
-        places, batches, loader = load_places(options, num_workers, device)
+        places, batches, loader = load_places(options, device)
         held.enter_context(loader)
         val, test = load_splits(options, places)
-        read_images = image_reader(options, num_workers, device, preemption)
+        read_images = image_reader(options, device, preemption)
 
         # Model: pretrained weights; the last blocks, the layer and the encoder are trained.
         path = starting_checkpoint(options, log)
@@ -140,9 +139,7 @@ def run(options: TrainOptions) -> dict[int, float]:
     return recalls
 
 
-def load_places(
-    options: TrainOptions, num_workers: int, device: torch.device
-) -> tuple[GSVCities, PlaceBatches, ImageLoader]:
+def load_places(options: TrainOptions, device: torch.device) -> tuple[GSVCities, PlaceBatches, ImageLoader]:
     """The places to train on, their batches, and the loader of their images."""
     folders = options.train_dataset_folder or (options.eval_datasets_folder / "gsv_cities",)
     photos = [options.eval_datasets_folder / options.eval_dataset_name / "images"]
@@ -165,7 +162,7 @@ def load_places(
         batches,
         batch_size=max(batches.shares(0)),
         item_bytes=options.images_per_place * 3 * math.prod(options.train_resize),
-        num_workers=num_workers,
+        num_workers=workers(options, device),
         device=device,
     )
     return places, batches, loader
@@ -186,13 +183,18 @@ def load_splits(options: TrainOptions, places: GSVCities) -> tuple[DatabaseQueri
     return val, test
 
 
-def image_reader(options: TrainOptions, num_workers: int, device: torch.device, preemption: Preemption) -> ReadImages:
+def workers(options: TrainOptions, device: torch.device) -> int:
+    """How many processes, or threads in evaluation, read images."""
+    return reading_workers(device) if options.num_workers is None else options.num_workers
+
+
+def image_reader(options: TrainOptions, device: torch.device, preemption: Preemption) -> ReadImages:
     """`image_batches` for evaluation and initialisation; a signal ends the run before the next batch."""
     return partial(
         image_batches,
         transform=evaluation_transform(options.resize, options.antialias),
         batch_size=options.extraction_batch_size or extraction_batch_size(device),
-        num_workers=num_workers,
+        num_workers=workers(options, device),
         device=device,
         stop=preemption.stop,
     )

@@ -45,3 +45,10 @@ def test_options_stop_at_the_scripts(path):
         if isinstance(node, ast.FunctionDef):
             names = {arg.arg for arg in [*node.args.args, *node.args.kwonlyargs]}
             assert not names & {"args", "options"}, f"{path}:{node.lineno} {node.name}"
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_the_scripts_read_as_the_method(script):
+    """`run` is named steps: less than 80 lines, docstring included."""
+    (run,) = (node for node in ast.parse((ROOT / script).read_text()).body if getattr(node, "name", "") == "run")
+    assert run.end_lineno - run.lineno + 1 < 80
