@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, Sampler
 
 from utils import distributed
 
+from .photo_files import first_missing
 from .transforms import open_image
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,11 @@ def find_cities(folder: Path) -> list[str]:
     """
     present = {path.stem for path in tables(folder)}
     if not present:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no GSV-Cities in {folder}: {first_missing(folder)}; check --eval_datasets_folder, whose gsv_cities "
+                "is read by default, or download GSV-Cities and name its folder with --train_dataset_folder"
+            )
         below = folder / "gsv_cities"  # as in the toy city and in converted photos
         remedy = f"give {below}" if tables(below) else "download GSV-Cities, or name its folder"
         raise FileNotFoundError(

@@ -129,7 +129,7 @@ def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no folder {folder}: {_first_missing(folder)}; check --eval_datasets_folder and --eval_dataset_name, or "
+            f"no folder {folder}: {first_missing(folder)}; check --eval_datasets_folder and --eval_dataset_name, or "
             "--database_folder and --queries_folder"
         )
     listing = scan(folder, suffixes)
@@ -147,7 +147,7 @@ def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[
     return listing.paths
 
 
-def _first_missing(folder: Path) -> str:
+def first_missing(folder: Path) -> str:
     """Which part of the path of a missing folder is not there, and the folders beside it, in words."""
     missing = folder.absolute()
     while not missing.parent.is_dir():

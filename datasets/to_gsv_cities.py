@@ -162,6 +162,11 @@ def hold_out(
                 area = " ".join(f"{value:.10g}" for value in wanted.area)
                 raise ValueError(f"--{split}_area {area} contains no photo{_extent(collection)}")
         elif wanted.share:
+            if (left := int(free.sum())) < 2:
+                raise ValueError(
+                    f"--{split}_share {wanted.share:g}: what is held out before, and what is within --gap {gap:g} m of "
+                    f"it, leave {left} of {len(photos)} photos; lower --gap, or the share or area held out before"
+                )
             held = np.zeros(len(photos), dtype=bool)
             share = wanted.share * len(photos) / max(int(free.sum()), 1)
             held[free] = connected_share(metres[free], cells[free], share, gap, rng)
@@ -306,7 +311,7 @@ def _database_and_queries(
         )
     if len(chosen) < 2:
         raise ValueError(
-            f"{len(chosen)} photo is held out for {split}, but two are needed; hold out more (--{split}_share)"
+            f"held-out photos for {split}: {len(chosen)}, but two are needed; hold out more (--{split}_share)"
         )
     by_time = queries != "random" and len(times) == len(chosen)
     is_query = np.zeros(len(chosen), dtype=bool)
@@ -487,6 +492,9 @@ def _require_sense(
             raise ValueError(f"--{split}_share {wanted.share:g} is not a share; use at least 0 and below 1, e.g. 0.15")
         if wanted.area and wanted.share:
             raise ValueError(f"--{split}_area and --{split}_share both say what to hold out; give one of them")
+    if sum(wanted.share for wanted in held_out.values()) >= 1:
+        shares = " and ".join(f"--{split}_share {wanted.share:g}" for split, wanted in held_out.items())
+        raise ValueError(f"{shares} leave no photo to train on; use shares that add up to less than 1")
     if queries and not any(wanted.area or wanted.share for wanted in held_out.values()):
         raise ValueError(f"--queries {queries} needs held-out photos; give --val_area or --val_share")
 

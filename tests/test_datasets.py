@@ -123,7 +123,7 @@ def test_cities_are_selected_over_all_folders(three_folders, caplog):
         places_of(three_folders, cities=["Rome", "Zoo", "Oslo"])
     with pytest.raises(ValueError, match="--train_dataset_folder .*A and .*A/../A are the same folder"):
         places_of([three_folders[0], three_folders[1], three_folders[0] / ".." / "A"])
-    with pytest.raises(FileNotFoundError, match="no GSV-Cities in .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="no GSV-Cities in .*nowhere: .*A has no nowhere, only "):
         places_of([three_folders[0], three_folders[0] / "nowhere"])
 
 

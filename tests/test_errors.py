@@ -52,7 +52,7 @@ def test_missing_folder(fails, checkpoint, city):
     message = fails(eval_script, "--eval_datasets_folder=/nowhere", checkpoint)
     assert "no folder /nowhere/toy_city/images/test/database: / has no nowhere, only " in message
     message = fails(train_script, f"--eval_datasets_folder={city}", "--train_dataset_folder=/nowhere")
-    assert "/nowhere/Dataframes/<City>.csv is missing" in message
+    assert "no GSV-Cities in /nowhere: / has no nowhere, only " in message
 
 
 def test_empty_split(fails, checkpoint, copied_city):

@@ -755,6 +755,18 @@ BAD_TABLES = {  # header, rows, flags, what is said
         "of 4 photos held out for val have",
     ),
     "share": ("path,east,north", rows_at(*TWO), "--val_share=1.5", "--val_share 1.5 is not a share"),
+    "shares of all": (
+        "path,east,north",
+        rows_at(*TWO),
+        "--val_share=0.6 --test_share=0.4",
+        "--val_share 0.6 and --test_share 0.4 leave no photo to train on; use shares that add up to less than 1",
+    ),
+    "nothing left to hold out": (
+        "path,east,north",
+        rows_at(*TWO),
+        "--val_share=0.5 --test_share=0.3 --gap=9000",
+        "within --gap 9000 m of it, leave 0 of 8 photos; lower --gap",
+    ),
     "share and area": ("path,east,north", rows_at(*TWO), "--val_share=.5 --val_area 1 1 2 2", "give one of them"),
     "queries of nothing": ("path,east,north", rows_at(*TWO), "--queries=time", "--queries time needs held-out photos"),
     "cell": ("path,east,north", rows_at(*TWO), "--cell=0", "--cell 0 is too small"),
