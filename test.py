@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -262,6 +262,7 @@ class Evaluator:
             images["pca"] = (self.pca_paths, "hard_resize")
         return images
 
+    @cached_property
     def _weights(self) -> str:
         """Digest of the weights that the extraction depends on."""
         return digest({**self.model.backbone.state_dict(), **self.model.aggregation.state_dict()})
@@ -289,7 +290,7 @@ class Evaluator:
             folder = kept_in(settings.descriptors_folder, group[0].of)
             if distributed.is_main():
                 held.enter_context(FolderLock(folder, "--descriptors_folder", "keep descriptors"))
-            weights = self._weights()
+            weights = self._weights
         stores: Stores = {}
         for name, (paths, test_method) in self._images_of(group).items():
             if settings.descriptors_folder is not None:  # others are not reused
@@ -315,7 +316,7 @@ class Evaluator:
                 ),
                 # single_query keeps each photo's shape; each crop counts as an image.
                 batch_size=1 if test_method == "single_query" else max(1, batch_size // CROPS[test_method]),
-                num_workers=reading_workers(self.device) if settings.num_workers is None else settings.num_workers,
+                num_workers=reading_workers(self.device, settings.num_workers),
                 device=self.device,
                 progress=f"{group[0].of} {name}",
                 upright=settings.upright,
@@ -339,7 +340,7 @@ class Evaluator:
             advice = "the same command"
             if self.settings.descriptors_folder is None:
                 advice += f" with --descriptors_folder={shlex.quote(str(folder.absolute()))}"
-                weights = self._weights()
+                weights = self._weights
                 for group, of_group in zip(groups, stores, strict=True):
                     for name, (paths, test_method) in self._images_of(group).items():
                         store = of_group[name]

@@ -162,7 +162,7 @@ def load_places(options: TrainOptions, device: torch.device) -> tuple[GSVCities,
         batches,
         batch_size=max(batches.shares(0)),
         item_bytes=options.images_per_place * 3 * math.prod(options.train_resize),
-        num_workers=workers(options, device),
+        num_workers=reading_workers(device, options.num_workers),
         device=device,
     )
     return places, batches, loader
@@ -183,18 +183,13 @@ def load_splits(options: TrainOptions, places: GSVCities) -> tuple[DatabaseQueri
     return val, test
 
 
-def workers(options: TrainOptions, device: torch.device) -> int:
-    """How many processes, or threads in evaluation, read images."""
-    return reading_workers(device) if options.num_workers is None else options.num_workers
-
-
 def image_reader(options: TrainOptions, device: torch.device, preemption: Preemption) -> ReadImages:
     """`image_batches` for evaluation and initialisation; a signal ends the run before the next batch."""
     return partial(
         image_batches,
         transform=evaluation_transform(options.resize, options.antialias),
         batch_size=options.extraction_batch_size or extraction_batch_size(device),
-        num_workers=workers(options, device),
+        num_workers=reading_workers(device, options.num_workers),
         device=device,
         stop=preemption.stop,
     )

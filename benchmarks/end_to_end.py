@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_gpu = device.type == "cuda"
     batch, places = settings.batch or (64 if on_gpu else 4), settings.places or (120 if on_gpu else 4)
     count, size = settings.count or (2048 if on_gpu else 32), tuple(settings.size)
-    num_workers = reading_workers(device) if settings.num_workers is None else settings.num_workers
+    num_workers = reading_workers(device, settings.num_workers)
     photos = list_images(settings.photos) if settings.photos else made_photos(PHOTOS, count=48)
     photos = (photos * (count // len(photos) + 1))[:count]
 

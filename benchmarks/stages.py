@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_gpu = device.type == "cuda"
     allow_tf32(settings.precision == "tf32")
     batch, places = settings.batch or (64 if on_gpu else 4), settings.places or (120 if on_gpu else 4)
-    num_workers = reading_workers(device) if settings.num_workers is None else settings.num_workers
+    num_workers = reading_workers(device, settings.num_workers)
     photos = made_photos(PHOTOS, count=max(48, batch))
     transform = evaluation_transform(tuple(settings.size))
     torch.manual_seed(0)

@@ -110,7 +110,7 @@ def order_by_similarity(
 
         def search_all() -> NDArray[np.int64]:
             means = of_photos.reshape(len(described), -1, of_photos.shape[1]).mean(axis=1)
-            means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+            search.to_unit_norm(means)
             return search.nearest(means, [(np.arange(len(means)), means)], k, device)[1]
 
         return distributed.on_main(search_all)

@@ -10,6 +10,7 @@ import parser
 from datasets.transforms import TEST_METHODS
 from model import BACKBONES
 from parser import GROUPS, OF_A_CHECKPOINT, EvalOptions, TrainOptions, parse
+from utils.retrieval import DRAWN_CONTEXTS
 
 TRAIN = """--eval_datasets_folder=D --eval_dataset_name=pitts30k --foundation_model_path=dinov2_vitb14_pretrain.pth
 --backbone=dino --supervlad_clusters=4 --crossimage_encoder --patience=3 --lr=0.00005 --epochs_num=20
@@ -45,6 +46,7 @@ def test_released_evaluation_commands(flags, model):
 def test_names_are_those_of_the_parts():
     assert {name: (of.patch_size, of.side, of.depth) for name, of in BACKBONES.items()} == parser.BACKBONES
     assert set(parser.TEST_METHODS) == set(TEST_METHODS)
+    assert parser.DRAWN_CONTEXTS == DRAWN_CONTEXTS
 
 
 def test_other_shapes_are_rounded_to_whole_patches(caplog):

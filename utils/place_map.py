@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from . import acceptance, distributed
 from .outputs import whole
-from .search import Chunk, UselessDescriptors
+from .search import Chunk, UselessDescriptors, to_unit_norm
 
 logger = logging.getLogger(__name__)
 
@@ -427,7 +427,7 @@ class PlaceMap:
         if self.pca is not None:
             query = self.pca.transform(query)
             if self.pca.whiten:
-                query /= np.maximum(np.linalg.norm(query, axis=1, keepdims=True), 1e-12)
+                to_unit_norm(query)
         with _one_thread():
             return self._codes.nearest(query, self._descriptors)
 

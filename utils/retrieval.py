@@ -125,7 +125,7 @@ class Search:
             if self.pca is not None:
                 rows = self.pca.transform(rows).astype(np.float32)
                 if self.pca.whiten:
-                    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+                    search.to_unit_norm(rows)
             yield indices, rows
 
     def projection(self) -> dict[str, Tensor]:

@@ -262,6 +262,11 @@ def cores(count: int) -> Iterator[None]:
         torch.set_num_threads(before[1])
 
 
+def to_unit_norm(rows: NDArray[np.float32]) -> None:
+    """Scales rows, n x D, to unit L2 norm in place; a row of zeros stays as it is."""
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
 def require_finite(descriptors: NDArray[np.float32]) -> None:
     """Raises UselessDescriptors if any of the n x D numbers is not finite."""
     if not np.isfinite(descriptors).all():
