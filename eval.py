@@ -1,7 +1,7 @@
 """Evaluates a checkpoint: recall@N on database/queries datasets, in every encoder context chosen."""
 
 from parser import EvalOptions, parse
-from utils.signals import quiet_ctrl_c
+from utils.system.signals import quiet_ctrl_c
 
 if __name__ == "__main__":
     OPTIONS = parse(EvalOptions)  # before the slow imports, so that an error is reported at once
@@ -15,16 +15,18 @@ from pathlib import Path
 
 import torch
 
-from datasets import tasks
+from datasets.evaluation import tasks
 from model import SuperVLADNet, build_model
 from model import weights as weight_files
 from test import Evaluator, Settings
-from utils import distributed, report, results, run_log
-from utils.device import allow_tf32, cast_products, pick_device
-from utils.outputs import Outputs
-from utils.place_map import PlaceMap
-from utils.preemption import Preemption
-from utils.seed import seed_everything
+from utils.outputs import report, results
+from utils.retrieval.place_map import PlaceMap
+from utils.run import log as run_log
+from utils.run.preemption import Preemption
+from utils.system import distributed
+from utils.system.device import allow_tf32, cast_products, pick_device
+from utils.system.files import Outputs
+from utils.system.seed import seed_everything
 
 logger = logging.getLogger(__name__)
 

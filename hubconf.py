@@ -70,7 +70,7 @@ def prepare(
     Raises:
         ValueError: the backbone is unknown, or `resize` is not two positive multiples of its patch size.
     """
-    transforms, sizes = _ours("datasets", "transforms"), _ours("model", "sizes").BACKBONES
+    transforms, sizes = _ours("datasets", "photos.transforms"), _ours("model", "sizes").BACKBONES
     if backbone not in sizes:
         raise ValueError(f"unknown backbone {backbone!r}; use one of {', '.join(sizes)}")
     patch_size, side = sizes[backbone].patch_size, sizes[backbone].side
@@ -83,7 +83,7 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
     """Loads a map that eval.py wrote with --save_map, and the model that it was made with: `map.locate(photo)`.
 
     `locate` takes a photo as a NumPy array of H x W x 3 bytes in RGB order, prepares it as the map's photos were, and
-    returns `(path, position, distance, accepted)`, see `utils.place_map.Place`. The model runs in fp32.
+    returns `(path, position, distance, accepted)`, see `utils.retrieval.place_map.Place`. The model runs in fp32.
 
     Args:
         path: path of the map.
@@ -97,9 +97,9 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
     """
     import torch
 
-    transforms, weights = _ours("datasets", "transforms"), _ours("model", "weights")
+    transforms, weights = _ours("datasets", "photos.transforms"), _ours("model", "weights")
     try:
-        asked = _ours("utils", "place_map").PlaceMap(os.path.expanduser(path), accept=accept)
+        asked = _ours("utils", "retrieval.place_map").PlaceMap(os.path.expanduser(path), accept=accept)
         file = weights.find_checkpoint(Path(os.path.expanduser(resume)))
         content = weights.read_file(file)
         asked.require(weights.model_of(Path(resume), content), str(resume))

@@ -16,22 +16,24 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from datasets.database_queries import DatabaseQueries, image_key
-from datasets.image_batches import image_batches
-from datasets.judging import Evaluation, Matches, distance_on_val, first_matches, format_recalls
-from datasets.map_queries import MapQueries
-from datasets.tasks import Task, foresee_recalls
-from datasets.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
-from utils import acceptance, distributed, match_page, pairs, search
-from utils.descriptor_store import DescriptorStore, digest, kept_in
-from utils.device import autocast, extraction_batch_size, reading_workers
-from utils.extraction import PlaceDescriber, extract, images_at_a_time
-from utils.index_trial import require_index
-from utils.lock import FolderLock
-from utils.outputs import Outputs
-from utils.place_map import PlaceMap, require_place_for, write_map
-from utils.results import Found, Wanted
-from utils.retrieval import DRAWN_CONTEXTS, Search, searched_by_all
+from datasets.evaluation.database_queries import DatabaseQueries, image_key
+from datasets.evaluation.judging import Evaluation, Matches, distance_on_val, first_matches, format_recalls
+from datasets.evaluation.map_queries import MapQueries
+from datasets.evaluation.tasks import Task, foresee_recalls
+from datasets.photos.batches import image_batches
+from datasets.photos.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
+from utils.outputs import match_page, pairs
+from utils.outputs.results import Found, Wanted
+from utils.retrieval import acceptance, search
+from utils.retrieval.contexts import DRAWN_CONTEXTS, Search, searched_by_all
+from utils.retrieval.descriptor_store import DescriptorStore, digest, kept_in
+from utils.retrieval.extraction import PlaceDescriber, extract, images_at_a_time
+from utils.retrieval.index_trial import require_index
+from utils.retrieval.place_map import PlaceMap, require_place_for, write_map
+from utils.system import distributed
+from utils.system.device import autocast, extraction_batch_size, reading_workers
+from utils.system.files import Outputs
+from utils.system.lock import FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def evaluate(
         infer_batch_size: images that share a batch in `describe`.
         device: device of the model.
         folder: temporary folder for descriptors, removed afterwards.
-        precision: precision of the backbone, a name from `utils.device.autocast`.
+        precision: precision of the backbone, a name from `utils.system.device.autocast`.
     """
     recalls: dict[int, float] = {}
     stores: dict[str, DescriptorStore] = {}

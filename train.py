@@ -1,7 +1,7 @@
 """Fine-tunes SuperVLAD on GSV-Cities and keeps the model with the best recall on the validation split."""
 
 from parser import TrainOptions, parse
-from utils.signals import quiet_ctrl_c
+from utils.system.signals import quiet_ctrl_c
 
 if __name__ == "__main__":
     OPTIONS = parse(TrainOptions)  # before the slow imports, so that an error is reported at once
@@ -23,18 +23,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import similar_places
-from datasets.alignment import alignment, log_alignment
-from datasets.database_queries import DatabaseQueries
-from datasets.gsv_cities import GSVCities, PlaceBatches
-from datasets.transforms import TrainingTransform, evaluation_transform, normalize, to_unit
+from datasets.evaluation.alignment import alignment, log_alignment
+from datasets.evaluation.database_queries import DatabaseQueries
+from datasets.photos.transforms import evaluation_transform, normalize, to_unit
+from datasets.training import similar_places
+from datasets.training.gsv_cities import GSVCities, PlaceBatches
+from datasets.training.randaugment import TrainingTransform
 from model import SuperVLADNet, build_model
 from model.initialization import initialize_layer, sample_local_features
 from model.loss import MinedMultiSimilarity
 from model.weights import FOUNDATION_FILES, GATED_FILES, fetch_foundation, load_checkpoint, load_foundation, read_file
 from test import evaluate, format_recalls, image_batches
-from utils import checkpoint, distributed, report, run_log
-from utils.device import (
+from utils.outputs import report
+from utils.run import checkpoint
+from utils.run import log as run_log
+from utils.run.optimization import Optimization
+from utils.run.preemption import Preemption
+from utils.run.progress import Progress
+from utils.system import distributed
+from utils.system.device import (
     allow_tf32,
     autocast,
     estimated_hours,
@@ -46,12 +53,9 @@ from utils.device import (
     reset_peak_memory,
     to_device,
 )
-from utils.optimization import Optimization
-from utils.outputs import Outputs
-from utils.preemption import Preemption
-from utils.progress import Progress
-from utils.reading import ImageLoader
-from utils.seed import seed_everything
+from utils.system.files import Outputs
+from utils.system.reading import ImageLoader
+from utils.system.seed import seed_everything
 
 logger = logging.getLogger(__name__)
 

@@ -20,13 +20,14 @@ from tqdm import tqdm
 from benchmarks import baselines
 from benchmarks.measuring import PeakGrowth, medians, record
 from benchmarks.photos import made_photos
-from datasets.database_queries import DatabaseQueries, list_images, utm_positions
-from datasets.gsv_cities import CITIES, COLUMNS, LABELS_PER_CITY, GSVCities
-from datasets.transforms import TrainingTransform, evaluation_transform, open_image, read_pixels
+from datasets.evaluation.database_queries import DatabaseQueries, list_images, utm_positions
+from datasets.photos.transforms import evaluation_transform, open_image, read_pixels
+from datasets.training.gsv_cities import CITIES, COLUMNS, LABELS_PER_CITY, GSVCities
+from datasets.training.randaugment import TrainingTransform
 from model import BACKBONES, build_model
 from model.dinov2 import DINOv2
 from model.supervlad import SuperVLAD
-from utils import search
+from utils.retrieval import search
 
 CPU = torch.device("cpu")
 PHOTOS = Path("data/benchmark")

@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import baselines
 from benchmarks.measuring import medians, record
 from benchmarks.photos import made_photos
-from datasets.database_queries import list_images
-from datasets.image_batches import image_batches
-from datasets.transforms import evaluation_transform
+from datasets.evaluation.database_queries import list_images
+from datasets.photos.batches import image_batches
+from datasets.photos.transforms import evaluation_transform
 from model import SuperVLADNet, build_model
 from model.loss import MinedMultiSimilarity
 from parser import BACKBONES
-from utils.device import autocast, peak_memory, pick_device, reading_workers, to_cpu, usable_cores
-from utils.optimization import Optimization
+from utils.run.optimization import Optimization
+from utils.system.device import autocast, peak_memory, pick_device, reading_workers, to_cpu, usable_cores
 
 PHOTOS = Path("data/benchmark")
 

@@ -21,10 +21,10 @@ import faiss
 import numpy as np
 import torch
 
-from utils import faiss_index, search
-from utils.binary_codes import codes_of, exact_distances
-from utils.descriptor_store import DescriptorStore
-from utils.extraction import EncoderContext, descriptors
+from utils.retrieval import faiss_index, search
+from utils.retrieval.binary_codes import codes_of, exact_distances
+from utils.retrieval.descriptor_store import DescriptorStore
+from utils.retrieval.extraction import EncoderContext, descriptors
 
 from .measuring import record
 from .search_memory import Plain, blocks

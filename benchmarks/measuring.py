@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from utils.outputs import whole
-from utils.run_log import environment
+from utils.run.log import environment
+from utils.system.files import whole
 
 RESULTS = Path("logs/benchmarks")  # not in the tree itself: the next benchmark would find its revision dirty
 

@@ -17,7 +17,7 @@ from benchmarks.measuring import record
 from model import build_model
 from model.loss import MinedMultiSimilarity
 from parser import BACKBONES, freeze_te
-from utils.device import autocast, pick_device
+from utils.system.device import autocast, pick_device
 
 WAYS = ("plain", "activation checkpointing", "chunks", "chunks and checkpointing")
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.measuring import processor, record
 from benchmarks.search_memory import PeakMemory
-from utils.place_map import PlaceMap, write_map
+from utils.retrieval.place_map import PlaceMap, write_map
 
 MODEL = {"backbone": "dino", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": False}
 

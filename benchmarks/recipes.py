@@ -21,7 +21,7 @@ from typing import Any
 import eval as eval_script
 import train as train_script
 from datasets.toy_city import write_toy_city
-from utils.outputs import whole
+from utils.system.files import whole
 
 DEMO = "--eval_dataset_name=toy_city --backbone=dino_tiny --extraction_batch_size=16"  # as the Makefile has it
 TRAINING = "--freeze_te none --randaugment_ops 0 --lr=0.001"

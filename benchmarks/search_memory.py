@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import record
-from utils import search
-from utils.descriptor_store import DescriptorStore
-from utils.extraction import EncoderContext, descriptors
+from utils.retrieval import search
+from utils.retrieval.descriptor_store import DescriptorStore
+from utils.retrieval.extraction import EncoderContext, descriptors
 
 
 class Plain(torch.nn.Module):

@@ -20,14 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import medians, record
 from benchmarks.photos import made_photos
-from datasets.image_batches import image_batches
-from datasets.transforms import evaluation_transform, read_pixels, transform_sizes
+from datasets.photos.batches import image_batches
+from datasets.photos.transforms import evaluation_transform, read_pixels, transform_sizes
 from model import SuperVLADNet, build_model
 from model.loss import MinedMultiSimilarity
 from parser import BACKBONES
-from utils import search
-from utils.device import allow_tf32, autocast, peak_memory, pick_device, reading_workers, to_cpu
-from utils.optimization import Optimization
+from utils.retrieval import search
+from utils.run.optimization import Optimization
+from utils.system.device import allow_tf32, autocast, peak_memory, pick_device, reading_workers, to_cpu
 
 PHOTOS = Path("data/benchmark")
 

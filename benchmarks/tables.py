@@ -23,8 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.protocols import PROTOCOLS
-from utils.outputs import whole
+from datasets.evaluation.protocols import PROTOCOLS
+from utils.system.files import whole
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DEFINITIONS = "benchmarks/results", "benchmarks/tables.md"

@@ -11,8 +11,8 @@ is 0 without faults, 1 with any, and 2 for a folder that is none of these.
 
 from pathlib import Path
 
-from utils.command_line import Parser
-from utils.signals import left_on_signals, mapped, process_pool, quiet_ctrl_c
+from utils.system.command_line import Parser
+from utils.system.signals import left_on_signals, mapped, process_pool, quiet_ctrl_c
 
 
 def command_line() -> Parser:
@@ -46,12 +46,12 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from .database_queries import DatabaseQueries, database_folder, like_degrees, utm_positions
-from .exif import gps_position
-from .gsv_cities import read_city, tables
-from .photo_files import IMAGE_SUFFIXES, PHOTO_SUFFIXES, UNREAD_PHOTOS, Listing, identity, scan
-from .pixel_modes import Depth
-from .transforms import open_noted
+from .evaluation.database_queries import DatabaseQueries, database_folder, like_degrees, utm_positions
+from .photos.exif import gps_position
+from .photos.listing import IMAGE_SUFFIXES, PHOTO_SUFFIXES, UNREAD_PHOTOS, Listing, identity, scan
+from .photos.pixel_modes import Depth
+from .photos.transforms import open_noted
+from .training.gsv_cities import read_city, tables
 
 SPLITS = ("train", "val", "test")
 IMAGES_PER_TASK = 16

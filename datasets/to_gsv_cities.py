@@ -20,8 +20,8 @@ of a walk with a photo every 10 m, 111 cells, it made 1 place, while leaving out
 
 from pathlib import Path
 
-from utils.command_line import Parser
-from utils.signals import left_on_signals, quiet_ctrl_c
+from utils.system.command_line import Parser
+from utils.system.signals import left_on_signals, quiet_ctrl_c
 
 
 def command_line() -> Parser:
@@ -80,12 +80,12 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torchvision.transforms.v2.functional import to_pil_image
 
-from utils.outputs import whole
+from utils.system.files import whole
 
-from .gsv_cities import COLUMNS, LABELS_PER_CITY, image_name
-from .own_photos import LABELS, REMEDIES, Collection, Photo, collect
-from .own_places import apart, cells_of, connected_share, heading_bins, in_area, map_shape, nearer
-from .transforms import read_pixels
+from .own.photos import LABELS, REMEDIES, Collection, Photo, collect
+from .own.places import apart, cells_of, connected_share, heading_bins, in_area, map_shape, nearer
+from .photos.transforms import read_pixels
+from .training.gsv_cities import COLUMNS, LABELS_PER_CITY, image_name
 
 METRES_PER_DEGREE = 111_320.0
 POSITIVE = 25.0  # metres from a query to a correct database photo, the default of train.py

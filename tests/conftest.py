@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datasets.toy_city import write_toy_city
-from utils import assignments, report
+from utils.outputs import assignments, report
 
 # They start processes or build a ViT-B; `make test-fast` leaves them out.
 SLOW = {"distributed", "end_to_end", "export", "golden_model", "golden_training", "real_photos", "resume", "signals"}

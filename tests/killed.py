@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import test as evaluation
 import train
-from utils import checkpoint
-from utils.optimization import Optimization
+from utils.run import checkpoint
+from utils.run.optimization import Optimization
 
 point, count, *flags = sys.argv[1:]
 left = int(count)

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import model as model_package
 import train
 from model.cross_image import CrossImageEncoder
-from utils.optimization import Optimization
-from utils.progress import Progress
+from utils.run.optimization import Optimization
+from utils.run.progress import Progress
 
 
 def record(flags, *, halves=None):

@@ -9,7 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import eval as eval_script
-from utils import extraction, retrieval
+from utils.retrieval import contexts as retrieval
+from utils.retrieval import extraction
 
 retrieval.SEARCHED_BY_ALL = 1
 extraction.CHUNK_BYTES = extraction.ENCODED_TOGETHER = 1

@@ -16,8 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import SuperVLADNet
-from utils.optimization import Optimization
-from utils.preemption import Preemption
+from utils.run.optimization import Optimization
+from utils.run.preemption import Preemption
 
 torch.set_num_threads(1)
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.command_line import Parser
-from utils.signals import left_on_signals
+from utils.system.command_line import Parser
+from utils.system.signals import left_on_signals
 
 from .layout import CITIES, write_toy_city
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.random import Generator
 from tqdm import tqdm
 
-from utils.signals import mapped, process_pool
+from utils.system.signals import mapped, process_pool
 
 from .facades import draw_facades
 from .views import Camera, Difficulty, draw_camera, render_view

@@ -1,0 +1,1 @@
+"""Own photos to GSV-Cities' format."""

@@ -1,0 +1,1 @@
+"""All that touches a photo's file: listing, decoding, EXIF, transforms, batches."""

@@ -1,0 +1,1 @@
+"""Places to train on: GSV-Cities, RandAugment, order by similarity."""

@@ -1,0 +1,88 @@
+"""Two processes (torchrun, Gloo) compute what one does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import warm
+from recorded import record
+from test_resume import assert_same, outcome
+
+FLAGS = (
+    "--eval_dataset_name=toy_city --backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56 "
+    "--train_resize 56 56 --lr=0.0001 --epochs_num=2"
+).split()
+
+
+def torchrun(script, *arguments, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [f"--max-restarts={restarts}", str(Path(__file__).parents[1].joinpath(script)), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def gathered(steps, name):
+    return torch.cat([tensor.flatten() for tensor in steps[name]])
+
+
+@pytest.mark.parametrize(
+    ("processes", "places", "flags"),
+    [
+        (2, 6, ""),
+        (3, 7, "--freeze_te=none"),  # 7, 7 and 2 of 16 places: uneven, and one process has no place of the last batch
+        (2, 7, "--crossimage_encoder --encoder_training=every_step --place_order=similar"),
+        (2, 6, "--crossimage_encoder --freeze_te=none --grad_cache_chunk=5 --activation_checkpointing"),
+        (2, 6, "--backbone=dinov3_tiny --backbone_blocks=3 --freeze_te=0 --resize 64 64 --train_resize 64 64"),
+    ],
+)
+def test_several_processes_take_the_steps_of_one(city, tmp_path, processes, places, flags):
+    flags = [*FLAGS, f"--eval_datasets_folder={city}", f"--train_batch_size={places}", *flags.split()]
+    several = [tmp_path / "steps", *flags, f"--save_dir={tmp_path}/several"]
+    run = warm.torchrun("recorded.py", *several, processes=processes)
+    assert run.returncode == 0, run.stderr
+    halves = 2 * [4 * -(-min(places, 16 - start) // 2) for start in range(0, 16, places)]
+    one = record([*flags, f"--save_dir={tmp_path}/one"], halves=halves)
+    several = [torch.load(f"{tmp_path}/steps.{rank}") for rank in range(processes)]
+    assert len(one) == len(halves) >= 6
+    for rank_steps in several:
+        for step, expected in zip(rank_steps, one, strict=True):
+            assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5) and step["loss"] > 0
+            difference = gathered(step, "gradients") - gathered(expected, "gradients")
+            assert difference.norm() < 1e-4 * gathered(expected, "gradients").norm()
+    # Only one process wrote, and validation and test came to the same.
+    (a,), (b,) = (tmp_path / "several").iterdir(), (tmp_path / "one").iterdir()
+    assert {path.name for path in a.iterdir()} == {path.name for path in b.iterdir()}
+    assert (
+        json.loads((a / "results.json").read_text())["recalls"]
+        == json.loads((b / "results.json").read_text())["recalls"]
+    )
+    assert recalls_of(a) == recalls_of(b)
+    assert run.stderr.count("epoch=01") == 1
+
+
+def recalls_of(folder):
+    return [line.split(",")[4:] for line in (folder / "metrics.csv").read_text().split()]
+
+
+def test_a_preempted_and_a_killed_process_change_nothing(city, tmp_path):
+    flags = [*FLAGS, f"--eval_datasets_folder={city}", "--train_batch_size=4", "--checkpoint_every=2", "--resume=auto"]
+    flags += ["--crossimage_encoder", "--encoder_training=every_step"]  # whose dropout differs between the processes
+    run = warm.torchrun("killed.py", "step", 1000, *flags, f"--save_dir={tmp_path}/uninterrupted")
+    assert run.returncode == 0, run.stderr
+    flags.append(f"--save_dir={tmp_path}/interrupted")
+    run = torchrun("killed.py", "preempted", 3, *flags)
+    assert run.returncode != 0 and "exitcode  : 143" in run.stderr
+    (last,) = tmp_path.glob("interrupted/*/last_model.pth")
+    assert len(torch.load(last)["losses"]) == 3
+    run = torchrun("killed.py", "step", 4, *flags, restarts=1)  # the restarted process has only three steps to go
+    assert run.returncode == 0 and "exitcode: -9" in run.stderr, run.stderr
+    assert_same(outcome(tmp_path / "interrupted"), outcome(tmp_path / "uninterrupted"))
+
+
+def test_a_batch_too_small_for_the_processes(city, tmp_path):
+    flags = [*FLAGS, f"--eval_datasets_folder={city}", "--train_batch_size=1", f"--save_dir={tmp_path}/run"]
+    run = warm.torchrun("recorded.py", tmp_path / "steps", *flags)
+    assert run.returncode != 0 and "--train_batch_size 1 is too small for 2 processes" in run.stderr
+    assert not (tmp_path / "run").exists()

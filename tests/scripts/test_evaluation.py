@@ -1,0 +1,349 @@
+"""test.py: which images share a batch, what does not matter, and the test methods, against doing it by hand."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2 import functional as TF
+
+import train as train_script
+from datasets.evaluation.database_queries import DatabaseQueries
+from datasets.photos import transforms
+from datasets.photos.batches import image_batches
+from datasets.photos.transforms import CROPS, evaluation_transform, open_image, transform_sizes
+from model import build_model
+from parser import TrainOptions, parse
+from test import evaluate, format_recalls
+from utils.retrieval import extraction, search
+from utils.retrieval.contexts import Search
+from utils.retrieval.descriptor_store import DescriptorStore
+from utils.retrieval.extraction import EncoderContext, descriptors, extract
+
+CPU = torch.device("cpu")
+SIZE = (56, 56)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return build_model(backbone="dino_tiny", clusters=2, crossimage_encoder=True).eval()
+
+
+@pytest.fixture(scope="module")
+def dataset(city):
+    return DatabaseQueries.from_folder(city, "toy_city", "test")
+
+
+def reader(batch_size, num_workers=0, test_method="hard_resize"):
+    transform = evaluation_transform(SIZE, test_method=test_method)
+    return partial(image_batches, transform=transform, batch_size=batch_size, num_workers=num_workers, device=CPU)
+
+
+@pytest.fixture
+def stored(model, tmp_path):
+    """Runs the backbone over paths, and returns the store."""
+
+    def run(paths, batch_size=8, num_workers=0, test_method="hard_resize", name="vectors"):
+        store = DescriptorStore(tmp_path / "stores", name, (len(paths), CROPS[test_method], *model.vectors_shape))
+        extract(model, paths, store, partial(reader(batch_size, num_workers, test_method), progress=""))
+        return store
+
+    return run
+
+
+def described(model, store, context):
+    """In the order of the images, whatever the order of the chunks."""
+    indices, rows = zip(*descriptors(model, store, context, device=CPU), strict=True)
+    rows = np.concatenate(rows).reshape(len(store), -1)
+    return rows[np.argsort(np.concatenate(indices))]
+
+
+@torch.inference_mode()
+def by_hand(model, paths, batch_size, test_method="hard_resize"):
+    """The released way: the whole model over batches in file order, the last one short; N*crops x D."""
+    transform = evaluation_transform(SIZE, test_method=test_method)
+    images = [transform(pil_to_tensor(open_image(path))[None])[0] for path in paths]
+    batches = [torch.stack(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+    return torch.cat([model(batch.flatten(0, -4)) for batch in batches]).numpy()
+
+
+def distances_between(queries, database):
+    return ((queries[:, None] - database[None]) ** 2).sum(axis=2)
+
+
+@pytest.mark.parametrize("infer_batch_size", [4, 16])
+@pytest.mark.parametrize(("extraction_batch_size", "num_workers"), [(1, 0), (7, 2), (15, 0)])
+def test_descriptors_are_those_of_the_released_batching(
+    model, dataset, stored, infer_batch_size, extraction_batch_size, num_workers
+):
+    store = stored(dataset.database_paths, extraction_batch_size, num_workers)
+    assert store.shape == (15, 1, 2, 96)
+    found = described(model, store, EncoderContext(infer_batch_size))
+    np.testing.assert_allclose(found, by_hand(model, dataset.database_paths, infer_batch_size), atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5000])
+def test_chunks_do_not_change_who_shares_a_batch(model, dataset, stored, monkeypatch, chunk_bytes):
+    monkeypatch.setattr("utils.retrieval.extraction.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("utils.retrieval.extraction.ENCODED_TOGETHER", 1)
+    store = stored(dataset.database_paths)
+    assert len(list(descriptors(model, store, EncoderContext(4), device=CPU))) > 1
+    found = described(model, store, EncoderContext(4))
+    np.testing.assert_allclose(found, by_hand(model, dataset.database_paths, 4), atol=1e-6)
+
+
+def test_the_encoder_does_look_across_its_batch(model, dataset):
+    """So that the tests above can fail."""
+    few, many = (by_hand(model, dataset.database_paths, size) for size in (4, 16))
+    assert np.abs(few - many).max() > 1e-3
+
+
+def test_independent_is_a_batch_of_one(model, dataset, stored):
+    found = described(model, stored(dataset.database_paths), EncoderContext(1))
+    np.testing.assert_allclose(found, by_hand(model, dataset.database_paths, 1), atol=1e-6)
+
+
+def test_shuffled_is_any_order(model, dataset, stored):
+    context = EncoderContext(4, seed=(3, 1))
+    order = context.order(15)
+    assert sorted(order) == list(range(15)) and order.tolist() != list(range(15))
+    found = described(model, stored(dataset.database_paths), context)
+    expected = by_hand(model, [dataset.database_paths[index] for index in order], 4)
+    np.testing.assert_allclose(found[order], expected, atol=1e-6)
+
+
+def searched(model, dataset, stored, test_method, *, context="file_order", batch=4, k=15, **settings):
+    stores = {
+        "database": stored(dataset.database_paths, name="database"),
+        "queries": stored(
+            dataset.queries_paths, 1 if test_method == "single_query" else 8, 0, test_method, name="queries"
+        ),
+    }
+    run = Search(model, stores, test_method=test_method, context=context, infer_batch_size=batch, device=CPU)
+    return run.run(k, **settings)[0]
+
+
+@pytest.mark.parametrize("context", ["file_order", "independent"])
+@pytest.mark.parametrize("test_method", CROPS)
+def test_test_methods_by_hand(model, dataset, stored, test_method, context):
+    distances, predictions = searched(model, dataset, stored, test_method, context=context, k=4)
+    batch = 4 if context == "file_order" else 1
+    database = by_hand(model, dataset.database_paths, batch)
+    queries = by_hand(model, dataset.queries_paths, 1 if test_method == "single_query" else batch, test_method)
+    if test_method == "five_crops":
+        queries = queries.reshape(15, 5, -1).mean(axis=1)
+        assert np.linalg.norm(queries, axis=1).max() < 0.9999, "not normalised again"
+    expected = distances_between(queries, database)
+    order = np.argsort(expected, axis=1, kind="stable")[:, :4]
+    lengths = np.take_along_axis(expected, order, 1)
+    if test_method in ("nearest_crop", "maj_voting"):
+        weight = 0.01 if test_method == "maj_voting" else 0.0
+        lengths, order = search.merge_crops(lengths, order, majority_weight=weight)
+    np.testing.assert_array_equal(predictions, order)
+    np.testing.assert_allclose(distances, lengths, atol=1e-5)
+
+
+def test_database_and_queries_are_shuffled_apart(model, dataset, stored):
+    """They have the same number of images here, and would get the same order from the same seed."""
+    stores = {
+        name: stored(paths, name=name)
+        for name, paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths))
+    }
+    run = Search(model, stores, context="shuffled", infer_batch_size=4, seed=(0, 1), device=CPU)
+    first, second = (next(iter(run.chunks(name)))[0] for name in stores)
+    assert sorted(first) == sorted(second) == list(range(15)) and first.tolist() != second.tolist()
+    again = Search(model, stores, context="shuffled", infer_batch_size=4, seed=(0, 1), device=CPU)
+    other = Search(model, stores, context="shuffled", infer_batch_size=4, seed=(0, 2), device=CPU)
+    np.testing.assert_array_equal(run.rows("queries"), again.rows("queries"))
+    assert np.abs(run.rows("queries") - other.rows("queries")).max() > 1e-4
+
+
+def test_pca_by_hand(model, dataset, stored):
+    stores = {
+        name: stored(paths, name=name)
+        for name, paths in (
+            ("database", dataset.database_paths),
+            ("queries", dataset.queries_paths),
+            ("pca", dataset.database_paths[::-1]),
+        )
+    }
+    run = Search(model, stores, infer_batch_size=4, pca_dim=5, device=CPU)
+    assert run.rows("queries").shape == (15, 5)
+    database, queries, fitted = (
+        by_hand(model, paths, 4)
+        for paths in (dataset.database_paths, dataset.queries_paths, dataset.database_paths[::-1])
+    )
+    pca = PCA(5, random_state=0).fit(fitted)
+    expected = distances_between(pca.transform(queries), pca.transform(database))
+    ((distances, predictions),) = run.run(3)
+    np.testing.assert_allclose(distances, np.sort(expected, axis=1)[:, :3], rtol=1e-3)
+    np.testing.assert_array_equal(predictions, np.argsort(expected, axis=1)[:, :3])
+
+
+def test_whitened_numbers_vary_alike_and_are_normalised_again(model, dataset, stored):
+    stores = {name: stored(dataset.database_paths, name=name) for name in ("database", "queries", "pca")}
+    run = Search(model, stores, infer_batch_size=4, pca_dim=5, pca_whiten=True, device=CPU)
+    rows, database = run.rows("queries"), by_hand(model, dataset.database_paths, 4)
+    whitened = PCA(5, whiten=True, random_state=0).fit_transform(database)
+    np.testing.assert_allclose(whitened.std(axis=0, ddof=1), 1, rtol=1e-3)
+    np.testing.assert_allclose(rows, whitened / np.linalg.norm(whitened, axis=1, keepdims=True), atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    # As one linear map, which an exported file carries.
+    found = run.projection()
+    mapped = (torch.from_numpy(database) - found["mean"]) @ found["components"].T
+    np.testing.assert_allclose(mapped, whitened, atol=1e-3)
+
+
+def test_whitening_what_does_not_vary_is_refused(model, dataset, stored):
+    paths = dataset.database_paths
+    stores = {name: stored(paths, name=name) for name in ("database", "queries")} | {"pca": stored(paths[:4] * 2)}
+    with pytest.raises(ValueError, match="of 5 dimensions only 3 vary over the images; use --pca_dim 3 at most"):
+        Search(model, stores, infer_batch_size=1, pca_dim=5, pca_whiten=True, device=CPU)
+
+
+def test_database_and_queries_share_no_batch(model, dataset, tmp_path):
+    recalls = evaluate(
+        model,
+        dataset,
+        read_images=reader(4),
+        recall_values=[1, 5, 10],
+        positive_distance=25.0,
+        infer_batch_size=8,
+        device=CPU,
+        folder=tmp_path / "descriptors",
+    )
+    database, queries = (by_hand(model, paths, 8) for paths in (dataset.database_paths, dataset.queries_paths))
+    predictions = np.argsort(distances_between(queries, database), axis=1)
+    assert recalls == search.recall_at(predictions, dataset.positives(25.0), [1, 5, 10])
+    assert not (tmp_path / "descriptors").exists()
+
+
+def test_evaluating_moves_no_random_numbers_and_switches_dropout_off(model, dataset, stored):
+    model.train()
+    state = torch.get_rng_state()
+    first, second = (stored(dataset.queries_paths, 4, num_workers=n) for n in (0, 2))
+    assert torch.equal(state, torch.get_rng_state()) and not model.training
+    np.testing.assert_array_equal(first.read(np.arange(15)), second.read(np.arange(15)))
+
+
+def test_only_what_is_missing_is_computed(model, dataset, stored):
+    store = stored(dataset.queries_paths, 4)
+    expected = store.read(np.arange(15))
+    np.lib.format.open_memmap(store.path, mode="r+")[[3, 9, 10]] = 0
+    done = bytearray(store.path.with_suffix(".done").read_bytes())
+    done[3] = done[9] = done[10] = 0
+    store.path.with_suffix(".done").write_bytes(done)
+    asked = []
+
+    def read_images(paths):
+        asked.extend(paths)
+        return reader(2)(paths, progress="")
+
+    extract(model, dataset.queries_paths, store, read_images)
+    assert asked == [dataset.queries_paths[index] for index in (3, 9, 10)]
+    np.testing.assert_allclose(store.read(np.arange(15)), expected, atol=1e-6)
+
+
+def test_images_of_several_sizes_share_a_batch():
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((60, 80), (90, 70), (60, 80), (70, 90))]
+    transform = evaluation_transform(SIZE)
+    together = transform_sizes(transform, images)
+    torch.testing.assert_close(together, torch.cat([transform(image[None]) for image in images]))
+
+
+def test_format():
+    assert format_recalls({1: 27.04, 5: 42.35}) == "R@1: 27.0, R@5: 42.4"
+
+
+class Memory(TorchDispatchMode):
+    """Counts the results of `numel` real numbers that have a memory of their own."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.seen = numel, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        large = isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel() >= self.numel
+        if large and all(result.untyped_storage().data_ptr() != of.untyped_storage().data_ptr() for of in self.seen):
+            self.seen.append(result)  # kept, so that its memory is not given out again
+        return result
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 50), (2, 3, 40, 50), (2, 5, 3, 28, 28)])
+def test_normalising_is_torchvisions_and_can_overwrite(shape):
+    values = torch.rand(shape)
+    expected = TF.normalize(values, transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)
+    assert torch.equal(transforms.normalize(values), expected) and values.max() <= 1
+    overwritten = values.clone()
+    again = transforms.normalize(overwritten, inplace=True)
+    assert torch.equal(again, expected) and again.data_ptr() == overwritten.data_ptr()
+
+
+def test_the_mean_goes_to_a_device_once(monkeypatch):
+    transforms.normalize(torch.rand(1, 3, 4, 4))
+    monkeypatch.setattr(transforms.torch, "tensor", None)
+    with torch.inference_mode():
+        transforms.normalize(torch.rand(2, 3, 5, 5), inplace=True)
+    mean, std = transforms._statistics(CPU, torch.float32)
+    assert not mean.is_inference() and mean.shape == std.shape == (3, 1, 1)
+
+
+def test_a_training_step_holds_its_images_once(city, tmp_path, monkeypatch):
+    """As real numbers, beside the bytes that came: 289 MB for the recipe's 480 images."""
+    counted = []
+    to_unit, normalize = train_script.to_unit, train_script.normalize
+
+    def unit(pixels):
+        memory = Memory(pixels.numel())
+        memory.__enter__()
+        counted.append(memory)
+        return to_unit(pixels)
+
+    def normal(*values, **settings):
+        result = normalize(*values, **settings)
+        counted[-1].__exit__(None, None, None)
+        return result
+
+    monkeypatch.setattr(train_script, "to_unit", unit)
+    monkeypatch.setattr(train_script, "normalize", normal)
+    flags = "--eval_dataset_name=toy_city --backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56".split()
+    flags += "--train_resize 56 56 --train_batch_size=4 --epochs_num=1".split()
+    train_script.main([*flags, f"--eval_datasets_folder={city}", f"--save_dir={tmp_path}"])
+    assert counted and all(len(memory.seen) == 1 for memory in counted)
+
+
+@pytest.mark.parametrize(("name", "results"), [("hard_resize", 2), ("central_crop", 2), ("five_crops", 7)])
+def test_a_transform_makes_no_copy_to_normalise(name, results):
+    """There are real numbers of all pixels, resized or scaled ones, and of five crops each one and all together."""
+    pixels = torch.randint(0, 256, (1, 3, 60, 80), dtype=torch.uint8)
+    with Memory(3 * 56 * 56) as memory:
+        transforms.evaluation_transform((56, 56), test_method=name)(pixels)
+    assert len(memory.seen) <= results
+
+
+def test_the_precision_of_validation(city, tmp_path, monkeypatch):
+    """It is taken for the validation split alone."""
+    taken, real = [], extraction.autocast
+    monkeypatch.setattr(extraction, "autocast", lambda device, name: taken.append(name) or real(device, name))
+    flags = "--eval_dataset_name=toy_city --backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56".split()
+    flags += "--train_resize 56 56 --train_batch_size=4 --epochs_num=1 --extraction_batch_size=16".split()
+    flags += [f"--eval_datasets_folder={city}", f"--save_dir={tmp_path}"]
+    recalls = {}
+    for precision in ("fp32", "bf16"):
+        taken.clear()
+        recalls[precision] = train_script.run(parse(TrainOptions, [*flags, f"--val_precision={precision}"]))
+        half = len(taken) // 2
+        assert half and taken == [precision] * half + ["fp32"] * half
+    assert recalls["bf16"] == recalls["fp32"], "one epoch, so the best is the last; the test split is in fp32"
+
+
+def test_validation_precision_decides_and_is_a_known_one():
+    argv = ["--eval_datasets_folder=data"]
+    assert parse(TrainOptions, argv).decisive["--val_precision"] == "fp32"
+    with pytest.raises(SystemExit):
+        parse(TrainOptions, [*argv, "--val_precision=int8"])

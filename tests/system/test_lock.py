@@ -1,0 +1,107 @@
+"""A folder belongs to one live process."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.system import lock
+from utils.system.lock import FolderLock, is_held
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from utils.system.lock import FolderLock
+held = FolderLock(Path({folder!r}), "--save_dir")
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has the folder `tmp_path/run`."""
+    code = HOLDER.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path / "run"))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_process_is_told_who_has_the_folder(holder, tmp_path):
+    assert is_held(tmp_path / "run")
+    pattern = rf"run is in use by process {holder.pid} on {os.uname().nodename} since 20..-..-.. .*another --save_dir"
+    with pytest.raises(ValueError, match=pattern):
+        FolderLock(tmp_path / "run", "--save_dir")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert not is_held(tmp_path / "run")
+    with FolderLock(tmp_path / "run", "--save_dir"):
+        assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on")
+
+
+def test_the_same_process_counts_too_until_it_lets_go(tmp_path):
+    with FolderLock(tmp_path, "--save_dir"):
+        (tmp_path / "link").symlink_to(tmp_path)
+        assert is_held(tmp_path / "link")
+        with pytest.raises(ValueError, match=rf"in use by this process \({os.getpid()}\)"):
+            FolderLock(tmp_path / "link", "--save_dir")
+    assert not is_held(tmp_path) and not is_held(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    FolderLock(tmp_path, "--save_dir").release()
+
+
+def test_a_folder_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=rf"cannot write in {folder} \(.*\); name another --save_dir"):
+            FolderLock(folder, "--save_dir")
+
+
+def test_nothing_is_left_of_a_lock(tmp_path):
+    with FolderLock(tmp_path / "made", "--save_dir"), FolderLock(tmp_path, "--save_dir"):
+        assert {path.name for path in tmp_path.iterdir()} == {"made", ".lock"}
+    assert not list(tmp_path.iterdir())
+    with FolderLock(tmp_path / "made", "--save_dir"):
+        (tmp_path / "made" / "results.json").touch()
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["results.json"]
+
+
+def test_a_lock_on_a_file_that_its_holder_just_removed_is_none(tmp_path, monkeypatch):
+    real, removed = lock.fcntl.lockf, []
+
+    def late(descriptor, how):
+        real(descriptor, how)
+        if not removed:  # as if the holder had let go between our opening and locking the file
+            removed.append((tmp_path / ".lock").unlink())
+
+    monkeypatch.setattr(lock.fcntl, "lockf", late)
+    with FolderLock(tmp_path, "--save_dir"):
+        assert (tmp_path / ".lock").exists() and removed
+
+
+def test_a_forked_process_does_not_keep_the_folder(tmp_path):
+    held = FolderLock(tmp_path, "--save_dir")
+    ends, begins = os.pipe()
+    if (child := os.fork()) == 0:
+        os.read(ends, 1)
+        os._exit(0)
+    held.release()
+    code = HOLDER.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path)).replace("sleep(60)", "sleep(0)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    os.write(begins, b"x")
+    os.waitpid(child, 0)
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    with FolderLock(tmp_path, "--save_dir"):
+        assert "cannot be locked (No locks available), so a second run could use it too" in caplog.text

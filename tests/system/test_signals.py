@@ -1,0 +1,287 @@
+"""A job that is asked to stop keeps its promises: with reading processes, as users run it and as schedulers stop it."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+import warm
+
+import train as train_script
+from utils.run.preemption import Preemption
+from utils.system.signals import SIGNALS, signals_held_back
+
+SMALL = "--eval_dataset_name=toy_city --backbone=dino_tiny --device=cpu --resize 56 56".split()
+TRAINING = [*SMALL, *"--crossimage_encoder --train_resize 56 56 --train_batch_size=4 --lr=0.001 --epochs_num=3".split()]
+
+
+def marked(mark):
+    """Command lines of the processes with this in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+def of_session(leader):
+    """Command lines of the processes of a session."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(folder.name)) == leader:
+                found.append((folder / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+def run_signalled(*arguments, torchrun=False, cold=True):
+    """The finished job, and the processes that it left behind; torchrun's starts from cold."""
+    if not cold:
+        job = warm.run("signalled.py", *arguments)
+        return job, of_session(job.pid)
+    mark = uuid.uuid4().hex
+    command = [sys.executable]
+    command += "-m torch.distributed.run --standalone --nproc_per_node=2".split() if torchrun else []
+    command += [str(Path(__file__).parents[1].joinpath("signalled.py")), *map(str, arguments)]
+    job = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, start_new_session=True, env={**os.environ, "MARK": mark}
+    )
+    return job, marked(mark)
+
+
+def steps_in(save_dir):
+    """Epochs and steps of the epoch under way in the checkpoint that a job left."""
+    (last,) = save_dir.glob("*/last_model.pth")
+    content = torch.load(last, weights_only=True)
+    return content["epoch_num"], len(content["losses"])
+
+
+@pytest.mark.parametrize(
+    ("whom", "name", "point", "count", "workers", "done"),
+    [
+        ("group", "SIGTERM", "step", 2, 2, (0, 2)),
+        ("group", "SIGINT", "step", 5, 1, (1, 1)),
+        ("group", "SIGHUP", "batch", 2, 2, (0, 4)),  # in the first validation
+        ("self", "SIGUSR1", "step", 3, 0, (0, 3)),
+    ],
+)
+def test_a_training_job_finishes_its_step(city, tmp_path, whom, name, point, count, workers, done):
+    flags = [*TRAINING, f"--eval_datasets_folder={city}", f"--num_workers={workers}", f"--save_dir={tmp_path}"]
+    job, left = run_signalled(whom, name, point, count, "train", *flags, "--resume=auto", cold=name == "SIGTERM")
+    assert job.returncode == 128 + signal.Signals[name], job.stderr
+    assert steps_in(tmp_path) == done and not left
+    assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
+    assert f"\n{name}: finishing the current step" in job.stderr
+    (folder,) = tmp_path.glob("*/")
+    last = f"stopped by {name}: training is saved in {folder}/last_model.pth; run the same command to resume it"
+    assert last in job.stderr and last in (folder / "info.log").read_text()
+
+
+def test_torchrun_alone_is_signalled(city, tmp_path):
+    flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=2", f"--save_dir={tmp_path}"]
+    job, left = run_signalled("parent", "SIGTERM", "step", 3, "train", *flags, torchrun=True)
+    assert job.returncode != 0 and not left
+    assert steps_in(tmp_path) == (0, 3)
+    assert "killed by signal" not in job.stderr and job.stderr.count("stopped by SIGTERM: training is saved") == 1
+
+
+@pytest.mark.parametrize(("name", "workers"), [("SIGTERM", 2), ("SIGINT", 1)])
+def test_an_extraction_stops_in_one_line(city, tmp_path, name, workers):
+    save = [*SMALL, f"--eval_datasets_folder={city}", f"--save_dir={tmp_path}/train", "--epochs_num=0"]
+    train_script.main([*save, "--train_resize", "56", "56", "--num_workers=0"])
+    (best,) = tmp_path.glob("train/*/best_model.pth")
+    flags = [f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", "--device=cpu", f"--resume={best}"]
+    flags += ["--resize", "56", "56", f"--num_workers={workers}", f"--save_dir={tmp_path}/run"]
+    job, left = run_signalled("group", name, "batch", 3, "eval", *flags, cold=name == "SIGTERM")
+    assert job.returncode == 128 + signal.Signals[name] and not left, job.stderr
+    assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
+    assert f"stopped by {name}: --descriptors_folder would have kept the descriptors computed so far" in job.stderr
+    (folder,) = tmp_path.glob("run/*/")
+    assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {"info.log", "debug.log"}
+
+
+def test_signals_that_were_ignored_stay_so():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert preemption.signum is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_each_signal_is_noted_and_its_handler_put_back(signum, capfd):
+    before = signal.signal(signum, signal.default_int_handler)
+    try:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signum)
+            assert preemption.signum == signum and preemption.agreed()
+            os.kill(os.getpid(), signum)  # the copy that torchrun passes on
+            with pytest.raises(SystemExit) as exit_:
+                preemption.stop()
+        assert exit_.value.code == 128 + signum and signal.getsignal(signum) == signal.default_int_handler
+        assert capfd.readouterr().err.startswith(f"\n{signum.name}: finishing the current step")
+    finally:
+        signal.signal(signum, before)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["train.py --eval_datasets_folder={0}", "-m datasets.to_gsv_cities {0} --output={0}/out", "-m datasets.check {0}"],
+    ids=lambda words: words.split(" -")[0],
+)
+def test_ctrl_c_while_the_script_starts_shows_no_traceback(tmp_path, words):
+    command = [sys.executable, "-v", *words.format(tmp_path).split()]
+    job = subprocess.Popen(command, cwd=Path(train_script.__file__).parent, stderr=subprocess.PIPE)
+    shown = b""
+    while b"import 'torch'" not in shown and b"torch/__init__" not in shown:
+        shown += os.read(job.stderr.fileno(), 100_000)
+    job.send_signal(signal.SIGINT)
+    assert b"Traceback" not in job.stderr.read() and job.wait() == -signal.SIGINT
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from utils.run.preemption import Preemption
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with Preemption():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here", flush=True)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("not here")
+"""
+    job = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert job.returncode == -signal.SIGINT and job.stdout == "still here\n"
+    assert "Ctrl-C again ends at once" in job.stderr and "Traceback" not in job.stderr
+
+
+def test_processes_started_while_signals_are_held_back_never_get_them():
+    with signals_held_back():
+        child = subprocess.Popen(["sleep", "60"])
+    for signum in SIGNALS:
+        child.send_signal(signum)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.2)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*SIGNALS}
+    child.kill()
+    child.wait()
+
+
+def test_one_process_that_stops_in_validation_ends_the_others_without_a_traceback(city, tmp_path):
+    flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=0", f"--save_dir={tmp_path}"]
+    job, left = run_signalled(
+        "self", "SIGTERM", "batch", 2, "train", *flags, "--extraction_batch_size=1", torchrun=True
+    )
+    assert job.returncode != 0 and steps_in(tmp_path) == (0, 4) and not left
+    assert "stopped by SIGTERM: training is saved" in job.stderr and "[rank1]" not in job.stderr
+
+
+@pytest.mark.parametrize(
+    ("signum", "whole_group"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGKILL, False)]
+)
+def test_a_pool_of_processes_ends_with_the_program(tmp_path, signum, whole_group):
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "-m", "datasets.toy_city", f"--output={tmp_path}", "--workers=2", "--places=20"]
+    job = subprocess.Popen(
+        command,
+        cwd=Path(train_script.__file__).parent,
+        env={**os.environ, "MARK": mark},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    shown = b""
+    while b"street/s" not in shown:
+        shown += os.read(job.stderr.fileno(), 1000)
+        assert job.poll() is None, shown
+    os.killpg(job.pid, signum) if whole_group else job.send_signal(signum)
+    _, rest = job.communicate(timeout=30)  # which ends when no process has the pipe any more
+    assert job.returncode == (-signum if signum == signal.SIGKILL else 128 + signum)
+    assert b"Traceback" not in shown + rest
+    for _ in range(100):
+        if not marked(mark):
+            break
+        time.sleep(0.1)
+    assert not marked(mark)
+    assert not list(tmp_path.iterdir()) or signum == signal.SIGKILL
+
+
+def test_processes_of_a_pool_without_a_task_end_with_the_program():
+    mark = uuid.uuid4().hex
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(Path(train_script.__file__).parent)!r})
+from utils.system.signals import mapped, process_pool
+if __name__ == "__main__":
+    with mapped(process_pool(3), time.sleep, [60]) as results:
+        print("started", flush=True)
+        next(results)
+"""
+    job = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "MARK": mark}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert job.stdout.readline() == b"started\n" and len(marked(mark)) == 4
+    job.kill()
+    job.communicate(timeout=30)
+    assert not marked(mark)
+
+
+@pytest.mark.parametrize("lost", ["terminal", "pipe", "closed"])
+def test_a_lost_terminal_costs_nothing(city, tmp_path, lost):
+    """As ssh hangs up: the kernel sends SIGHUP, and the terminal takes nothing more; as `| tee` ends by Ctrl-C."""
+    flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=1", f"--save_dir={tmp_path}", "--resume=auto"]
+    command = ["signalled.py", "self", "SIGHUP", "step", "6", "train", *flags]
+    reading, writing = os.openpty() if lost == "terminal" else os.pipe()
+    if lost == "terminal":
+        command[:1] = [sys.executable, str(Path(__file__).parents[1].joinpath("signalled.py"))]
+        job = subprocess.Popen(command, stderr=writing, start_new_session=True)
+    else:
+        job = warm.start(*command, stderr=None if lost == "closed" else f"/proc/{os.getpid()}/fd/{writing}")
+    shown = b""
+    while lost != "closed" and b"epoch=01" not in shown:
+        shown += os.read(reading, 1000)
+    os.close(writing)
+    os.close(reading)
+    if lost == "terminal":
+        status = job.wait(120)
+    else:
+        job.join(120)
+        status = job.exitcode
+    assert status == 128 + signal.SIGHUP
+    assert steps_in(tmp_path) == (1, 2)
+    (log,) = tmp_path.glob("*/info.log")
+    assert "stopped by SIGHUP: training is saved in" in log.read_text()
+
+
+def test_a_reading_process_that_is_killed_is_one_line(city, tmp_path, monkeypatch, capsys):
+    """PyTorch tells of it wherever the main process is."""
+    real = train_script.Optimization.step
+
+    def step(self):
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        return real(self)
+
+    monkeypatch.setattr(train_script.Optimization, "step", step)
+    flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=1", f"--save_dir={tmp_path}"]
+    with pytest.raises(SystemExit) as exit_:
+        train_script.main(flags)
+    shown = capsys.readouterr().err
+    assert exit_.value.code == 1 and "Traceback" not in shown
+    assert "ERROR: a reading process was killed, as the kernel does when memory runs out; use fewer with" in shown

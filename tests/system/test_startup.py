@@ -1,0 +1,104 @@
+"""What a user waits for before anything happens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import parser
+from datasets import check, to_gsv_cities
+from model import export
+from utils.run import log as run_log
+from utils.system import version
+
+ROOT = Path(__file__).parents[2]
+SLOW = {"torch", "torchvision", "faiss", "sklearn", "scipy", "matplotlib", "pytorch_metric_learning"}
+
+
+def run(*command):
+    """A process, and the top-level modules that it imported."""
+    done = subprocess.run([sys.executable, "-X", "importtime", *command], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    done.stderr = "\n".join(line for line in lines if not line.startswith("import time:"))
+    return done, {line.split("|")[-1].strip().split(".")[0] for line in lines if line.startswith("import time:")}
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        ("train.py --epoch_num=3", 2, "unknown option --epoch_num, did you mean --epochs_num?"),
+        ("eval.py --resum=x", 2, "unknown option --resum, did you mean --resume?"),
+        ("eval.py", 2, "--eval_datasets_folder is missing"),
+        ("train.py --eval_datasets_folder=D --patience=0", 2, "--patience 0 is not above 0"),
+        ("eval.py --help", 0, ""),
+        ("-m model.export --outptu=x.onnx", 2, "unknown option --outptu=x.onnx, did you mean --output?"),
+        ("-m model.export --resume=x --output=y --backbone=dino_tyni", 2, "invalid choice: 'dino_tyni'"),
+        ("-m model.export", 2, "--resume and --output missing"),
+        ("-m model.export --resume=x --output=model.pt", 2, "neither .onnx nor .safetensors"),
+        ("-m model.export --resume=x --output=y.onnx --resize 56 57", 2, "--resize 56 57 is not a multiple of the 14"),
+        ("-m datasets.check data --treshold=3", 2, "unknown option --treshold=3, did you mean --threshold?"),
+        ("-m datasets.check --help", 0, ""),
+        ("-m datasets.toy_city --ouput=x", 2, "unknown option --ouput=x, did you mean --output?"),
+    ],
+)
+def test_a_mistake_is_answered_before_anything_slow_is_imported(command, status, message):
+    done, imported = run(*command.split())
+    assert done.returncode == status and message in done.stderr
+    assert "argparse" in imported and not imported & SLOW
+    if "toy_city" not in command:
+        assert "numpy" not in imported
+    shown = done.stdout if status == 0 else done.stderr
+    assert shown.startswith("usage: ") and "--help lists all options\n" in shown
+    assert status == 0 or len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "-m model.export", "-m datasets.check"])
+def test_the_version_is_printed_before_anything_slow_is_imported(program):
+    done, imported = run(*program.split(), "--version", "--no_such_option")
+    assert (done.returncode, done.stderr) == (0, "") and not imported & {*SLOW, "numpy"}
+    assert done.stdout == f"{program.replace('-m', 'python -m')} {(ROOT / 'VERSION').read_text()}"
+
+
+@pytest.mark.parametrize("command_line", [check.command_line, to_gsv_cities.command_line])
+def test_programs_of_the_data_have_the_version_too(command_line, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command_line().parse(["--version"])
+    program, number = capsys.readouterr().out.rsplit(maxsplit=1)
+    assert exit_.value.code == 0 and program.startswith("python -m datasets.")
+    assert number == (ROOT / "VERSION").read_text().strip()
+
+
+def test_every_place_has_the_same_version(monkeypatch, tmp_path):
+    """The citation, the first heading of the changelog, the programs, the log and results.json."""
+    number = (ROOT / "VERSION").read_text().strip()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", number)
+    assert re.findall(r"^version: (.*)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [number]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## \[?([\d.]+)\]? - \d{4}-\d\d-\d\d$", changes, re.MULTILINE)[0] == number
+    assert parser.version() == version.version() == export.version() == number
+    assert run_log.environment(torch.device("cpu"))["version"] == number
+    for module, path in (
+        (parser, "parser.py"),
+        (version, "utils/system/version.py"),
+        (export, "model/export.py"),
+    ):  # copied without the file
+        monkeypatch.setattr(module, "__file__", str(tmp_path / path))
+        assert module.version() == "unknown"
+
+
+def test_the_scripts_start_without_what_only_some_runs_need():
+    done, imported = run("-c", "import eval, model.export")
+    assert done.returncode == 0 and {"torch", "faiss"} <= imported
+    assert not imported & {"sklearn", "scipy", "matplotlib", "pytorch_metric_learning", "onnx", "safetensors"}
+
+
+def test_the_models_of_torch_hub_take_no_metric_learning():
+    """Nor anything else that only training and evaluation need: hubconf.py declares torch and numpy alone."""
+    load = "import torch; torch.hub.load('.', 'supervlad', source='local', pretrained=False, backbone='dino_tiny')"
+    done, imported = run("-c", f"{load}; from model import build_model; build_model(backbone='dino_tiny')")
+    assert done.returncode == 0, done.stderr
+    assert {"torch", "_supervlad_model", "model"} <= imported
+    assert not imported & {"pytorch_metric_learning", "faiss", "sklearn", "matplotlib"}

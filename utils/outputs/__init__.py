@@ -1,0 +1,1 @@
+"""What an evaluation writes to look at, and for other programs."""

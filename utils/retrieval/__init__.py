@@ -1,0 +1,1 @@
+"""From descriptors on disk to matches: extraction, contexts, exact and approximate search, maps, first matches."""

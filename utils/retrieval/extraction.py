@@ -1,0 +1,152 @@
+"""From photos to descriptors: cluster vectors on disk, and descriptors computed from them in chunks.
+
+Each image passes through the backbone once; the vectors before the cross-image encoder (N x crops x K x D) are stored.
+Everything that depends on which images share a batch is computed from them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..system import distributed
+from ..system.device import autocast, to_cpu
+from .descriptor_store import DescriptorStore
+from .search import Chunk
+
+CHUNK_BYTES = 2**26  # of descriptors in memory at a time, roughly
+ENCODED_TOGETHER = 256  # images, roughly
+
+
+class PlaceDescriber(Protocol):
+    """A model to evaluate, in two parts; only the second looks across the images of a batch."""
+
+    @property
+    def vectors_shape(self) -> tuple[int, int]:
+        """K and D."""
+
+    def cluster_vectors(self, images: Tensor) -> Tensor:
+        """Normalised images B x 3 x H x W to B x K x D, each image by itself."""
+
+    def describe(self, vectors: Tensor, group: int | None = None) -> Tensor:
+        """B x K x D to descriptors B x K*D, or fewer dimensions, looking across `group` neighbours."""
+
+    def eval(self) -> nn.Module:
+        """Switches dropout off."""
+
+
+@dataclass(frozen=True)
+class EncoderContext:
+    """Which images share a batch in the cross-image encoder: part of the protocol, since descriptors depend on it.
+
+    Attributes:
+        batch_size: images that share a batch; 1 encodes each photo by itself.
+        seed: seed of a random order of the images; None for the order of their file names.
+        shift: images in a short first batch; 0 for a full one.
+    """
+
+    batch_size: int
+    seed: tuple[int, ...] | None = None
+    shift: int = 0
+
+    def order(self, count: int) -> NDArray[np.int64]:
+        """The indices 0 to count - 1 in the order of encoding."""
+        if self.seed is None:
+            return np.arange(count)
+        return np.random.default_rng(self.seed).permutation(count)
+
+
+@torch.inference_mode()
+def extract(
+    model: PlaceDescriber,
+    paths: Sequence[str],
+    store: DescriptorStore,
+    read_images: Callable[[Sequence[str]], Iterable[Tensor]],
+    precision: str = "fp32",
+) -> None:
+    """Runs backbone and aggregation, in evaluation mode, on the images that the store does not have yet.
+
+    With several processes, each takes its share.
+
+    Args:
+        model: the model to evaluate.
+        paths: N images.
+        store: receives N x crops x K x D.
+        read_images: turns paths into batches, B x (crops x) 3 x H x W.
+        precision: precision of the arithmetic, a name from `utils.system.device.autocast`.
+    """
+    model.eval()
+    missing = store.missing()
+    distributed.barrier()  # until all have read the same list
+    missing = missing[distributed.shares(len(missing))[distributed.rank()]]
+
+    def vectors() -> Iterator[Tensor]:
+        for images in read_images([paths[index] for index in missing]):
+            with autocast(images.device, precision):
+                of_crops = model.cluster_vectors(images.flatten(0, -4))  # (B*crops, K, D)
+            yield of_crops.float().view(len(images), *store.shape[1:])
+
+    start = 0
+    for rows in to_cpu(vectors()):
+        store.write(missing[start : start + len(rows)], rows.numpy())
+        start += len(rows)
+    distributed.barrier()
+
+
+def images_at_a_time(shape: tuple[int, ...], batch: int) -> tuple[int, int]:
+    """How many images of a store N x crops x K x D are encoded together, and how many form a chunk; both are whole
+    batches."""
+    together = max(batch, ENCODED_TOGETHER // batch * batch)
+    return together, max(together, CHUNK_BYTES // (int(np.prod(shape[1:])) * 4) // together * together)
+
+
+@torch.inference_mode()
+def descriptors(
+    model: PlaceDescriber,
+    store: DescriptorStore,
+    context: EncoderContext,
+    *,
+    device: torch.device,
+    shared: bool = False,
+) -> Iterator[Chunk]:
+    """Turns cluster vectors into descriptors, a chunk in the context's order at a time.
+
+    Args:
+        model: the model to evaluate, in evaluation mode.
+        store: cluster vectors, N x crops x K x D.
+        context: which images share a batch; all crops in a batch attend to each other.
+        device: device of the model.
+        shared: only this process's share of the images, in the same chunks as one process alone would use.
+
+    Yields:
+        Indices (n) and descriptors (n*crops rows, the crops of an image together), on the CPU.
+    """
+    _, crops, K, D = store.shape
+    batch = context.batch_size
+    order = context.order(len(store))
+    together, in_chunk = images_at_a_time(store.shape, batch)
+    part = distributed.shares(len(order), in_chunk)[distributed.rank()] if shared else slice(0, len(order))
+    starts = [part.start, *range(part.start + (context.shift or in_chunk), part.stop, in_chunk)]
+    for start, end in pairwise([*starts, part.stop]):
+        if start == end:
+            continue
+        indices = order[start:end]
+        vectors = store.read(indices).reshape(-1, K, D)
+        described = np.empty((0, 0), dtype=np.float32)
+        whole = len(indices) // batch * batch
+        # All whole batches, then the rest.
+        bounds = [*range(0, whole, together), whole, len(indices)]
+        for first, last in pairwise(bounds):
+            if first < last:
+                rows = slice(first * crops, last * crops)
+                group = min(batch, last - first) * crops
+                found = model.describe(torch.from_numpy(vectors[rows]).to(device), group).cpu().numpy()
+                if not len(described):
+                    described = np.empty((len(vectors), found.shape[1]), dtype=np.float32)
+                described[rows] = found
+        yield indices, described

@@ -1,0 +1,1 @@
+"""What a run keeps: log, preemption, optimisation, checkpoint, progress, metrics."""

@@ -1,0 +1,221 @@
+"""The progress of a training run, saved so that it can resume as if it had never stopped."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..system import distributed
+from ..system.seed import generator_states, restore_generators
+from . import checkpoint, metrics
+from .optimization import Optimization
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """A run's progress, best score and files; only the main process writes them.
+
+    Attributes:
+        epoch: epochs finished, including validation.
+        losses: losses of the steps in the current epoch that have been read.
+        lr: learning rate of the newest step.
+        best_score: the highest validation score so far.
+        not_improved: epochs since then.
+        order: order of the places in the current epoch, if the model decided it at its start.
+
+    Args:
+        folder: the run's folder.
+        model: the model to train.
+        optimization: its optimiser and schedule.
+        facts: plain values to store in every checkpoint.
+        decisive: values that decide the result, by the name to show; a run resumes only under the same values.
+        unless_said: values of `decisive` for older checkpoints, written before an option existed.
+        read_every: steps between two readings of the losses, since reading one waits for the GPU; they are also read
+            before anything is written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimization: Optimization,
+        *,
+        facts: dict[str, Any],
+        decisive: dict[str, Any],
+        unless_said: dict[str, Any] | None = None,
+        read_every: int = 1,
+    ):
+        self.folder = folder
+        self.model = model
+        self.optimization = optimization
+        self.facts = facts
+        self.decisive = decisive
+        self.unless_said = unless_said or {}
+        self.read_every = read_every
+        self.epoch = 0
+        self.losses: list[float] = []
+        self._unread: list[Tensor] = []
+        self.lr = 0.0
+        self.recalls: dict[int, float] = {}
+        self.best_score = -1.0
+        self.not_improved = 0
+        self.order: NDArray[np.int64] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps taken in the current epoch."""
+        return len(self.losses) + len(self._unread)
+
+    def finished(self, epochs: int, patience: int) -> bool:
+        """Whether all `epochs` are done, or the best epoch was `patience` epochs ago."""
+        return self.epoch >= epochs or self.not_improved >= patience
+
+    def record_step(self, loss: Tensor) -> None:
+        """Records a step by its scalar loss.
+
+        Raises:
+            ValueError: see `read_losses`.
+        """
+        self._unread.append(loss.detach())
+        self.lr = self.optimization.lr
+        if len(self._unread) == self.read_every:
+            self.read_losses()
+
+    def read_losses(self) -> None:
+        """Reads the losses that are still on the device.
+
+        Raises:
+            ValueError: one is not finite; nothing was written since its step.
+        """
+        unread, self._unread = self._unread, []
+        for loss in torch.stack(unread).tolist() if unread else []:
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss became {loss} in {self._place()}")
+            self.losses.append(loss)
+
+    def record_epoch(self, recalls: dict[int, float], score: float) -> bool:
+        """Ends the epoch: writes metrics.csv, last_model.pth, and best_model.pth if the score is strictly better.
+
+        Returns:
+            Whether the score is better.
+        """
+        self.read_losses()
+        self.epoch, self.recalls = self.epoch + 1, recalls
+        row = {"epoch": self.epoch, "steps": len(self.losses), "loss": self.mean_loss, "lr": self.lr}
+        if distributed.is_main():
+            metrics.append_row(self.folder, {**row, **{f"R@{n}": recall for n, recall in recalls.items()}})
+        better = score > self.best_score
+        self.best_score, self.not_improved = (score, 0) if better else (self.best_score, self.not_improved + 1)
+        self.losses, self.order = [], None
+        if better:
+            self.save_best()
+        self.save_last()
+        if not distributed.on_main((self.folder / checkpoint.BEST).is_file):
+            raise self._best_is_gone()
+        return better
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of the steps in the current epoch."""
+        self.read_losses()
+        return math.fsum(self.losses) / len(self.losses)
+
+    def _place(self) -> str:
+        return (
+            f"step {len(self.losses) + 1} of epoch {self.epoch + 1} at a learning rate of {self.optimization.lr:.3g}; "
+            f"lower --lr; the newest good checkpoint is {self.folder / checkpoint.LAST}"
+        )
+
+    def _content(self) -> dict[str, Any]:
+        self.read_losses()
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise ValueError(f"a weight became infinite before {self._place()}")
+        return {
+            "model_state_dict": self.model.state_dict(),
+            **self.facts,
+            "encoder_retired": self.optimization.encoder_retired,
+            "epoch_num": self.epoch,
+            "losses": self.losses,
+            "lr": self.lr,
+            "recalls": self.recalls,
+            "best_score": self.best_score,
+            "not_improved_num": self.not_improved,
+        }
+
+    def save_best(self) -> None:
+        """Writes best_model.pth: the weights, with how they were trained."""
+        self._save(checkpoint.BEST, self._content())
+
+    def save_last(self) -> None:
+        """Writes last_model.pth: everything needed to resume; the one before becomes previous_model.pth."""
+        state = {
+            "optimization": self.optimization.state_dict(),
+            "generators": distributed.gather_objects(generator_states()),
+            "decisive": self.decisive,
+        }
+        if self.order is not None:
+            state["order"] = torch.from_numpy(self.order)
+        self._save(checkpoint.LAST, {**self._content(), **state})
+
+    def _save(self, name: str, content: dict[str, Any]) -> None:
+        if distributed.is_main():
+            checkpoint.save(self.folder / name, content)
+        distributed.barrier()  # no process reads it before it is written
+
+    def _keep_best(self) -> None:
+        """Checks now, rather than after the last epoch, that there is a best model to evaluate."""
+        path = self.folder / checkpoint.BEST
+        if distributed.on_main(lambda: checkpoint.is_whole(path, like=self.model.state_dict())):
+            return
+        if self.not_improved or self.losses:
+            raise self._best_is_gone()
+        logger.warning("%s was missing or damaged: rewritten from the checkpoint, which is the best so far", path)
+        self.save_best()
+
+    def _best_is_gone(self) -> ValueError:
+        best, last = self.folder / checkpoint.BEST, self.folder / checkpoint.LAST
+        return ValueError(
+            f"{best} is missing or damaged, and {last} is from later steps; restore it, or start a new run from the "
+            f"latter's weights: python3 -m model.export --resume={last} --output=weights.safetensors, then "
+            "--resume=weights.safetensors"
+        )
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Resumes from a `last_model.pth`, whose weights the model already has.
+
+        Raises:
+            ValueError: it was written with other decisive options, or the run's best model is missing.
+        """
+        checkpoint.require_same(self.decisive, {**self.unless_said, **content["decisive"]})
+        self.epoch, self.losses = content["epoch_num"], content["losses"]
+        self.lr = content["lr"]
+        self.recalls, self.best_score = content["recalls"], content["best_score"]
+        self.not_improved = content["not_improved_num"]
+        self.order = content["order"].numpy() if "order" in content else None
+        self._keep_best()
+        self.optimization.load_state_dict(content["optimization"])
+        if distributed.is_main():
+            metrics.cut_rows(self.folder, self.epoch)
+        states = content["generators"]
+        if len(states) == distributed.world_size():
+            if not restore_generators(states[distributed.rank()]):
+                logger.warning(
+                    "the checkpoint was written on another kind of device: random numbers there (the encoder's "
+                    "dropout) differ from those of an uninterrupted run"
+                )
+        else:
+            consequence = (
+                ": dropout differs from an uninterrupted run, and the cross-image encoder attends across other images"
+            )
+            logger.warning(
+                "the checkpoint was written by %d processes, but there are now %d%s",
+                len(states),
+                distributed.world_size(),
+                consequence if self.optimization.encoder is not None else "",
+            )

@@ -1,0 +1,1 @@
+"""Files written whole, lock, signals, seeds, device, processes, reading ahead, the commands' parser."""
