@@ -34,7 +34,8 @@ demo: $(DEMO)/toy_city
 	@echo; for run in before after; do \
 		folder=$(call NEWEST,$$run); \
 		echo "$$run training: $$(sed -n 's/.*INFO Recalls/Recalls/p' $$folder/info.log), in $$folder"; \
-	done; echo "clusters that some photos are assigned to: $(call NEWEST,assignments)/assignments"; \
+	done; echo "clusters of some photos' patches, of the layer as k-means initialises it (the trained one sends most to" \
+		"the ghost cluster): $(call NEWEST,assignments)/assignments"; \
 	echo "open in a browser: file://$(CURDIR)/$(call NEWEST,matches)/matches/index.html"
 
 $(DEMO)/toy_city: $(wildcard datasets/toy_city/*.py) | .venv/ready

@@ -1,6 +1,6 @@
 """Evaluates a checkpoint: recall@N on database/queries datasets, in every encoder context chosen."""
 
-from parser import EvalOptions, parse
+from parser import SUBMITTED, EvalOptions, parse
 from utils.system.signals import quiet_ctrl_c
 
 if __name__ == "__main__":
@@ -8,180 +8,411 @@ if __name__ == "__main__":
     quiet_ctrl_c()
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
-from datasets.evaluation import tasks
+from datasets.evaluation.map_queries import map_queries
+from datasets.evaluation.query_sets import QuerySet, only_set, pca_images, select, warn_before_extraction
+from datasets.photos.positions import image_key
+from datasets.photos.transforms import evaluation_transform, read_pixels, read_reduced
 from model import SuperVLADNet, build_model
 from model import weights as weight_files
-from test import Evaluator, Settings
-from utils.outputs import report, results
-from utils.retrieval.place_map import PlaceMap
+from model.sizes import BACKBONES, MODEL_OPTIONS, fitted
+from test import Evaluation, evaluate, extract_images
+from utils.outputs import match_page, pairs
+from utils.outputs.results import write_outputs
+from utils.outputs.tables import recall_table
+from utils.retrieval.descriptor_store import EXTRACTED, DescriptorStore, digest, kept_in, warn_of_leftovers
+from utils.retrieval.faiss_index import require_index
+from utils.retrieval.place_map import PlaceMap, require_place_for, write_map
 from utils.run import log as run_log
 from utils.run.preemption import Preemption
 from utils.system import distributed
-from utils.system.device import allow_tf32, cast_products, pick_device
+from utils.system.device import allow_tf32, autocast, cast_weights, pick_device
 from utils.system.files import Outputs
+from utils.system.lock import FolderLock
 from utils.system.seed import seed_everything
 
 logger = logging.getLogger(__name__)
+
+PREPARATION = ("resize", "antialias", "upright")  # the facts on how photos become the model's input
 
 
 def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
     """Runs the evaluation that the options describe.
 
     Returns:
-        Recall@N in percent by dataset and encoder context, `{dataset: {context: {N: percent}}}`; empty in all but the
-        main process, and for datasets without labels.
+        Recall@N, `{dataset: {context: {N: percent}}}`; empty in all but the main process, and without labels.
 
     Raises:
-        SystemExit: bad input (status 2), or an output other than the results could not be written (1); the message is
-            in the log and on the terminal.
+        SystemExit: bad input (status 2), or an output other than the results could not be written (1).
     """
-    with distributed.processes(), run_log.RunLog() as log, Preemption(at_once=True) as preemption, ExitStack() as held:
-        device = pick_device(options.device)
-        run_log.log_header(asdict(options), device, given=options.given)
-        seed_everything(options.seed)
-        allow_tf32(options.precision == "tf32")
-        save_dir = Path("logs") / options.save_dir
-        run_log.require_outside(options.photo_folders, save_dir=save_dir, descriptors_folder=options.descriptors_folder)
+    data, outputs, machine = options.data, options.outputs, options.machine
+    with (
+        distributed.processes(),
+        run_log.RunLog(options.flat) as log,
+        Preemption(at_once=True) as preemption,
+        ExitStack() as held,
+    ):
+        device = pick_device(machine.device)
+        run_log.log_header(options, device)
+        seed_everything(machine.seed)
+        allow_tf32(machine.precision == "tf32")
 
-        # Data: the query sets of each dataset, and its val split if the accepted distance is found there.
-        place_map = None if options.map is None else PlaceMap(options.map)
-        selection = options.part(tasks.Selection)
-        groups = tasks.select(selection, place_map)
-        val_splits = [tasks.val_task(selection, group) for group in groups]
-        all_tasks = [task for group in groups for task in group]
-        tasks.require_folders_of_their_own(all_tasks)
-
-        # Model, and every check and warning that needs no descriptors.
-        model, options, weights, pca_paths = load(options, place_map)
-        run_log.compare_with_record(asdict(options), device)
-        evaluator = Evaluator(
-            model,
-            options.part(Settings),
-            device=device,
-            place_map=place_map,
-            pca_paths=pca_paths,
-            record=lambda folder, found: run_log.write_results(folder, found, asdict(options), device),
-            stop=preemption.stop,
+        # Select: the query sets of each dataset.
+        place_map = None if data.map is None else PlaceMap(data.map)
+        groups = select_sets(options, place_map)
+        run_log.require_outside(
+            data.photo_folders, save_dir=Path("logs") / outputs.save_dir, descriptors_folder=outputs.descriptors_folder
         )
-        wanted = options.part(results.Wanted)
-        for group, on_val in zip(groups, val_splits, strict=True):
-            database = group[0].dataset
-            options.warn_of_depth(len(database.database_paths), group[0].of, labelled=database.labelled)
-            evaluator.foresee(group, on_val, wanted)
-        prepare(model, options, device)
 
-        folder = log.open(options.save_dir)
-        preemption.advice = (
-            "--descriptors_folder would have kept the descriptors computed so far"
-            if options.descriptors_folder is None
-            else "the same command resumes from what is in --descriptors_folder"
-        )
-        for task in all_tasks:
-            task.folder = folder / task.subfolder
+        # Load the model, and check all that needs no descriptors.
+        model, options, facts = load(options, place_map)
+        protocol, search = options.protocol, options.search
+        assert protocol.encoder_context is not None
+        contexts = protocol.encoder_context if model.encoder is not None else ("file_order",)
+        pca_paths = []
+        if protocol.pca_dataset_folder is not None and place_map is None:
+            pca_paths = pca_images(
+                data.eval_datasets_folder / protocol.pca_dataset_folder,
+                dim=protocol.pca_dim,
+                whiten=protocol.pca_whiten,
+                descriptor_dim=model.descriptor_dim,
+                seed=machine.seed,
+                skip_unreadable=data.skip_unreadable,
+            )
+        for group in groups:
+            check_before_extraction(group, options, model, contexts, place_map)
+        model.to(device).eval()
+        cast_weights(model.backbone, machine.precision)
+        if machine.compile:
+            model.backbone.compile_blocks()
+        folder = log.open(outputs.save_dir)
+        run_log.write_options(folder, options)
+        temporary = outputs.descriptors_folder is None
+        if temporary and distributed.is_main():  # with the option, this run may go on from another's
+            with suppress(OSError):  # folders that vanish meanwhile, or belong to another user
+                warn_of_leftovers(run for run in run_log.runs_of(outputs.save_dir) if run != folder)
+        kept = outputs.descriptors_folder or folder / EXTRACTED
+        go_on = f" with --descriptors_folder={shlex.quote(str(kept.absolute()))}" if temporary else ""
+        preemption.advice = f"the same command{go_on} resumes from the descriptors computed so far"
 
-        # Accepted distance, descriptors, search; all results come before the first output that can fail.
-        for group, on_val in zip(groups, val_splits, strict=True):
-            evaluator.settle_acceptance(group, on_val, folder)
-        stores = [evaluator.extract(group, held) for group in groups]
-        outputs = Outputs()
-        evaluations = evaluator.evaluate(groups, stores, folder, outputs)
-        table = {evaluation.task.dataset.name: evaluation.recalls for evaluation in evaluations}
+        # Extract, search, judge, record; all results come before the first output that can fail.
+        weights = digest({**model.backbone.state_dict(), **model.aggregation.state_dict()})
+        failures = Outputs()
+
+        def record(folder: Path, results: dict[str, Any]) -> None:
+            with failures.writing(str(folder / "results.json")):
+                folder.mkdir(parents=True, exist_ok=True)
+                run_log.write_results(folder, results, options, device)
+
+        stores: list[dict[str, DescriptorStore]] = [{} for _ in groups]
+        evaluations: list[Evaluation] = []
+        for group in groups if distributed.is_main() and not temporary else ():
+            held.enter_context(FolderLock(kept_in(kept, group[0].dataset_name), "--descriptors_folder"))
+        try:
+            for group, of_group in zip(groups, stores, strict=True):
+                images = {"database": (group[0].dataset.database_paths, "hard_resize")} if place_map is None else {}
+                images |= {each.store: (each.dataset.queries_paths, each.test_method) for each in group}
+                images |= {"pca": (pca_paths, "hard_resize")} if pca_paths else {}
+                extract_images(
+                    model,
+                    images,
+                    of_group,
+                    kept_in(kept, group[0].dataset_name),
+                    preparation={name: facts[name] for name in PREPARATION},
+                    machine=machine,
+                    device=device,
+                    stop=preemption.stop,
+                    dtype=outputs.descriptor_dtype,
+                    weights=weights,
+                    kept=not temporary,
+                    title=group[0].dataset_name,
+                )
+            for group, of_group in zip(groups if distributed.is_main() else (), stores, strict=False):
+                evaluations += evaluate(
+                    model,
+                    group,
+                    of_group if place_map is None else {"database": place_map, **of_group},
+                    contexts=contexts,
+                    protocol=protocol,
+                    search=search,
+                    depth=depth_of(group[0], options),
+                    seed=machine.seed,
+                    device=device,
+                    folder=folder,
+                    facts=facts,
+                    record=record,
+                )
+        except Exception:
+            logger.warning("what was extracted is kept: %s", preemption.advice)
+            raise
+        table = {each.query_set.dataset.name: each.recalls for each in evaluations}
+        if len(evaluations) > 1 or len(contexts) > 1:
+            logger.info("%s", recall_table(table))
         if len(evaluations) > 1:
-            logger.info("%s", report.recall_table(table))
-            with outputs.writing(str(folder / "results.json")):
-                evaluator.record(folder, {"recalls": table})
+            record(folder, {"recalls": table})
 
         # Outputs to look at, and for other programs.
         for evaluation in evaluations:
-            found = evaluator.found(evaluation, outputs, weights=weights, pca_images=str(options.pca_dataset_folder))
-            results.write(found, wanted, outputs)
-        if options.save_map is not None and evaluations:
-            with outputs.writing(str(options.save_map)):
-                evaluator.save_map(options.save_map, evaluations[0], options.model, options.resume.name, weights)
-        if outputs.missing:
+            write(evaluation, options, model, failures, device)
+        if outputs.save_map is not None and evaluations:
+            with failures.writing(str(outputs.save_map)):
+                save_map(outputs.save_map, evaluations[0], options)
+        if failures.missing:
+            logger.warning("what was extracted is kept: %s", preemption.advice)
             raise SystemExit(1)
+        if temporary and distributed.is_main():
+            for store in (store for of_group in stores for store in of_group.values()):
+                store.remove()
     return table
 
 
-def load(options: EvalOptions, place_map: PlaceMap | None) -> tuple[SuperVLADNet, EvalOptions, str, list[str]]:
-    """Loads the model of a checkpoint, on the CPU.
+def select_sets(options: EvalOptions, place_map: PlaceMap | None) -> list[list[QuerySet]]:
+    """The query sets of each dataset, or the one of a map."""
+    data, protocol = options.data, options.protocol
+    settings: dict[str, Any] = {"test_method": protocol.test_method, "infer_batch_size": protocol.infer_batch_size}
+    if place_map is None:
+        return select(data, **settings)
+    assert data.queries_folder is not None
+    queries = map_queries(
+        data.queries_folder,
+        name=f"{data.queries_folder.resolve().name} in {place_map.path.stem}",
+        paths=place_map.paths,
+        positions=place_map.positions,
+        geographic=place_map.geographic,
+        upright=place_map.upright,
+        labelled=not data.no_labels,
+        skip_unreadable=data.skip_unreadable,
+    )
+    logger.info("%s", place_map)
+    return [[only_set(queries, distance=data.val_positive_dist_threshold, **settings)]]
+
+
+def load(options: EvalOptions, place_map: PlaceMap | None) -> tuple[SuperVLADNet, EvalOptions, dict[str, Any]]:
+    """Loads the model of a checkpoint, on the CPU; the command line decides first, then the checkpoint or the map.
 
     Returns:
-        The model; the options, completed by the checkpoint or the map; a digest of the weights if a map or a PCA
-        stores it, else ""; the images to fit a PCA on.
+        The model; the options with what they left open; facts for `results.json`, how photos are prepared among them.
 
     Raises:
         ValueError: checkpoint, map and options do not fit each other.
     """
-    path = distributed.on_main(lambda: weight_files.find_checkpoint(options.resume))
+    resume, protocol, search = options.model.resume, options.protocol, options.search
+    plain = options.data.plain_folders
+    path = distributed.on_main(lambda: weight_files.find_checkpoint(resume))
     content = weight_files.read_file(path)
-    written = weight_files.model_of(options.resume, content)
+    written = weight_files.model_of(resume, content)
     if place_map is None:
-        backbone = options.backbone if "backbone" in options.given else written.get("backbone", options.backbone)
-        options = options.completed(
-            written,
-            size=weight_files.size_of(content, backbone),
-            validated_at=weight_files.validated_size_of(content, backbone),
-            prepared=weight_files.preparation_of(content),
-        )
+        arguments = model_arguments(options, written)
+        size = BACKBONES[arguments["backbone"]]
+        own_size = weight_files.size_of(content, arguments["backbone"])
+        resize = fitted(protocol.resize or own_size, size)
+        validated_at = weight_files.validated_size_of(content, arguments["backbone"])
+        what, at = ("validated at", validated_at) if validated_at else ("exported for", own_size)
+        if at not in (None, resize):
+            logger.warning("the model was %s %d %d, but --resize is %d %d", what, *at, *resize)
+        preparation: dict[str, Any] = {"resize": resize, "antialias": plain, "upright": plain}
+        if plain:
+            preparation |= weight_files.preparation_of(content)
+        if protocol.antialias is not None:
+            preparation["antialias"] = protocol.antialias
     else:
-        place_map.require(written, str(options.resume))
-        place_map.require(options.said_of_model, "the command line")
-        if options.precision != place_map.precision:
-            logger.warning(
-                "the map was made in --precision %s, but is queried in %s", place_map.precision, options.precision
-            )
-        options = replace(options, **place_map.settings)
-    model = build_model(**options.model)
-    pca_paths = tasks.pca_images(options.part(tasks.Selection), model.descriptor_dim)
-    with nullcontext() if place_map is None else place_map.fitting(str(options.resume)):
+        place_map.require(written, str(resume))
+        settings = {"backbone_blocks": None, **options.model.arguments}  # None is all of them
+        settings |= {"resize": protocol.resize, "antialias": protocol.antialias}
+        given = given_arguments(options)
+        place_map.require({name: value for name, value in settings.items() if name in given}, "the command line")
+        if options.machine.precision != place_map.precision:
+            logger.warning("the map was made in precision %s, not %s", place_map.precision, options.machine.precision)
+        arguments, preparation = place_map.model, {name: getattr(place_map, name) for name in PREPARATION}
+        if search.accept is None:
+            search = replace(search, accept=place_map.accept)
+        if place_map.pca is not None:
+            protocol = replace(protocol, pca_dim=place_map.descriptor_dim, pca_whiten=place_map.pca.whiten)
+    model = build_model(**arguments)
+    with nullcontext() if place_map is None else place_map.fitting(str(resume)):
         weight_files.load_checkpoint(model, path, content)
     if model.projection is not None:
-        if options.pca_dim and place_map is None:
-            raise ValueError(
-                f"--pca_dim {options.pca_dim}: {path} already ends with a PCA to {model.descriptor_dim} numbers; "
-                "leave the option out, or evaluate the checkpoint without its PCA"
-            )
-        logger.info("from the checkpoint: a PCA to %d numbers, normalised again", model.descriptor_dim)
-    carried = place_map is not None or options.save_map is not None or options.pca_dim
-    weights = weight_files.state_digest(model) if carried else ""
+        if protocol.pca_dim and place_map is None:
+            problem = f"pca_dim {protocol.pca_dim}: {path} already ends with a PCA to {model.descriptor_dim} dimensions"
+            raise ValueError(f"{problem}; leave the option out, or evaluate the checkpoint without its PCA")
+        logger.info("from the checkpoint: a PCA to %d dimensions, normalised again", model.descriptor_dim)
+    weights = weight_files.state_digest(model)
     if place_map is not None:
-        place_map.require_weights(weights, str(options.resume))
-    for line in options.unused(encoder=model.encoder is not None):
-        logger.warning("%s", line)
-    return model, options, weights, pca_paths
+        place_map.require_weights(weights, str(resume))
+    alone = plain or place_map is not None
+    context = protocol.encoder_context or ("independent" if alone else "file_order",)
+    prepared = {name: preparation[name] for name in ("resize", "antialias")}
+    protocol = replace(protocol, encoder_context=context, **prepared)
+    options = replace(options, protocol=protocol, search=search)
+    facts = {
+        "descriptor_dim": protocol.pca_dim or model.descriptor_dim,
+        **preparation,
+        "split": None if alone else options.data.eval_split,
+        "model": arguments,
+        "weights": weights,
+        "checkpoint": {name: content[name] for name in ("encoder_training", "training") if name in content},
+    }
+    log_model(model, options, facts)
+    return model, options, facts
 
 
-def prepare(model: SuperVLADNet, options: EvalOptions, device: torch.device) -> None:
-    """Moves the model to its device, sets evaluation mode and logs what the model is."""
-    model.to(device).eval()
-    cast_products(model.backbone, options.precision)
-    if options.compile:
-        model.backbone.compile_blocks()
-    run_log.log_parameters(model)
-    if model.encoder is not None:
+def given_arguments(options: EvalOptions) -> set[str]:
+    """The options that were given, those of the model as the arguments of `build_model`."""
+    arguments = {option: name for name, option in MODEL_OPTIONS.items()}
+    return {arguments.get(name, name) for name in options.given}
+
+
+def model_arguments(options: EvalOptions, written: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `build_model`: from the command line, else from the checkpoint, else the defaults.
+
+    Of layer and encoder, the command line says all or nothing. `written` is what the checkpoint says.
+    """
+    given = given_arguments(options)
+    of_head = MODEL_OPTIONS.keys() - {"backbone", "backbone_blocks"}
+    given |= of_head if given & of_head else set()
+    taken = {name: value for name, value in written.items() if name not in given}
+    if taken:
+        logger.info("from the checkpoint: %s", ", ".join(f"{name} {value}" for name, value in taken.items()))
+    return {**options.model.arguments, **taken}
+
+
+def log_model(model: SuperVLADNet, options: EvalOptions, facts: Mapping[str, Any]) -> None:
+    """Logs what the model is, which options it leaves without effect, and how plain folders depart from benchmarks."""
+    contexts = options.protocol.encoder_context or ()
+    logger.info("parameters: %d", sum(parameter.numel() for parameter in model.parameters()))
+    alone = model.encoder is not None and {*contexts} == {"independent"}
+    idle = ["infer_batch_size"] * (model.encoder is None or alone) + ["encoder_context"] * (model.encoder is None)
+    if idle := [name for name in idle if name in options.given]:
+        why = "with encoder_context independent" if alone else "without the cross-image encoder"
+        logger.warning("--%s: no effect %s", ", --".join(idle), why)
+    if "encoder_training" in facts["checkpoint"]:
+        logger.info("the checkpoint's encoder_training: %s", facts["checkpoint"]["encoder_training"])
+    elif model.encoder is not None:
         logger.info(
             "largest difference between the two encoder layers: %.1e (at the published learning rates, 3e-4 or less "
             "means one training step)",
             model.encoder.layer_difference(),
         )
-    if departures := options.departures(encoder=model.encoder is not None):
-        logger.info("%s", departures)
+    if options.data.plain_folders:
+        turned = "photos are turned as EXIF says"
+        changes = [turned if facts["upright"] else "as the checkpoint says, photos are not turned as EXIF says"]
+        changes += ["the resize is antialiased (--no-antialias turns this off)"] * facts["antialias"]
+        if model.encoder is not None and contexts[0] == "independent":
+            changes.append("the encoder sees each photo by itself (--encoder_context file_order: neighbours by name)")
+        logger.info("plain folders, unlike published benchmarks: %s", "; ".join(changes))
+
+
+def depth_of(query_set: QuerySet, options: EvalOptions) -> int:
+    """Number of database images to find for each query."""
+    outputs, k = options.outputs, max(options.protocol.recall_values)
+    if query_set.test_method != "maj_voting":  # there, the depth decides how many crops can agree
+        k = max(k, outputs.save_predictions, outputs.save_pairs, SUBMITTED * outputs.save_submission)
+    return min(k, len(query_set.dataset.database_paths))
+
+
+def check_before_extraction(
+    group: Sequence[QuerySet],
+    options: EvalOptions,
+    model: SuperVLADNet,
+    contexts: Sequence[str],
+    place_map: PlaceMap | None,
+) -> None:
+    """Warns of what makes results of a dataset differ from expectation; ValueError for what cannot be done later."""
+    if not distributed.is_main():
+        return
+    outputs, search = options.outputs, options.search
+    database = group[0].dataset.database_paths
+    warn_before_extraction(group, contexts if model.encoder is not None else ())
+    for name in ("save_predictions", "save_pairs"):
+        if getattr(outputs, name) > len(database):
+            logger.warning("--%s %d: there are %d database images", name, getattr(outputs, name), len(database))
+    if outputs.save_map is not None:
+        require_place_for(outputs.save_map, contexts[0] if model.encoder is not None else None)
+    for query_set in group:
+        queries = query_set.dataset.queries_paths
+        if outputs.save_submission:
+            if len(database) < SUBMITTED:
+                logger.warning("--save_submission: %d images are scored, but there are %d", SUBMITTED, len(database))
+            keyless = [path for path in (*queries, *database) if len(image_key(path).split()) != 1]
+            if keyless:
+                problem = f"save_submission: {keyless[0]} has no image key without spaces, the seventh field of"
+                raise ValueError(f"{problem} @east@north@zone@letter@lat@lon@key@...; use a dataset with such names")
+        if outputs.save_pairs or outputs.save_h5:
+            there = place_map is None or place_map.photos_there
+            flag = "--save_pairs" if outputs.save_pairs else "--save_h5"
+            pairs.require_names(queries, database, flag=flag, there=there)
+        if outputs.save_h5:
+            pairs.require_one_each(query_set.test_method, options.protocol.pca_dim)
+    if search.index not in (None, "binary"):
+        dim = options.protocol.pca_dim or model.descriptor_dim
+        require_index(search.index, search.index_parameters, dim=dim, count=len(database))
+
+
+def write(
+    evaluation: Evaluation, options: EvalOptions, model: SuperVLADNet, failures: Outputs, device: torch.device
+) -> None:
+    """Writes the outputs of a query set."""
+    resize, antialias, upright = (evaluation.results[name] for name in PREPARATION)
+
+    def read(path: str) -> Image.Image | None:
+        if options.data.map is not None and not (os.path.isabs(path) and os.path.exists(path)):
+            return None
+        return read_reduced(path, match_page.THUMBNAIL_SIDE, upright=upright)
+
+    @torch.inference_mode()
+    def assigned(path: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        pixels = read_pixels(path, upright=upright)
+        transform = evaluation_transform(resize, antialias)
+        with autocast(device, options.machine.precision):
+            assignment = model.assignments(transform(pixels[None]).to(device))[0]
+        return pixels.permute(1, 2, 0).numpy(), assignment.float().cpu().numpy()
+
+    write_outputs(
+        evaluation,
+        options.outputs,
+        failures,
+        protocol=options.protocol,
+        search=options.search,
+        exif=options.data.plain_folders,
+        image_key=image_key,
+        read=read,
+        assigned=assigned,
+    )
+
+
+def save_map(path: Path, evaluation: Evaluation, options: EvalOptions) -> None:
+    """Writes the map of a database, which all its query sets share."""
+    located = evaluation.query_set.dataset.located(exif=options.data.plain_folders)
+    facts = {name: evaluation.results[name] for name in (*PREPARATION, "model", "weights")}
+    write_map(
+        path,
+        evaluation.search.chunks("database"),
+        paths=located.database_paths,
+        positions=located.database_positions,
+        geographic=located.geographic,
+        dtype=options.outputs.descriptor_dtype,
+        pca=evaluation.search.pca,
+        checkpoint=options.model.resume.name,
+        precision=options.machine.precision,
+        accept=options.search.accept,
+        **facts,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line.
-
-    Returns:
-        The exit status, 0; others, such as 2 for bad input, are raised as SystemExit.
-    """
+    """Runs a command line; an exit status other than 0 is raised as SystemExit."""
     run(parse(EvalOptions, argv))
     return 0
 

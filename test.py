@@ -1,85 +1,85 @@
-"""Measures recall@N: the evaluation of train.py, and that of eval.py with all its options."""
+"""The one evaluation: extract -> search -> judge -> record. train.py validates with it, eval.py evaluates with it."""
 
 import logging
-import os
-import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
-from datasets.evaluation.database_queries import DatabaseQueries, image_key
-from datasets.evaluation.judging import Evaluation, Matches, distance_on_val, first_matches, format_recalls
-from datasets.evaluation.map_queries import MapQueries
-from datasets.evaluation.tasks import Task, foresee_recalls
+from datasets.evaluation.query_sets import QuerySet
+from datasets.evaluation.tree import DatabaseQueries
 from datasets.photos.batches import image_batches
-from datasets.photos.transforms import CROPS, evaluation_transform, read_pixels, read_reduced
-from utils.outputs import match_page, pairs
-from utils.outputs.results import Found, Wanted
-from utils.retrieval import acceptance, search
-from utils.retrieval.contexts import DRAWN_CONTEXTS, Search, searched_by_all
-from utils.retrieval.descriptor_store import DescriptorStore, digest, kept_in
-from utils.retrieval.extraction import PlaceDescriber, extract, images_at_a_time
-from utils.retrieval.index_trial import require_index
-from utils.retrieval.place_map import PlaceMap, require_place_for, write_map
+from datasets.photos.transforms import CROPS, evaluation_transform
+from utils.retrieval import first_matches
+from utils.retrieval.comparison import wilson_interval
+from utils.retrieval.contexts import DRAWN_CONTEXTS, ORDERS, Search, Stores
+from utils.retrieval.descriptor_store import DescriptorStore
+from utils.retrieval.extraction import extract
+from utils.retrieval.first_matches import FirstMatches
+from utils.retrieval.search import correct_among, recall_at, recall_of
 from utils.system import distributed
-from utils.system.device import autocast, extraction_batch_size, reading_workers
-from utils.system.files import Outputs
-from utils.system.lock import FolderLock
+from utils.system.device import extraction_batch_size as usual_batch_size
+from utils.system.device import reading_workers
 
 logger = logging.getLogger(__name__)
 
-Stores = dict[str, DescriptorStore | PlaceMap]  # by name: database, query sets and perhaps pca
+Images = Mapping[str, tuple[Sequence[str], str]]  # paths and test method, by name
 
 
-def evaluate(
-    model: PlaceDescriber,
-    dataset: DatabaseQueries,
+def format_recalls(recalls: Mapping[int, float]) -> str:
+    """`R@1: 27.0, R@5: 42.3, ...`"""
+    return ", ".join(f"R@{n}: {recall:.1f}" for n, recall in recalls.items())
+
+
+def evaluate_split(
+    model: Any,
+    split: DatabaseQueries,
     *,
-    read_images: Callable[..., Iterator[Tensor]],
-    recall_values: Sequence[int],
+    protocol: Any,
     positive_distance: float,
-    infer_batch_size: int,
+    recall_values: Sequence[int],
     device: torch.device,
     folder: Path,
+    machine: Any,
     precision: str = "fp32",
+    stop: Callable[[], None] = lambda: None,
 ) -> dict[int, float]:
-    """Recall@N of a model on a dataset, with `hard_resize` and in file order: `{N: percent of the queries}`.
+    """Recall@N of a model in training, with `hard_resize` and in file order: `{N: percent of the queries}`.
 
-    With several processes, each extracts its share; the main one searches, or all do (`searched_by_all`); all get the
-    result. If the search fails, the descriptors are lost too: training resumed from its checkpoint extracts them again.
+    With several processes, each extracts its share, and all get the result. The descriptors are temporary: training
+    resumed from its checkpoint extracts them again.
 
     Args:
-        model: the model to evaluate.
-        dataset: database and queries.
-        read_images: `image_batches` that needs only paths and the bar's name; its batch size never changes recall.
-        recall_values: values of N.
+        model: a `model.SuperVLADNet`, on its device.
+        protocol, machine: the groups of options; of the first, `resize`, `antialias` and `infer_batch_size`.
         positive_distance: a database image within this many metres of a query is correct.
-        infer_batch_size: images that share a batch in `describe`.
-        device: device of the model.
-        folder: temporary folder for descriptors, removed afterwards.
-        precision: precision of the backbone, a name from `utils.system.device.autocast`.
+        folder: temporary folder for descriptors.
+        precision: precision of the backbone instead of the machine's.
+        stop: called regularly; it may raise to stop the evaluation.
     """
-    recalls: dict[int, float] = {}
+    sides = {"database": (split.database_paths, "hard_resize"), "queries": (split.queries_paths, "hard_resize")}
     stores: dict[str, DescriptorStore] = {}
+    recalls: dict[int, float] = {}
     try:
-        for name, paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths)):
-            stores[name] = DescriptorStore(folder, name, (len(paths), 1, *model.vectors_shape))
-            extract(model, paths, stores[name], partial(read_images, progress=name), precision)
-        by_all = searched_by_all(len(dataset.database_paths))
-        if by_all or distributed.is_main():
-            searched = Search(model, stores, infer_batch_size=infer_batch_size, device=device, by_all=by_all)
-            ((_, predictions),) = searched.run(max(recall_values))
-            if distributed.is_main():
-                recalls = search.recall_at(predictions, dataset.positives(positive_distance), recall_values)
+        extract_images(
+            model,
+            sides,
+            stores,
+            folder,
+            preparation={"resize": protocol.resize, "antialias": protocol.antialias, "upright": False},
+            machine=replace(machine, precision=precision),
+            device=device,
+            stop=stop,
+        )
+        if distributed.is_main():
+            search = Search(model, stores, infer_batch_size=protocol.infer_batch_size, device=device)
+            ((_, predictions),) = search.run(max(recall_values))
+            recalls = recall_at(predictions, split.positives(positive_distance), recall_values)
     finally:
         if distributed.is_main():
             for store in stores.values():
@@ -87,548 +87,242 @@ def evaluate(
     return distributed.broadcast(recalls)
 
 
-class EvaluatedModel(PlaceDescriber, Protocol):
-    """A model whose parts are accessible: kept descriptors depend only on backbone and aggregation."""
-
-    backbone: Any
-    aggregation: Any
-    encoder: Any
-
-    @property
-    def descriptor_dim(self) -> int:
-        """Dimension of a descriptor."""
-
-    def assignments(self, images: Tensor) -> Tensor:
-        """Normalised images B x 3 x H x W to soft assignments B x (K+G) x h x w of each patch to each cluster."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to evaluate a model; most fields are named like eval.py's options.
-
-    Attributes:
-        shift: queries in the first batch of the "unaligned" context.
-        depth_wanted: matches per query that the outputs show, beyond the recall values.
-        accept_distance: the squared descriptor distance given by `accept`; None if it gives none.
-        accept_precision: or the precision in percent whose distance is found on the val split.
-        plain_folders: whether the photos are in plain folders, so that EXIF may say where they were taken.
-    """
-
-    resize: tuple[int, int]
-    antialias: bool
-    upright: bool
-    precision: str
-    extraction_batch_size: int
-    num_workers: int | None
-    descriptor_dtype: str
-    descriptors_folder: Path | None
-
-    encoder_context: tuple[str, ...]
-    context_seeds: int
-    shift: int
-    infer_batch_size: int
-    seed: int
-    pca_dim: int
-    pca_whiten: bool
-    index: str | None
-    index_parameters: str
-    rerank: int
-    majority_weight: float
-
-    recall_values: tuple[int, ...]
-    depth_wanted: int
-    accept: str | None
-    accept_distance: float | None
-    accept_precision: float | None
-    query_keys: Path | None
-    plain_folders: bool
-
-
-class Evaluator:
-    """Evaluates a model on tasks, in steps that all processes take together: extract, then search.
+def extract_images(
+    model: Any,
+    images: Images,
+    stores: dict[str, DescriptorStore],
+    folder: Path,
+    *,
+    preparation: Mapping[str, Any],
+    machine: Any,
+    device: torch.device,
+    stop: Callable[[], None],
+    dtype: str = "float32",
+    weights: str | None = None,
+    kept: bool = False,
+    title: str = "",
+) -> None:
+    """Runs the backbone and the layer on images, except on those whose descriptors are there already.
 
     Args:
-        model: the model to evaluate; on its device and in evaluation mode before the first extraction.
-        settings: how to evaluate it.
-        device: device of the model.
-        place_map: a map to query instead of a database, if any.
-        pca_paths: images to fit a PCA on.
-        record: takes a folder and results, and writes `results.json` there.
-        stop: called regularly; it may raise to stop the evaluation.
+        stores: receives a store for each name, at once, so that the caller can remove it after an error too.
+        preparation: `resize`, `antialias` and `upright`: how photos become the model's input.
+        weights: digest of the model's weights, from which a later run knows what it can reuse; None if none will.
+        kept: whether the folder is to be used for long, so that copies of the photos must be known.
+        title: name of the dataset, for the progress bar.
+        others: as in `evaluate_split`.
+    """
+    batch_size = machine.extraction_batch_size or usual_batch_size(device)
+    for name, (paths, test_method) in images.items():
+        fingerprint = None
+        if weights is not None:
+            fingerprint = {"weights": weights, "test_method": test_method, "precision": machine.precision}
+            fingerprint |= {**preparation, "resize": list(preparation["resize"])}
+        crops = CROPS[test_method]
+        stores[name] = DescriptorStore(
+            folder,
+            name,
+            (len(paths), crops, *model.vectors_shape),
+            dtype=dtype,
+            fingerprint=fingerprint,
+            photos=paths if fingerprint else (),
+            kept=kept,
+        )
+        transform = evaluation_transform(
+            preparation["resize"], preparation["antialias"], test_method, patch_size=model.backbone.size.patch_size
+        )
+        read_images = partial(
+            image_batches,
+            transform=transform,
+            # single_query keeps each photo's shape; each crop counts as an image.
+            batch_size=1 if test_method == "single_query" else max(1, batch_size // crops),
+            num_workers=reading_workers(device, machine.num_workers),
+            device=device,
+            progress=f"{title} {name}".lstrip(),
+            upright=preparation["upright"],
+            stop=stop,
+        )
+        extract(model, paths, stores[name], read_images, machine.precision)
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """The results of one query set, collected one encoder context after another.
+
+    What was found is that of the first search, in the first context.
     """
 
-    def __init__(
-        self,
-        model: EvaluatedModel,
-        settings: Settings,
-        *,
-        device: torch.device,
-        place_map: PlaceMap | None = None,
-        pca_paths: Sequence[str] = (),
-        record: Callable[[Path, dict[str, Any]], None] = lambda folder, results: None,
-        stop: Callable[[], None] = lambda: None,
-    ):
-        self.model = model
-        self.settings = settings
-        self.device = device
-        self.place_map = place_map
-        self.pca_paths = list(pca_paths)
-        self.record = record
-        self.stop = stop
+    query_set: QuerySet
+    folder: Path  # where its results go
+    results: dict[str, Any]  # what `results.json` says
+    recalls: dict[str, dict[int, float]] = field(default_factory=dict)  # percent by context; the mean of its orders
+    curves: dict[str, list[float]] = field(default_factory=dict)  # the same, for N from 1 to the depth of the search
+    first_matches: dict[str, FirstMatches] = field(default_factory=dict)  # by context
+    first_order: FirstMatches | None = None  # those of the first search; None without labels
+    search: Search
+    distances: NDArray[np.float32]  # of descriptors, squared, Q x k
+    predictions: NDArray[np.int64]  # database indices, Q x k, best first; -1 is none
+    correct: NDArray[np.bool_] | None  # which of them are correct; None without labels
 
-    @property
-    def contexts(self) -> tuple[str, ...]:
-        """The encoder contexts to evaluate; without the encoder they are all the same, so one."""
-        return self.settings.encoder_context if self.model.encoder is not None else ("file_order",)
 
-    @property
-    def descriptor_dim(self) -> int:
-        """Dimension of the descriptors that are searched."""
-        return self.settings.pca_dim or self.model.descriptor_dim
+def evaluate(
+    model: Any,
+    query_sets: Sequence[QuerySet],
+    stores: Stores,
+    *,
+    contexts: Sequence[str],
+    protocol: Any,
+    search: Any,
+    depth: int,
+    seed: int,
+    device: torch.device,
+    folder: Path,
+    facts: Mapping[str, Any],
+    record: Callable[[Path, dict[str, Any]], None],
+) -> list[Evaluation]:
+    """Searches the query sets of a dataset in each encoder context, and judges and records what is found.
 
-    def depth(self, task: Task) -> int:
-        """Number of database images to find for each query."""
-        k = max(self.settings.recall_values)
-        if task.test_method != "maj_voting":  # there, the depth decides how many crops can agree
-            k = max(k, self.settings.depth_wanted)
-        return min(k, len(task.dataset.database_paths))
+    Each set's recall is logged, and its results are recorded, before the next context is searched.
 
-    def foresee(self, group: Sequence[Task], on_val: Task | None, wanted: Wanted) -> None:
-        """Checks before the extraction what can be checked then: outputs, contexts and an index that are impossible,
-        queries that cannot be found, and batches that give the answer away.
-
-        Args:
-            group: the tasks of a dataset.
-            on_val: its val split, if the accepted distance is found there.
-            wanted: the outputs to write.
-
-        Raises:
-            ValueError: an option asks for something impossible.
-        """
-        if not distributed.is_main():
-            return
-        encoder = self.model.encoder is not None
-        foresee_recalls(group, self.contexts if encoder else (), self.settings.shift)
-        if wanted.save_map is not None:
-            require_place_for(wanted.save_map, self.contexts[0] if encoder else None)
-            self._foresee_accepting(group[0])
-        flag = "--save_pairs" if wanted.save_pairs else "--save_h5" if wanted.save_h5 else None
-        for task in group:
-            dataset = task.dataset
-            if flag is not None:
-                there = not isinstance(dataset, MapQueries) or dataset.photos_there
-                pairs.require_names(dataset.queries_paths, dataset.database_paths, flag=flag, there=there)
-            if wanted.save_h5:
-                pairs.require_one_each(task.test_method, self.settings.pca_dim)
-        for task in (group[0], *([on_val] if on_val is not None else [])):
-            self._require_index(task)
-
-    def _foresee_accepting(self, task: Task) -> None:
-        """Warns if queries of the map will be searched differently from those that gave the accepted distance."""
-        settings = self.settings
-        approximate = settings.index not in (None, "binary")
-        if settings.accept_precision is not None and (approximate or task.test_method != "hard_resize"):
-            logger.warning(
-                "--save_map keeps the distance of --accept %s, found by %s; a map is searched exactly, by hard_resize",
-                settings.accept,
-                f"--index {settings.index}" if approximate else f"--test_method {task.test_method}",
+    Args:
+        protocol, search: the groups of options.
+        depth: database images to find for each query.
+        seed: of the random orders and of a PCA.
+        folder: the run's folder; results of several sets go below it.
+        facts: what the results say of the model and the run.
+        record: writes results into a folder.
+    """
+    evaluations: list[Evaluation] = []
+    for context in contexts:
+        searches: list[Search] = []  # one for each order
+        matches_by_order: list[list[tuple[NDArray[np.float32], NDArray[np.int64]]]] = []  # of the query sets
+        drawn = context in DRAWN_CONTEXTS and query_sets[0].dataset.labelled
+        for order in range(ORDERS if drawn else 1):
+            searches.append(
+                Search(
+                    model,
+                    stores,
+                    test_method=query_sets[0].test_method,
+                    context=context,
+                    infer_batch_size=protocol.infer_batch_size,
+                    seed=(seed, order),
+                    pca_dim=protocol.pca_dim,
+                    pca_whiten=protocol.pca_whiten,
+                    device=device,
+                )
             )
+            matches_by_order.append(searches[-1].run(depth, search, majority_weight=protocol.majority_weight))
+        for number, query_set in enumerate(query_sets):
+            matches = [matches_of_sets[number] for matches_of_sets in matches_by_order]
+            correct = [
+                None if query_set.positives is None else correct_among(predictions, query_set.positives)
+                for _, predictions in matches
+            ]
+            if context == contexts[0]:
+                evaluations.append(
+                    Evaluation(
+                        query_set=query_set,
+                        folder=folder / query_set.subfolder,
+                        results={**_facts_of(query_set, encoder=model.encoder is not None), **facts},
+                        search=searches[0],
+                        distances=matches[0][0],
+                        predictions=matches[0][1],
+                        correct=correct[0],
+                    )
+                )
+            evaluation = evaluations[number]
+            lines = [_judge(evaluation, context, matches, correct, protocol.recall_values)]
+            if search.index is not None:
+                agreements = [each.agreements[number] for each in searches]
+                evaluation.results.setdefault("index_agreement", agreements[0])
+                if context in evaluation.curves:
+                    evaluation.results["contexts"][context]["index_agreements"] = agreements
+            if context == contexts[0]:
+                lines = [*_lines_on_first_matches(evaluation, search.accept), *lines]
+                logger.info("log and results.json in %s", evaluation.folder)
+            for line in lines:
+                logger.info("%s", line)
+            record(evaluation.folder, evaluation.results)
+    return evaluations
 
-    def _require_index(self, task: Task) -> None:
-        """Tries the index, as far as possible before the extraction.
 
-        Raises:
-            ValueError: FAISS refuses it.
-        """
-        settings = self.settings
-        if settings.index is None or settings.index == "binary":
-            return
-        count = len(task.dataset.database_paths)
-        _, in_chunk = images_at_a_time((count, 1, *self.model.vectors_shape), settings.infer_batch_size)
-        require_index(
-            settings.index,
-            settings.index_parameters,
-            dim=self.descriptor_dim,
-            count=count,
-            chunks=-(-count // in_chunk),
-            k=self.depth(task),
+def _facts_of(query_set: QuerySet, *, encoder: bool) -> dict[str, Any]:
+    """What `results.json` says about a query set besides what was found."""
+    results: dict[str, Any] = {}
+    if query_set.has_positive is not None:
+        results = {"recalls": {}, "positive_distance": query_set.positive_distance}
+        results["queries_without_positives"] = int((~query_set.has_positive).sum())
+        if encoder:
+            results["alignment"] = query_set.alignment
+    return {**results, "dataset": query_set.facts, "test_method": query_set.test_method}
+
+
+def _judge(
+    evaluation: Evaluation,
+    context: str,
+    matches: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]],
+    correct: Sequence[NDArray[np.bool_] | None],
+    recall_values: Sequence[int],
+) -> str:
+    """Adds recall and first matches of a context, of one or several orders, to the evaluation; the line for the log."""
+    query_set, dataset = evaluation.query_set, evaluation.query_set.dataset
+    if query_set.has_positive is None:
+        return f"Searched {dataset}, without labels: predictions.csv in {evaluation.folder}"
+    first, curves = [], []
+    for (distances, predictions), mask in zip(matches, correct, strict=True):
+        assert mask is not None
+        curves.append(list(recall_of(mask[dataset.judged_queries], range(1, mask.shape[1] + 1)).values()))
+        nothing = predictions[:, 0] < 0
+        first.append(
+            first_matches.first_matches(
+                distances[:, 0],
+                predictions[:, 0],
+                correct=mask[:, 0],
+                has_positive=query_set.has_positive,
+                judged=dataset.judged(predictions[:, :1])[:, 0] | (dataset.judged_queries & nothing),
+            )
         )
-
-    def _images_of(self, group: Sequence[Task]) -> dict[str, tuple[list[str], str]]:
-        """The images to extract for the tasks of a dataset: paths and test method by name."""
-        images = {}
-        if not isinstance(group[0].dataset, MapQueries):  # its database is in the map
-            images["database"] = (group[0].dataset.database_paths, "hard_resize")
-        images |= {task.store: (task.dataset.queries_paths, task.test_method) for task in group}
-        if self.pca_paths:
-            images["pca"] = (self.pca_paths, "hard_resize")
-        return images
-
-    @cached_property
-    def _weights(self) -> str:
-        """Digest of the weights that the extraction depends on."""
-        return digest({**self.model.backbone.state_dict(), **self.model.aggregation.state_dict()})
-
-    def _fingerprint(self, weights: str, test_method: str) -> dict[str, Any]:
-        """Everything that extracted descriptors depend on, besides the photos."""
-        return {
-            "weights": weights,
-            "test_method": test_method,
-            "resize": list(self.settings.resize),
-            "antialias": self.settings.antialias,
-            "upright": self.settings.upright,
-            "precision": self.settings.precision,
-        }
-
-    def extract(self, group: Sequence[Task], held: ExitStack) -> Stores:
-        """Runs the backbone on database, queries and any images for a PCA, except on those extracted before.
-
-        When `held` ends, descriptors that are not kept are removed, and the folder of kept ones is unlocked.
-        """
-        settings = self.settings
-        batch_size = settings.extraction_batch_size or extraction_batch_size(self.device)
-        folder, fingerprint = group[0].folder / "extracted", None
-        if settings.descriptors_folder is not None:
-            folder = kept_in(settings.descriptors_folder, group[0].of)
-            if distributed.is_main():
-                held.enter_context(FolderLock(folder, "--descriptors_folder", "keep descriptors"))
-            weights = self._weights
-        stores: Stores = {}
-        for name, (paths, test_method) in self._images_of(group).items():
-            if settings.descriptors_folder is not None:  # others are not reused
-                fingerprint = self._fingerprint(weights, test_method)
-            store = DescriptorStore(
-                folder,
-                name,
-                (len(paths), CROPS[test_method], *self.model.vectors_shape),
-                dtype=settings.descriptor_dtype,
-                fingerprint=fingerprint,
-                photos=paths if fingerprint is not None else (),
-            )
-            stores[name] = store
-            if fingerprint is None and distributed.is_main():
-                held.callback(store.remove)
-            read_images = partial(
-                image_batches,
-                transform=evaluation_transform(
-                    settings.resize,
-                    settings.antialias,
-                    test_method,
-                    patch_size=self.model.backbone.size.patch_size,
-                ),
-                # single_query keeps each photo's shape; each crop counts as an image.
-                batch_size=1 if test_method == "single_query" else max(1, batch_size // CROPS[test_method]),
-                num_workers=reading_workers(self.device, settings.num_workers),
-                device=self.device,
-                progress=f"{group[0].of} {name}",
-                upright=settings.upright,
-                stop=self.stop,
-            )
-            extract(self.model, paths, store, read_images, settings.precision)
-        if self.place_map is not None:
-            stores["database"] = self.place_map
-        return stores
-
-    @contextmanager
-    def kept_if_it_fails(
-        self, groups: Sequence[Sequence[Task]], stores: Sequence[Stores], folder: Path
-    ) -> Iterator[None]:
-        """Keeps the descriptors in `folder`, as `--descriptors_folder` does, if the search in the block fails."""
-        try:
-            yield
-        except search.UselessDescriptors:
-            raise
-        except Exception:
-            advice = "the same command"
-            if self.settings.descriptors_folder is None:
-                advice += f" with --descriptors_folder={shlex.quote(str(folder.absolute()))}"
-                weights = self._weights
-                for group, of_group in zip(groups, stores, strict=True):
-                    for name, (paths, test_method) in self._images_of(group).items():
-                        store = of_group[name]
-                        assert isinstance(store, DescriptorStore)
-                        try:
-                            store.keep(kept_in(folder, group[0].of), self._fingerprint(weights, test_method), paths)
-                        except (OSError, ValueError) as problem:
-                            logger.warning("%s of %s could not be kept: %s", name, group[0].of, problem)
-            logger.warning("the descriptors are kept: %s resumes with the search", advice)
-            raise
-
-    def searches(self, group: Sequence[Task], stores: Stores, context: str) -> Iterator[Search]:
-        """The searches in one encoder context: one per order if it is random and recalls are averaged."""
-        dataset, settings = group[0].dataset, self.settings
-        for order in range(settings.context_seeds if context in DRAWN_CONTEXTS and dataset.labelled else 1):
-            yield Search(
-                self.model,
-                stores,
-                test_method=group[0].test_method,
-                context=context,
-                infer_batch_size=settings.infer_batch_size,
-                shift=settings.shift,
-                seed=(settings.seed, order),
-                pca_dim=settings.pca_dim,
-                pca_whiten=settings.pca_whiten,
-                device=self.device,
-                by_all=searched_by_all(len(dataset.database_paths), settings.index),
-            )
-
-    def _matches(self, searched: Search, group: Sequence[Task], context: str) -> list[Matches]:
-        """What a search finds for each query set, judged."""
-        settings = self.settings
-        found = searched.run(
-            self.depth(group[0]),
-            index=settings.index,
-            index_parameters=settings.index_parameters,
-            rerank=settings.rerank,
-            majority_weight=settings.majority_weight,
-        )
-        return [
-            Matches(
-                search=searched,
-                context=context,
-                distances=distances,
-                predictions=predictions,
-                correct=None if task.positives is None else search.correct_among(predictions, task.positives),
-            )
-            for task, (distances, predictions) in zip(group, found, strict=True)
-        ]
-
-    def help_search(self, group: Sequence[Task], stores: Stores, contexts: Sequence[str]) -> None:
-        """Searches this process's share of the database, in the order in which the main process searches."""
-        if searched_by_all(len(group[0].dataset.database_paths), self.settings.index):
-            for context in contexts:
-                for searched in self.searches(group, stores, context):
-                    searched.run(self.depth(group[0]))
-
-    def evaluate(
-        self, groups: Sequence[Sequence[Task]], stores: Sequence[Stores], folder: Path, outputs: Outputs
-    ) -> list[Evaluation]:
-        """Searches the query sets of each dataset in every encoder context.
-
-        Each set is logged, and its `results.json` written, before the next context is searched.
-
-        Args:
-            groups: the tasks of each dataset.
-            stores: what was extracted for them.
-            folder: the run's folder, where the descriptors are kept if a search fails.
-            outputs: collects what cannot be written.
-
-        Returns:
-            An evaluation for each task; none in processes other than the main one, which help with the search.
-        """
-        if not distributed.is_main():
-            for group, of_group in zip(groups, stores, strict=True):
-                self.help_search(group, of_group, self.contexts)
-            return []  # the others do not wait for a search that the main process does alone
-        with self.kept_if_it_fails(groups, stores, folder / "kept"):
-            found = [self._evaluate(group, of_group, outputs) for group, of_group in zip(groups, stores, strict=True)]
-        return [evaluation for of_group in found for evaluation in of_group]
-
-    def _evaluate(self, group: Sequence[Task], stores: Stores, outputs: Outputs) -> list[Evaluation]:
-        settings = self.settings
-        evaluations = [
-            Evaluation(
-                task=task,
-                recall_values=settings.recall_values,
-                accept=settings.accept,
-                results=self._facts(task),
-            )
-            for task in group
-        ]
-        for context in self.contexts:
-            orders: list[list[Matches]] = []
-            agreements: list[list[dict[str, float]]] = []  # by order and set
-            for searched in self.searches(group, stores, context):
-                orders.append(self._matches(searched, group, context))
-                agreements.append(searched.agreements)
-            for number, evaluation in enumerate(evaluations):
-                lines = evaluation.note(context, [of_sets[number] for of_sets in orders])
-                if settings.index is not None:
-                    of_orders = [of_sets[number] for of_sets in agreements]
-                    evaluation.results.setdefault("index_agreement", of_orders[0])
-                    if context in evaluation.curves:
-                        evaluation.results["contexts"][context]["index_agreements"] = of_orders
-                folder = evaluation.task.folder
-                if context == self.contexts[0]:
-                    logger.info("log and results.json in %s", folder)
-                for line in lines:
-                    logger.info("%s", line)
-                with outputs.writing(str(folder / "results.json")):
-                    folder.mkdir(parents=True, exist_ok=True)
-                    self.record(folder, evaluation.results)
-        return evaluations
-
-    def _facts(self, task: Task) -> dict[str, Any]:
-        """What `results.json` says about a task besides what was found."""
-        results: dict[str, Any] = {}
-        if task.findable is not None:
-            results = {"recalls": {}, "positive_distance": task.positive_distance}
-            results |= {"queries_without_positives": int((~task.findable).sum())}
-            if self.model.encoder is not None:
-                results["alignment"] = task.alignment
-        results |= {"dataset": task.dataset.sizes, "descriptor_dim": self.descriptor_dim}
-        return results | {"test_method": task.test_method}
-
-    def settle_acceptance(self, group: Sequence[Task], on_val: Task | None, folder: Path) -> None:
-        """Sets the accepted distance of a dataset's tasks: as given, from the map, or found on the val split.
-
-        Args:
-            group: the tasks.
-            on_val: the val split, if the distance is found there.
-            folder: the run's folder.
-
-        Raises:
-            ValueError: see `_found_on_val`.
-        """
-        found = None if on_val is None else self._found_on_val(on_val, folder)
-        distance = self.settings.accept_distance if found is None else found["threshold"]
-        if self.settings.accept is None and self.place_map is not None:
-            distance = self.place_map.accept
-        for task in group:
-            task.accepted_distance, task.found_on_val = distance, found
-
-    def _found_on_val(self, on_val: Task, folder: Path) -> dict[str, Any]:
-        """What `--accept auto@P` finds on the val split: the largest distance with that precision, as `threshold`.
-
-        The split is extracted and searched as the test split will be, in the first encoder context. All processes call
-        this at the same point.
-
-        Args:
-            on_val: the val split.
-            folder: the run's folder.
-
-        Raises:
-            ValueError: no distance has that precision; the descriptors are kept.
-        """
-        on_val.folder = folder / on_val.subfolder / "val"
-        context = self.contexts[0]
-
-        def found() -> dict[str, Any]:
-            orders = []
-            for searched in self.searches([on_val], stores, context):
-                (of_order,) = self._matches(searched, [on_val], context)
-                orders.append(first_matches(on_val, of_order))
-            return distance_on_val(
-                acceptance.pooled(orders),
-                on_val.dataset,
-                context,
-                accept=self.settings.accept,
-                precision=self.settings.accept_precision,
-                query_keys=self.settings.query_keys,
-            )
-
-        with ExitStack() as held:
-            if distributed.is_main():
-                held.callback(_remove_if_empty, on_val.folder.parent)
-                held.callback(_remove_if_empty, on_val.folder)
-            stores = self.extract([on_val], held)
-            if not distributed.is_main():
-                self.help_search([on_val], stores, [context])
-                return distributed.on_main(dict)
-            with self.kept_if_it_fails([[on_val]], [stores], folder / "kept"):
-                return distributed.on_main(found)
-
-    def found(self, evaluation: Evaluation, outputs: Outputs, *, weights: str, pca_images: str) -> Found:
-        """Collects what `results.write` needs.
-
-        Args:
-            evaluation: the evaluation of a query set.
-            outputs: notes if positions cannot be read.
-            weights: digest of the model's weights, to store with a PCA.
-            pca_images: folder of the PCA's images.
-        """
-        assert evaluation.first is not None
-        task, matches, settings = evaluation.task, evaluation.first, self.settings
-        dataset = located = task.dataset
-        with outputs.writing(f"positions in {task.folder / 'predictions.csv'}"):
-            located = dataset.located(exif=settings.plain_folders)
-        title = str(dataset)
-        if curve := evaluation.curves.get(matches.context):
-            shown = {n: curve[min(n, len(curve)) - 1] for n in settings.recall_values}
-            title += f", {matches.context}" * (self.model.encoder is not None) + f", {format_recalls(shown)}"
-        facts = None
-        if settings.pca_dim and self.place_map is None:
-            facts = {"dim": settings.pca_dim, "whiten": settings.pca_whiten, "context": matches.context}
-            facts |= {"images": pca_images, "weights": weights, "resize": list(settings.resize)}
-        plain_pca = settings.pca_dim and not settings.pca_whiten
-        mean = task.test_method == "five_crops" and not settings.pca_dim
-        return Found(
-            folder=task.folder,
-            dataset=dataset.name,
-            title=title,
-            store=task.store,
-            search=matches.search,
-            queries=dataset.queries_paths,
-            database=dataset.database_paths,
-            predictions=matches.predictions,
-            distances=matches.distances,
-            # A PCA, an index and a mean over crops change the norm or the distances.
-            unit=not (plain_pca or mean or task.test_method == "maj_voting") and settings.index is None,
-            correct=matches.correct,
-            judged=None if matches.correct is None else dataset.judged(matches.predictions),
-            metres=located.metres(matches.predictions),
-            positions=located.database_positions,
-            geographic=located.geographic,
-            findable=task.findable,
-            rule=task.rule,
-            curves=evaluation.curves,
-            first_matches=evaluation.first_matches,
-            accepted_distance=task.accepted_distance,
-            pca=facts,
-            key=image_key,
-            read=self._shown_photo,
-            assigned=self._assigned,
-        )
-
-    def _shown_photo(self, path: str) -> Image.Image | None:
-        """A photo for the page of matches; None if a map's photo is missing."""
-        if self.place_map is not None and not os.path.exists(path):
-            return None
-        return read_reduced(path, match_page.THUMBNAIL_SIDE, upright=self.settings.upright)
-
-    @torch.inference_mode()
-    def _assigned(self, path: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """A photo, H x W x 3, and the soft assignment of its patches, (K+G) x h x w."""
-        pixels = read_pixels(path, upright=self.settings.upright)
-        transform = evaluation_transform(self.settings.resize, self.settings.antialias)
-        with autocast(self.device, self.settings.precision):
-            assignment = self.model.assignments(transform(pixels[None]).to(self.device))[0]
-        return pixels.permute(1, 2, 0).numpy(), assignment.float().cpu().numpy()
-
-    def save_map(
-        self, path: Path, evaluation: Evaluation, model: dict[str, Any], checkpoint: str, weights: str
-    ) -> None:
-        """Writes the map of a database: its descriptors as they were searched, and the known positions.
-
-        Args:
-            path: file to write.
-            evaluation: the evaluation of one of the database's query sets.
-            model: arguments of `build_model`.
-            checkpoint: file name of the checkpoint.
-            weights: digest of the model's weights.
-        """
-        assert evaluation.first is not None
-        searched, settings = evaluation.first.search, self.settings
-        located = evaluation.task.dataset.located(exif=settings.plain_folders)
-        write_map(
-            path,
-            searched.chunks("database"),
-            paths=located.database_paths,
-            positions=located.database_positions,
-            geographic=located.geographic,
-            dtype=settings.descriptor_dtype,
-            pca=searched.pca,
-            model=model,
-            checkpoint=checkpoint,
-            weights=weights,
-            resize=settings.resize,
-            antialias=settings.antialias,
-            upright=settings.upright,
-            precision=settings.precision,
-            accept=evaluation.task.accepted_distance,
-        )
+    curve = evaluation.curves[context] = [float(np.mean(column)) for column in zip(*curves, strict=True)]
+    recalls = evaluation.recalls[context] = {n: curve[min(n, len(curve)) - 1] for n in recall_values}
+    pooled = evaluation.first_matches[context] = first_matches.pooled(first)
+    evaluation.first_order = evaluation.first_order or first[0]
+    counted = int(dataset.judged_queries.sum())
+    intervals = {n: (100 * wilson_interval(r * counted / 100, counted)).tolist() for n, r in recalls.items()}
+    results: dict[str, Any] = {"recalls": recalls, "intervals": intervals, "orders": len(curves)}
+    results["first_match"] = pooled.summary()
+    evaluation.results.setdefault("contexts", {})[context] = results
+    line = f"Recalls on {dataset}"
+    if context != "file_order" or len(evaluation.curves) > 1:
+        line += f", {context}" + f" ({len(curves)} orders)" * (len(curves) > 1)
+    line += f": {format_recalls(recalls)}"
+    if len(curves) > 1:
+        deviations = [float(np.std(column)) for column in zip(*curves, strict=True)]
+        results["deviations"] = {n: deviations[min(n, len(curve)) - 1] for n in recall_values}
+        line += f"; deviations {format_recalls(results['deviations'])}"
+    evaluation.results["recalls"] = next(iter(evaluation.recalls.values()))
+    return line
 
 
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
+def _lines_on_first_matches(evaluation: Evaluation, accept: float | None) -> list[str]:
+    """The log's lines on which first matches to believe, and what `accept` accepts, which is added to the results."""
+    query_set, lines = evaluation.query_set, []
+    if evaluation.first_order is not None:
+        summary = evaluation.first_matches[evaluation.search.context].summary()
+        line = f"first match of {query_set.dataset.name}: {first_matches.in_words(summary)}"
+        lines.append(line + "; optimistic, since its queries are also the test split's" * query_set.tested)
+    if accept is None:
+        return lines
+    distances, there = evaluation.distances[:, 0], evaluation.predictions[:, 0] >= 0
+    count = int((there & first_matches.accepted(distances, accept)).sum())
+    results = evaluation.results["accepted"] = {"distance": accept, "accepted": count, "queries": len(there)}
+    line = f"accepted up to a squared distance of {first_matches.written(accept)}"
+    line += f": {count} of {len(there)} first matches"
+    if evaluation.first_order is not None:
+        curve = evaluation.first_order.curve
+        point = curve.point(curve.at(accept))
+        results |= {"judged": point["accepted"], "precision": point["precision"], "recall": point["recall"]}
+        if point["accepted"] < count:
+            line += f", {point['accepted']} of them judged, since positions are missing"
+        for name in ("precision", "recall"):
+            line += f", {name} {'unknown' if point[name] is None else format(point[name], '.1f')}"
+    return [*lines, line]

@@ -1,6 +1,6 @@
 """Fine-tunes SuperVLAD on GSV-Cities and keeps the model with the best recall on the validation split."""
 
-from parser import TrainOptions, parse
+from parser import TrainData, TrainOptions, parse
 from utils.system.signals import quiet_ctrl_c
 
 if __name__ == "__main__":
@@ -11,8 +11,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets.evaluation.alignment import alignment, log_alignment
-from datasets.evaluation.database_queries import DatabaseQueries
+from datasets.evaluation.layout import split_folder
+from datasets.evaluation.tree import DatabaseQueries
+from datasets.evaluation.validation import validation_and_test
+from datasets.photos.batches import image_batches
 from datasets.photos.transforms import evaluation_transform, normalize, to_unit
 from datasets.training import similar_places
 from datasets.training.gsv_cities import GSVCities, PlaceBatches
 from datasets.training.randaugment import TrainingTransform
-from model import SuperVLADNet, build_model
+from model import BACKBONES, SuperVLADNet, build_model
 from model.initialization import initialize_layer, sample_local_features
 from model.loss import MinedMultiSimilarity
+from model.sizes import fitted
 from model.weights import FOUNDATION_FILES, GATED_FILES, fetch_foundation, load_checkpoint, load_foundation, read_file
-from test import evaluate, format_recalls, image_batches
-from utils.outputs import report
+from test import evaluate_split, format_recalls
+from utils.outputs import figures
+from utils.retrieval import search
+from utils.retrieval.descriptor_store import digest, warn_of_leftovers
 from utils.run import checkpoint
 from utils.run import log as run_log
+from utils.run.log import RunLog
 from utils.run.optimization import Optimization
 from utils.run.preemption import Preemption
 from utils.run.progress import Progress
@@ -60,264 +66,251 @@ from utils.system.seed import seed_everything
 logger = logging.getLogger(__name__)
 
 ReadImages = Callable[..., Iterator[Tensor]]  # `image_batches` that still needs paths and the progress bar's name
+# Options under another value of which a run can be resumed: they decide where it runs and ends, and how it rounds; of
+# paths the content of the files decides.
+MAY_CHANGE = frozenset(
+    """
+    resume save_dir patience checkpoint_every device num_workers extraction_batch_size compile deterministic
+    mixed_precision activation_checkpointing grad_cache_chunk eval_datasets_folder train_dataset_folder
+    foundation_model_path query_keys given
+    """.split()
+)
 
 
 def run(options: TrainOptions) -> dict[int, float]:
-    """Runs the training that the options describe and evaluates the best model on the test split.
-
-    Returns:
-        Recall@N of the best model on the test split in percent, `{N: percent}`.
+    """Trains as the options describe, and returns Recall@N of the best model on the test split, `{N: percent}`.
 
     Raises:
-        SystemExit: bad input (status 2), results.json could not be written (1), or a signal asked to stop (128 + its
-            number, after a checkpoint).
+        SystemExit: bad input (2), results.json not written (1), or a signal (128 + its number, after a checkpoint).
     """
-    with distributed.processes(), run_log.RunLog() as log, Preemption() as preemption, ExitStack() as held:
-        device = pick_device(options.device)
-        run_log.log_header(asdict(options), device, given=options.given)
-        run_log.compare_with_record(asdict(options), device)
-        seed_everything(options.seed)
-        allow_tf32(options.precision == "tf32")
-        require_determinism(options.deterministic)
+    data, recipe, machine = options.data, options.recipe, options.machine
+    with distributed.processes(), RunLog(options.flat) as log, Preemption() as preemption, ExitStack() as held:
+        device = pick_device(machine.device)
+        run_log.log_header(options, device)
+        seed_everything(machine.seed)
+        allow_tf32(machine.precision == "tf32")
+        require_determinism(machine.deterministic)
+        size = BACKBONES[options.model.backbone]
+        resize = fitted(options.protocol.resize, size)
+        protocol = replace(options.protocol, resize=resize)
 
         # Data: places to train on, a validation split to choose the best model, a test split to evaluate it.
-        places, batches, loader = load_places(options, device)
+        folders = data.train_dataset_folder or (data.eval_datasets_folder / "gsv_cities",)
+        images = [split_folder(data.eval_datasets_folder, data.eval_dataset_name, name) for name in ("val", "test")]
+        save_dir = Path("logs") / options.outputs.save_dir
+        run_log.require_outside([*images, *(folder / "Images" for folder in folders)], save_dir=save_dir)
+        places = GSVCities(
+            folders,
+            cities=data.cities,
+            images_per_place=recipe.images_per_place,
+            transform=TrainingTransform(recipe.train_resize, recipe.randaugment_ops),
+            seed=machine.seed,
+        )
+        batches = PlaceBatches(places, batch_size=recipe.train_batch_size, place_order=recipe.place_order)
+        if recipe.place_order == "similar" and not batches.by_similarity:
+            logger.warning("--place_order similar has no effect: all %d places share a batch", len(places))
+        workers = reading_workers(device, machine.num_workers)
+        loader = ImageLoader(
+            places,
+            batches,
+            batch_bytes=max(batches.shares(0)) * recipe.images_per_place * 3 * math.prod(recipe.train_resize),
+            num_workers=workers,
+            device=device,
+        )
         held.enter_context(loader)
-        val, test = load_splits(options, places)
-        read_images = image_reader(options, device, preemption)
+        val, test, shared = validation_and_test(
+            data.eval_datasets_folder,
+            data.eval_dataset_name,
+            distance=data.val_positive_dist_threshold,
+            query_keys=data.query_keys,
+            batch_size=protocol.infer_batch_size if options.model.crossimage_encoder else None,
+        )
+        logger.info("training on %s; validation on %s", places, val)
+        read_images = partial(
+            image_batches,
+            transform=evaluation_transform(resize, protocol.antialias),
+            batch_size=machine.extraction_batch_size or extraction_batch_size(device),
+            num_workers=workers,
+            device=device,
+            stop=preemption.stop,
+        )
 
         # Model: pretrained weights; the last blocks, the layer and the encoder are trained.
-        path = starting_checkpoint(options, log)
-        model, content = load_model(options, path, device)
+        path = options.model.resume
+        if path == Path("auto"):
+            log.lock(save_dir)  # so that no two runs resume the same checkpoint
+            runs = run_log.runs_of(options.outputs.save_dir)
+            path = distributed.on_main(lambda: checkpoint.newest(runs, read=read_file))
+        model = build_model(**options.model.arguments)
+        content: dict[str, Any] = {}
+        foundation = options.model.foundation_model_path
+        if path is not None:
+            content = load_checkpoint(model, path)
+            if model.projection is not None:
+                logger.warning("%s ends with a PCA, which training leaves out", path)
+                model.projection = None
+        elif foundation is not None or is_published(options.model.backbone):
+            foundation = foundation or distributed.on_main(lambda: fetch_foundation(options.model.backbone))
+            load_foundation(model.backbone, foundation)
+        resumed = "optimization" in content  # a last_model.pth; any other file only gives a new run its weights
+        if resumed and content["decisive"].get("--lr_end_factor"):
+            raise ValueError(
+                f"{path} was trained with --lr_end_factor {content['decisive']['--lr_end_factor']}, removed in 2.0.0; "
+                "finish that run with version 1.0.0, or start a new one from its best_model.pth"
+            )
+        model.backbone.freeze(recipe.freeze_te)
+        if not any(parameter.requires_grad for parameter in model.backbone.parameters()):
+            logger.warning("--freeze_te %d freezes all blocks, so the backbone is not trained", recipe.freeze_te)
+        model.backbone.activation_checkpointing = machine.activation_checkpointing
+        model.grad_cache_chunk = machine.grad_cache_chunk
+        model.to(device)
+        if machine.compile:
+            model.backbone.compile_blocks()
 
         # Optimisation, and the run's folder.
-        optimization = build_optimization(options, model, len(batches), content.get("encoder_retired", False))
-        resumed = "optimization" in content  # a last_model.pth; any other file only gives a new run its weights
-        folder = log.open(options.save_dir, path.parent if path and resumed else None)
+        optimization = Optimization(
+            model,
+            optim=recipe.optim,
+            weight_decay=recipe.weight_decay,
+            lr=recipe.lr,
+            lr_encoder=recipe.lr_encoder,
+            encoder_training=recipe.encoder_training,
+            encoder_retired=content.get("encoder_retired", False),
+            steps_per_epoch=len(batches),
+            epochs=recipe.epochs_num,
+            lr_schedule=recipe.lr_schedule,
+            warmup_steps=recipe.warmup_steps,
+            scale_gradients=step_precision(options) == "fp16",
+            clip_grad_norm=recipe.clip_grad_norm,
+        )
+        named = "save_dir" in options.given
+        folder = log.open(options.outputs.save_dir, path.parent if path and resumed else None, named=named)
+        if path and resumed and folder != path.parent and distributed.is_main():
+            checkpoint.copy_run(path, folder)
+        run_log.write_options(folder, options)
+        with suppress(OSError):  # folders that vanish meanwhile, or belong to another user
+            warn_of_leftovers(run_log.runs_of(options.outputs.save_dir))
         preemption.advice = f"nothing was trained yet; run the same command to start again ({folder} can be removed)"
-        run_log.log_parameters(model)
-        warn_of_hours(options, model, places, device)
-        progress = new_progress(options, folder, model, optimization, places, device)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        logger.info("parameters: %d trainable of %d", trained, sum(p.numel() for p in model.parameters()))
+        if device.type == "cpu" and is_published(options.model.backbone) and recipe.epochs_num:
+            seen = recipe.epochs_num * len(places) * recipe.images_per_place
+            hours = estimated_hours(model.backbone, size=recipe.train_resize, images=seen)
+            logger.warning("training %s on a CPU takes about %.0f hours; use a CUDA GPU", options.model.backbone, hours)
+        values = options.flat | {
+            "resize": resize,
+            "backbone_blocks": options.model.backbone_blocks or size.depth,
+            "precision": step_precision(options),
+        }
+        free = MAY_CHANGE | ({"epochs_num"} if recipe.lr_schedule == "halving" else set())  # others end with the run
+        progress = Progress(
+            folder,
+            model,
+            optimization,
+            facts={
+                "started": content.get("started", folder.name) if resumed else folder.name,
+                "model": options.model.arguments,
+                "encoder_training": recipe.encoder_training,
+                "resize": list(resize),
+                "training": {"seed": machine.seed, "precision": step_precision(options), **asdict(recipe)},
+            },
+            must_match={f"--{name}": value for name, value in values.items() if name not in free}
+            | {"the number of places": len(places), "the digest of GSV-Cities' tables": places.digest}
+            | {"the digest of --query_keys": data.query_keys and digest([data.query_keys.read_bytes().hex()])},
+            unless_said={f"--{name}": value for name, value in TrainOptions().flat.items()}
+            | {"the digest of --query_keys": None},
+            read_every=1 if device.type == "cpu" else 20,
+        )
         if distributed.rank():
-            seed_everything(options.seed + distributed.rank())  # so that each process has its own dropout
+            seed_everything(machine.seed + distributed.rank())  # so that each process has its own dropout
 
         # Resume, or start with the layer's clusters found by k-means.
         if resumed:
             progress.restore(content)
-            log_resumed(options, progress, path)
+            if progress.finished(recipe.epochs_num, recipe.patience):
+                logger.info("the run of %s is finished: only the test split is evaluated again", path)
+            else:
+                logger.info("resuming from %s: epoch %d, step %d", path, progress.epoch + 1, progress.steps + 1)
         else:
             if path is None:
-                initialize(model, initialization_images(options, places), read_images, options.seed)
+                initialize(model, initialization_images(data, places), read_images, machine.seed)
             distributed.broadcast_weights(model)
             progress.save_best()
             progress.save_last()
         last = folder / checkpoint.LAST
-        resume = "" if options.resume == "auto" else f" with --resume={last}"
+        resume = "" if options.model.resume == Path("auto") else f" with --resume={last}"
         preemption.advice = f"training is saved in {last}; run the same command{resume} to resume it"
 
         # Epochs: train, validate, keep the best model; stop after --patience epochs without a better one.
-        recall = recall_function(options, model, read_images, folder, device)
-        while not progress.finished(options.epochs_num, options.patience):
-            begin_epoch(options, model, batches, progress, read_images, device)
+        recall = partial(
+            evaluate_split,
+            model,
+            protocol=protocol,
+            positive_distance=data.val_positive_dist_threshold,
+            device=device,
+            folder=folder / "descriptors",
+            machine=machine,
+            stop=preemption.stop,
+        )
+        while not progress.finished(recipe.epochs_num, recipe.patience):
+            batches.epoch, batches.start = progress.epoch, len(progress.losses)
+            if batches.by_similarity and progress.epoch and progress.order is None:
+                progress.order = order_by_similarity(options, model, batches, read_images, device)
+            batches.mined = progress.order
             speed = train_one_epoch(options, model, loader, batches, optimization, progress, preemption, device)
             progress.save_last()  # if validation is interrupted, nothing is trained again
             loss = progress.mean_loss
-            recalls = recall(val, recall_values=sorted({1, 5, *options.recall_values}), precision=options.val_precision)
+            depths = sorted({1, 5, *protocol.recall_values})
+            recalls = recall(val, recall_values=depths, precision=machine.val_precision)
             better = progress.record_epoch(recalls, score=recalls[1] + recalls[5])
-            log_epoch(progress, loss, recalls, speed, better)
-        if progress.not_improved >= options.patience:
-            logger.info("stopped early: validation recall has not improved for %d epochs", options.patience)
+            if distributed.is_main():
+                try:
+                    figures.draw_training(folder)
+                except Exception as error:  # a full disk, or an edited table
+                    logger.warning("cannot draw %s (%s)", folder / figures.TRAINING, error)
+            shown = " ".join(f"R@{n}={recall:.1f}" for n, recall in recalls.items())
+            shown += f" {speed}" + " best" * better
+            logger.info("epoch=%02d loss=%.4f lr=%.3g %s", progress.epoch, loss, progress.lr, shown)
+        if progress.not_improved >= recipe.patience:
+            logger.info("stopped early: validation recall has not improved for %d epochs", recipe.patience)
 
         # Test: recall of the best model on the test split.
         best = load_checkpoint(model, folder / checkpoint.BEST)
-        recalls = recall(test, recall_values=options.recall_values)
+        recalls = recall(test, recall_values=protocol.recall_values)
         validation = {"epochs": progress.epoch, "best_epoch": best["epoch_num"], "best_recalls": best["recalls"]}
+        validation["queries_also_in_test"] = shared
         results = {"recalls": recalls, "dataset": test.sizes, "validation": validation, "places": len(places)}
         logger.info("log and results.json in %s", folder)
         logger.info("Recalls on %s: %s", test, format_recalls(recalls))
         outputs = Outputs()
         with outputs.writing(str(folder / "results.json")):
-            run_log.write_results(folder, results, asdict(options), device)
+            run_log.write_results(folder, results, replace(options, protocol=protocol), device)
         if outputs.missing:
             raise SystemExit(1)
     return recalls
 
 
-def load_places(options: TrainOptions, device: torch.device) -> tuple[GSVCities, PlaceBatches, ImageLoader]:
-    """The places to train on, their batches, and the loader of their images."""
-    folders = options.train_dataset_folder or (options.eval_datasets_folder / "gsv_cities",)
-    photos = [options.eval_datasets_folder / options.eval_dataset_name / "images"]
-    photos += [folder / "Images" for folder in folders]
-    run_log.require_outside(photos, save_dir=Path("logs") / options.save_dir)
-    places = GSVCities(
-        folders,
-        cities=options.cities,
-        images_per_place=options.images_per_place,
-        transform=TrainingTransform(options.train_resize, options.randaugment_ops),
-        seed=options.seed,
-    )
-    batches = PlaceBatches(places, batch_size=options.train_batch_size, place_order=options.place_order)
-    if options.place_order == "similar" and not batches.by_similarity:
-        logger.warning("--place_order similar has no effect: all %d places share a batch", len(places))
-    elif options.epochs_num == 1 and options.place_order != "fixed":
-        logger.warning("--place_order %s has no effect: it starts with the second epoch", options.place_order)
-    loader = ImageLoader(
-        places,
-        batches,
-        batch_size=max(batches.shares(0)),
-        item_bytes=options.images_per_place * 3 * math.prod(options.train_resize),
-        num_workers=reading_workers(device, options.num_workers),
-        device=device,
-    )
-    return places, batches, loader
-
-
-def load_splits(options: TrainOptions, places: GSVCities) -> tuple[DatabaseQueries, DatabaseQueries]:
-    """The validation and test splits; warns if file order tells the cross-image encoder which photos match."""
-    val, test = (
-        DatabaseQueries.from_folder(options.eval_datasets_folder, options.eval_dataset_name, split)
-        for split in ("val", "test")
-    )
-    logger.info("training on %s; validation on %s", places, val)
-    if options.crossimage_encoder and distributed.is_main():
-        for split in (val, test):
-            near = split.positives(options.val_positive_dist_threshold)
-            found = alignment(split, near, options.infer_batch_size)
-            log_alignment(split, found, "eval.py's --encoder_context file_order unaligned")
-    return val, test
-
-
-def image_reader(options: TrainOptions, device: torch.device, preemption: Preemption) -> ReadImages:
-    """`image_batches` for evaluation and initialisation; a signal ends the run before the next batch."""
-    return partial(
-        image_batches,
-        transform=evaluation_transform(options.resize, options.antialias),
-        batch_size=options.extraction_batch_size or extraction_batch_size(device),
-        num_workers=reading_workers(device, options.num_workers),
-        device=device,
-        stop=preemption.stop,
-    )
-
-
-def starting_checkpoint(options: TrainOptions, log: run_log.RunLog) -> Path | None:
-    """The file of --resume; for `auto`, the newest checkpoint in --save_dir, which is locked. None if there is none."""
-    if options.resume != "auto":
-        return Path(options.resume) if options.resume else None
-    log.lock(Path("logs") / options.save_dir)  # so that no two runs resume the same checkpoint
-    runs = run_log.runs_of(options.save_dir)
-    return distributed.on_main(lambda: checkpoint.newest(runs, read=read_file))
-
-
-def load_model(options: TrainOptions, path: Path | None, device: torch.device) -> tuple[SuperVLADNet, dict[str, Any]]:
-    """The model with its initial weights and frozen parts, on the device.
-
-    Returns:
-        The model, and the content of the checkpoint (empty if there is none).
-    """
-    model = build_model(**options.model)
-    content: dict[str, Any] = {}
-    if path is not None:
-        content = load_checkpoint(model, path)
-        if model.projection is not None:
-            logger.warning("%s ends with a PCA, which training leaves out", path)
-            model.projection = None
-    else:
-        foundation = options.foundation_model_path
-        if foundation is None and is_published(options.backbone):
-            foundation = distributed.on_main(lambda: fetch_foundation(options.backbone))
-        if foundation is not None:
-            load_foundation(model.backbone, foundation)
-    model.backbone.freeze(options.freeze_te)
-    model.backbone.activation_checkpointing = options.activation_checkpointing
-    model.grad_cache_chunk = options.grad_cache_chunk
-    model.to(device)
-    if options.compile:
-        model.backbone.compile_blocks()
-    return model, content
+def step_precision(options: TrainOptions) -> str:
+    return "fp16" if options.machine.mixed_precision else options.machine.precision
 
 
 def is_published(backbone: str) -> bool:
-    """Whether the backbone has pretrained weights; all but the tiny ones do."""
+    """Whether the backbone has pretrained weights, as all but the tiny ones do."""
     return backbone in FOUNDATION_FILES or backbone in GATED_FILES
 
 
-def build_optimization(
-    options: TrainOptions, model: SuperVLADNet, steps_per_epoch: int, encoder_retired: bool
-) -> Optimization:
-    """The optimiser and its schedule."""
-    return Optimization(
-        model,
-        optim=options.optim,
-        weight_decay=options.weight_decay,
-        lr=options.lr,
-        lr_encoder=options.lr_encoder,
-        encoder_training=options.encoder_training,
-        encoder_retired=encoder_retired,
-        steps_per_epoch=steps_per_epoch,
-        epochs=options.epochs_num,
-        lr_schedule=options.lr_schedule,
-        warmup_steps=options.warmup_steps,
-        lr_end_factor=options.lr_end_factor,
-        scale_gradients=options.precision == "fp16",
-        clip_grad_norm=options.clip_grad_norm,
-    )
-
-
-def warn_of_hours(options: TrainOptions, model: SuperVLADNet, places: GSVCities, device: torch.device) -> None:
-    """Warns how long training takes on a CPU, except with a tiny backbone."""
-    if device.type == "cpu" and is_published(options.backbone) and options.epochs_num:
-        seen = options.epochs_num * len(places) * options.images_per_place
-        hours = estimated_hours(model.backbone, size=options.train_resize, images=seen)
-        logger.warning("training %s on a CPU takes about %.0f hours; use a CUDA GPU", options.backbone, hours)
-
-
-def new_progress(
-    options: TrainOptions,
-    folder: Path,
-    model: SuperVLADNet,
-    optimization: Optimization,
-    places: GSVCities,
-    device: torch.device,
-) -> Progress:
-    """The progress and the files of a run at its start."""
-    return Progress(
-        folder,
-        model,
-        optimization,
-        facts={"model": options.model, "encoder_training": options.encoder_training, "resize": list(options.resize)},
-        decisive={
-            **options.decisive,
-            "the number of places": len(places),
-            "the digest of GSV-Cities' tables": places.digest,
-        },
-        unless_said=options.defaults,
-        read_every=1 if device.type == "cpu" else 20,
-    )
-
-
-def log_resumed(options: TrainOptions, progress: Progress, path: Path | None) -> None:
-    """Logs where a run resumes."""
-    if progress.finished(options.epochs_num, options.patience):
-        logger.info("the run of %s is finished: only the test split is evaluated again", path)
-    else:
-        logger.info("resuming from %s: epoch %d, step %d", path, progress.epoch + 1, progress.steps + 1)
-
-
-def initialization_images(options: TrainOptions, places: GSVCities) -> list[str]:
+def initialization_images(data: TrainData, places: GSVCities) -> list[str]:
     """The images whose local features k-means clusters: the evaluation dataset's train split, else GSV-Cities."""
-    folder = options.eval_datasets_folder / options.eval_dataset_name / "images" / "train"
+    folder = split_folder(data.eval_datasets_folder, data.eval_dataset_name, "train")
     if folder.is_dir():
-        train = DatabaseQueries.from_folder(options.eval_datasets_folder, options.eval_dataset_name, "train")
+        train = DatabaseQueries.from_folder(data.eval_datasets_folder, data.eval_dataset_name, "train")
         return train.covered_images(10.0)
     logger.info("no train split in %s: the layer is initialised from GSV-Cities images", folder.parent)
     return places.all_image_paths()
 
 
 def initialize(model: SuperVLADNet, paths: Sequence[str], read_images: ReadImages, seed: int) -> None:
-    """Initialises the layer by k-means on local features of 5,000 images, or of all if there are fewer.
-
-    Each process reads its share of them; only the main one initialises its model.
-    """
+    """Initialises the main process's layer by k-means on local features of at most 5,000 images, read by all."""
     rng = np.random.default_rng(seed)
     drawn = [paths[index] for index in rng.choice(len(paths), size=min(5000, len(paths)), replace=False)]
 
@@ -330,51 +323,29 @@ def initialize(model: SuperVLADNet, paths: Sequence[str], read_images: ReadImage
         initialize_layer(model, torch.from_numpy(features))
 
 
-def recall_function(
-    options: TrainOptions, model: SuperVLADNet, read_images: ReadImages, folder: Path, device: torch.device
-) -> Callable[..., dict[int, float]]:
-    """`test.evaluate` that still needs a split, recall values and a precision."""
-    return partial(
-        evaluate,
-        model,
-        read_images=read_images,
-        positive_distance=options.val_positive_dist_threshold,
-        infer_batch_size=options.infer_batch_size,
-        device=device,
-        folder=folder / "descriptors",
-    )
+def order_by_similarity(
+    options: TrainOptions, model: SuperVLADNet, batches: PlaceBatches, read_images: ReadImages, device: torch.device
+) -> NDArray[np.int64]:
+    """The order of places in an epoch by what the model confuses: each image alone in its batch, in evaluation mode."""
+    transform = evaluation_transform(options.recipe.train_resize, antialias=True)
 
+    @torch.inference_mode()
+    def describe(paths: Sequence[str]) -> NDArray[np.float32]:
+        model.eval()
+        rows = [np.empty((0, model.descriptor_dim), dtype=np.float32)]
+        for images in read_images(
+            paths, transform=transform, batch_size=similar_places.TOGETHER, progress="similar places"
+        ):
+            with autocast(device, options.machine.val_precision):
+                vectors = model.cluster_vectors(images)
+            rows.append(model.describe(vectors.float(), group=1).cpu().numpy())
+        return np.concatenate(rows)
 
-def begin_epoch(
-    options: TrainOptions,
-    model: SuperVLADNet,
-    batches: PlaceBatches,
-    progress: Progress,
-    read_images: ReadImages,
-    device: torch.device,
-) -> None:
-    """Sets the batches to the next epoch and step, ordered by similarity with --place_order similar."""
-    batches.epoch, batches.start = progress.epoch, len(progress.losses)
-    if batches.by_similarity and progress.epoch and progress.order is None:
-        transform = evaluation_transform(options.train_resize, antialias=True)
-        read_places = partial(read_images, transform=transform, batch_size=similar_places.TOGETHER)
-        describe = partial(describe_images, model, read_places, device=device, precision=options.val_precision)
-        progress.order = similar_places.order_by_similarity(batches, describe, device)
-    batches.mined = progress.order
+    def nearest(rows: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+        search.to_unit_norm(rows)
+        return search.nearest(rows, [(np.arange(len(rows)), rows)], k, device)[1]
 
-
-@torch.inference_mode()
-def describe_images(
-    model: SuperVLADNet, read_images: ReadImages, paths: Sequence[str], *, device: torch.device, precision: str
-) -> NDArray[np.float32]:
-    """Descriptors of N images, N x D; in evaluation mode, each image in a batch of its own."""
-    model.eval()
-    rows = [np.empty((0, model.descriptor_dim), dtype=np.float32)]
-    for images in read_images(paths, progress="similar places"):
-        with autocast(device, precision):
-            vectors = model.cluster_vectors(images)
-        rows.append(model.describe(vectors.float(), group=1).cpu().numpy())
-    return np.concatenate(rows)
+    return similar_places.order_by_similarity(batches, describe, nearest)
 
 
 def train_one_epoch(
@@ -387,15 +358,7 @@ def train_one_epoch(
     preemption: Preemption,
     device: torch.device,
 ) -> str:
-    """Trains the remaining steps of the epoch: multi-similarity loss on mined pairs, one step per batch of places.
-
-    Returns:
-        Images per second, share of the time spent waiting for data, and peak memory, for the log.
-
-    Raises:
-        ValueError: a loss is not finite.
-        SystemExit: a signal asked to stop; the current step was finished and a checkpoint written.
-    """
+    """Trains the remaining steps of the epoch, one per batch of places; returns speed and memory for the log."""
     criterion = MinedMultiSimilarity()
     model.train()
     replica = distributed.replicate(model)
@@ -411,12 +374,12 @@ def train_one_epoch(
         initial=len(progress.losses),
         disable=not distributed.is_main() or len(progress.losses) == len(batches),
     )
-    for images, labels in to_device(bar, device):
+    for images, labels in progress.saving(to_device(bar, device)):
         waited += time.perf_counter() - waiting
         counts = [places * images.shape[1] for places in batches.shares(progress.steps)]  # images of each process
         labels = labels.repeat_interleave(images.shape[1])  # (P,) -> (P*K,)
         images = normalize(to_unit(images.flatten(0, 1)), inplace=True)  # (P, K, 3, H, W) -> (P*K, 3, H, W)
-        with autocast(device, options.precision):
+        with autocast(device, step_precision(options)):
             descriptors = replica(images)
         descriptors = distributed.gather_with_gradient(descriptors.float(), counts)
         loss = criterion(descriptors, distributed.gather_with_gradient(labels, counts))
@@ -425,7 +388,8 @@ def train_one_epoch(
         optimization.backward(loss * distributed.world_size())
         if optimization.step():
             replica = distributed.replicate(model)
-        due = options.checkpoint_every and progress.steps % options.checkpoint_every == 0
+        every = options.machine.checkpoint_every
+        due = every and progress.steps % every == 0
         if preemption.agreed() or due:
             progress.save_last()
             preemption.stop()
@@ -435,8 +399,8 @@ def train_one_epoch(
         waiting = time.perf_counter()
     if seen and not mined:
         logger.warning(
-            "no pair of images was mined in epoch %d, so nothing was learnt: the model already separates all places "
-            "of a batch; use a larger --train_batch_size or other places",
+            "no pair of images was mined in epoch %d, so nothing was learnt: the model separates all places of a "
+            "batch; use a larger --train_batch_size or other places",
             progress.epoch + 1,
         )
     seconds = max(time.perf_counter() - started, 1e-9)
@@ -445,30 +409,8 @@ def train_one_epoch(
     return f"{speed} skipped_steps={skipped}" if skipped else speed
 
 
-def log_epoch(progress: Progress, loss: float, recalls: dict[int, float], speed: str, better: bool) -> None:
-    """Logs the epoch and draws the training curves so far."""
-    if distributed.is_main():
-        try:
-            report.draw_training(progress.folder)
-        except Exception as error:  # a full disk, or an edited table
-            logger.warning("cannot draw %s (%s)", progress.folder / report.TRAINING, error)
-    logger.info(
-        "epoch=%02d loss=%.4f lr=%.3g %s %s%s",
-        progress.epoch,
-        loss,
-        progress.lr,
-        " ".join(f"R@{n}={recall:.1f}" for n, recall in recalls.items()),
-        speed,
-        " best" if better else "",
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line.
-
-    Returns:
-        The exit status, 0; others, such as 2 for bad input, are raised as SystemExit.
-    """
+    """Runs a command line; returns the exit status 0, while others, such as 2 for bad input, are SystemExit."""
     run(parse(TrainOptions, argv))
     return 0
 

@@ -1,6 +1,5 @@
 """How the released code does each stage, written out to compare with: not used by anything but the benchmarks."""
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -27,6 +26,11 @@ def evaluation_input(path: str, size: tuple[int, int] = (322, 322)) -> Tensor:
     with Image.open(path) as image:
         pixels = TO_NORMALISED(image.convert("RGB"))
     return T.functional.resize(pixels, list(size), antialias=False)
+
+
+def evaluation_batch(paths: list[str], size: tuple[int, int]) -> Tensor:
+    """Photos through the evaluation's pipeline, one by one."""
+    return torch.stack([evaluation_input(path, size) for path in paths])
 
 
 def training_input(path: str) -> Tensor:
@@ -68,14 +72,3 @@ def place_lookup(table, label: int) -> list[str]:
             f"_{row['lat']}_{row['lon']}_{row['panoid']}.jpg"
         )
     return names
-
-
-def recall_loop(predictions: np.ndarray, positives: list[np.ndarray], recall_values: list[int]) -> np.ndarray:
-    """Recall@N in percent, a query at a time."""
-    hits = np.zeros(len(recall_values))
-    for query, row in enumerate(predictions):
-        for index, n in enumerate(recall_values):
-            if np.any(np.isin(row[:n], positives[query])):
-                hits[index:] += 1
-                break
-    return 100 * hits / len(predictions)

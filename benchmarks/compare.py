@@ -3,9 +3,6 @@
 python -m benchmarks.compare [--only input forward layer lookup start backbones] [--photos FOLDER]
 """
 
-import argparse
-import csv
-import multiprocessing
 import tempfile
 import time
 import types
@@ -15,54 +12,43 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from benchmarks import baselines
-from benchmarks.measuring import PeakGrowth, medians, record
-from benchmarks.photos import made_photos
-from datasets.evaluation.database_queries import DatabaseQueries, list_images, utm_positions
+from benchmarks import baselines, measuring
+from benchmarks.measuring import PeakMemory, in_own_process, made_photos, medians, one_thread
+from datasets.evaluation.tree import DatabaseQueries
+from datasets.photos.listing import list_images
+from datasets.photos.positions import utm_positions
 from datasets.photos.transforms import evaluation_transform, open_image, read_pixels
 from datasets.training.gsv_cities import CITIES, COLUMNS, LABELS_PER_CITY, GSVCities
 from datasets.training.randaugment import TrainingTransform
 from model import BACKBONES, build_model
 from model.dinov2 import DINOv2
 from model.supervlad import SuperVLAD
-from utils.retrieval import search
-
-CPU = torch.device("cpu")
-PHOTOS = Path("data/benchmark")
 
 
 def compare_input(photos: Sequence[str], training_photos: Sequence[str]) -> dict[str, float]:
     """One core's time a photo: evaluation with and without the resize, and training."""
     transform, augment = evaluation_transform((322, 322)), TrainingTransform((224, 224), 3)
     resize_only = TrainingTransform((224, 224), 0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a DataLoader's worker
-    difference = max(
-        (transform(read_pixels(path)[None])[0] - baselines.evaluation_input(path)).abs().max().item() for path in photos
-    )
-    seconds = medians(
-        {
-            "released": lambda: [baselines.evaluation_input(path) for path in photos],
-            "ours, resized on the device": lambda: [read_pixels(path) for path in photos],
-            "ours, all on the CPU": lambda: [transform(read_pixels(path)[None]) for path in photos],
-            "released training": lambda: [baselines.training_input(path) for path in training_photos],
-            "ours training": lambda: [augment(open_image(path)) for path in training_photos],
-            "ours training without RandAugment": lambda: [resize_only(open_image(path)) for path in training_photos],
-        }
-    )
-    torch.set_num_threads(threads)
-    count, training_count = len(photos), len(training_photos)
+    ways = {
+        "released": lambda: [baselines.evaluation_input(path) for path in photos],
+        "on the device": lambda: [read_pixels(path) for path in photos],
+        "on the CPU": lambda: [transform(read_pixels(path)[None]) for path in photos],
+        "training": lambda: [baselines.training_input(path) for path in training_photos],
+        "ours": lambda: [augment(open_image(path)) for path in training_photos],
+        "without RandAugment": lambda: [resize_only(open_image(path)) for path in training_photos],
+    }
+    with one_thread():
+        seconds = medians(ways)
+        differences = [(transform(read_pixels(path)[None])[0] - baselines.evaluation_input(path)) for path in photos]
     return {
-        "released evaluation input, ms": 1e3 * seconds["released"] / count,
-        "evaluation input, device resizes, ratio": seconds["released"] / seconds["ours, resized on the device"],
-        "evaluation input, all on the CPU, ratio": seconds["released"] / seconds["ours, all on the CPU"],
-        "evaluation input, largest difference": difference,
-        "released training input, ms": 1e3 * seconds["released training"] / training_count,
-        "training input, ratio": seconds["released training"] / seconds["ours training"],
-        "training input, ratio without RandAugment (floor)": seconds["released training"]
-        / seconds["ours training without RandAugment"],
+        "released evaluation input, ms": 1e3 * seconds["released"] / len(photos),
+        "evaluation input, device resizes, ratio": seconds["released"] / seconds["on the device"],
+        "evaluation input, all on the CPU, ratio": seconds["released"] / seconds["on the CPU"],
+        "evaluation input, largest difference": max(difference.abs().max().item() for difference in differences),
+        "released training input, ms": 1e3 * seconds["training"] / len(training_photos),
+        "training input, ratio": seconds["training"] / seconds["ours"],
+        "training input, ratio without RandAugment (floor)": seconds["training"] / seconds["without RandAugment"],
     }
 
 
@@ -90,14 +76,12 @@ def compare_forward(images_count: int = 2) -> dict[str, float]:
         block.attn.forward = types.MethodType(baselines.explicit_attention, block.attn)
     images = torch.randn(images_count, 3, 322, 322)
     difference = (ours(images) - released(images)).abs().max().item()
-    seconds = medians(
-        {
-            "released": lambda: released(images),
-            "ours": lambda: ours(images),
-            "ceiling": lambda: products_alone(ours.backbone, images),
-        },
-        rounds=15,  # the ratio is near 1, and machines are noisy
-    )
+    ways = {
+        "released": lambda: released(images),
+        "ours": lambda: ours(images),
+        "ceiling": lambda: products_alone(ours.backbone, images),
+    }
+    seconds = medians(ways, rounds=15)  # the ratio is near 1, and machines are noisy
     return {
         "released forward, ms an image": 1e3 * seconds["released"] / images_count,
         "forward, ratio": seconds["released"] / seconds["ours"],
@@ -110,16 +94,15 @@ def forward_pass(backbone: str, images: int) -> Callable[[], torch.Tensor]:
     """The forward pass of a network with random weights on images of its backbone's own size."""
     torch.manual_seed(0)
     model = build_model(backbone=backbone).eval()
-    side = BACKBONES[backbone].side
-    inputs = torch.randn(images, 3, side, side)
+    inputs = torch.randn(images, 3, BACKBONES[backbone].side, BACKBONES[backbone].side)
     return torch.inference_mode()(lambda: model(inputs))
 
 
 def forward_memory(backbone: str, images: int) -> float:
     """MB that weights, images and a forward pass add to the process at their peak; to be called in one of its own."""
-    with PeakGrowth() as peak:
+    with PeakMemory() as peak:
         forward_pass(backbone, images)()
-    return peak.growth
+    return 1e3 * peak.growth
 
 
 def compare_backbones(images: int = 4) -> dict[str, float]:
@@ -128,64 +111,53 @@ def compare_backbones(images: int = 4) -> dict[str, float]:
     Images a second of processor time, on one core, so that other programs take no part.
     """
     figures = {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for pair in (("dino_small", "dinov3_small"), ("dino", "dinov3")):
-        seconds = medians({name: forward_pass(name, images) for name in pair}, clock=time.process_time)
+        with one_thread():
+            seconds = medians({name: forward_pass(name, images) for name in pair}, clock=time.process_time)
         for name in pair:
             figures[f"{name}, images/s of a core"] = images / seconds[name]
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                figures[f"{name}, peak MB"] = pool.apply(forward_memory, (name, images))
+            figures[f"{name}, peak MB"] = in_own_process(forward_memory, name, images)
         figures[f"{pair[1]} in place of {pair[0]}, ratio"] = seconds[pair[0]] / seconds[pair[1]]
-    torch.set_num_threads(threads)
     return figures
 
 
-def layer_step(way: str, clusters: int, images: int = 32):
-    """A step of the layer, forward and backward, on 16 x 16 features as the backbone lays them out; and its result."""
+def layer_step(way: str, clusters: int, images: int = 32) -> Callable[[], torch.Tensor]:
+    """A step of the layer, forward and backward, on 16 x 16 features as the backbone lays them out."""
     torch.manual_seed(0)
     layer = SuperVLAD(768, clusters, 1)
     features = torch.randn(images, 768, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
     target = torch.randn(images, clusters * 768)
 
-    def forward() -> torch.Tensor:
-        if way == "ours":
-            return layer(features).flatten(1)
-        return baselines.cluster_loop(features, layer.conv.weight, clusters)
-
-    def step() -> None:
+    def step() -> torch.Tensor:
         features.grad = layer.conv.weight.grad = None
-        (forward() * target).sum().backward()
+        released = way == "released"
+        output = baselines.cluster_loop(features, layer.conv.weight, clusters) if released else layer(features)
+        (output.flatten(1) * target).sum().backward()
+        return output.detach().flatten(1)
 
-    return step, forward
+    return step
 
 
 def layer_memory(way: str, clusters: int) -> float:
     """MB that a step adds to the process at its peak; to be called in a process of its own."""
-    layer_step(way, clusters, images=2)[0]()
-    step, _ = layer_step(way, clusters)
-    with PeakGrowth() as peak:
+    layer_step(way, clusters, images=2)()
+    step = layer_step(way, clusters)
+    with PeakMemory() as peak:
         step()
-    return peak.growth
+    return 1e3 * peak.growth
 
 
 def compare_layer(clusters: int) -> dict[str, float]:
     """The layer's forward and backward pass on 32 images, and the memory that it adds."""
-    ways = ("released", "ours")
-    steps = {way: layer_step(way, clusters) for way in ways}
-    with torch.no_grad():
-        difference = (steps["ours"][1]() - steps["released"][1]()).abs().max().item()
-    seconds = medians({way: step for way, (step, _) in steps.items()})
-    memory = {}
-    for way in ways:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            memory[way] = pool.apply(layer_memory, (way, clusters))
+    steps = {way: layer_step(way, clusters) for way in ("released", "ours")}
+    seconds = medians(steps)
+    memory = {way: in_own_process(layer_memory, way, clusters) for way in steps}
     return {
         f"released layer K={clusters}, ms": 1e3 * seconds["released"],
         f"layer K={clusters}, ratio": seconds["released"] / seconds["ours"],
         f"released layer K={clusters}, peak MB": memory["released"],
         f"layer K={clusters}, share of the peak memory": memory["ours"] / memory["released"],
-        f"layer K={clusters}, largest difference": difference,
+        f"layer K={clusters}, largest difference": (steps["ours"]() - steps["released"]()).abs().max().item(),
     }
 
 
@@ -193,16 +165,14 @@ def write_table(folder: Path, rows: int) -> None:
     """A GSV-Cities of made rows, spread over all cities, four to thirteen a place."""
     rng = np.random.default_rng(0)
     (folder / "Dataframes").mkdir(parents=True)
-    for city in tqdm(CITIES, desc="tables"):
+    for city in CITIES:
         sizes = rng.integers(4, 14, size=rows // len(CITIES) // 8)
-        places = np.repeat(np.arange(len(sizes)), sizes)[: rows // len(CITIES) + 1]
-        with open(folder / "Dataframes" / f"{city}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for place in places:
-                year, month, north = rng.integers((2007, 1, 0), (2021, 13, 360))
-                lat, lon = rng.uniform((-60, -180), (60, 180)).round(7)
-                writer.writerow([place, year, month, north, city, lat, lon, rng.bytes(11).hex()])
+        lines = [",".join(COLUMNS)]
+        for place in np.repeat(np.arange(len(sizes)), sizes)[: rows // len(CITIES) + 1]:
+            year, month, north = rng.integers((2007, 1, 0), (2021, 13, 360))
+            lat, lon = rng.uniform((-60, -180), (60, 180)).round(7)
+            lines.append(f"{place},{year},{month},{north},{city},{lat},{lon},{rng.bytes(11).hex()}")
+        (folder / "Dataframes" / f"{city}.csv").write_text("\n".join(lines) + "\n")
 
 
 def compare_lookup(rows: int = 530_000) -> dict[str, float]:
@@ -212,14 +182,9 @@ def compare_lookup(rows: int = 530_000) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_table(folder, rows)
-        found: list[GSVCities] = []
-
-        def load() -> None:
-            found[:] = [GSVCities(folder, transform=open_image)]
-
-        with PeakGrowth() as memory:
-            load()
-        loading = medians({"ours": load})["ours"]
+        with PeakMemory() as memory:
+            places = GSVCities(folder, transform=open_image)
+        loading = medians({"ours": lambda: GSVCities(folder, transform=open_image)})["ours"]
         frames = []
         for index, city in enumerate(CITIES):
             frame = pandas.read_csv(folder / "Dataframes" / f"{city}.csv")
@@ -227,85 +192,64 @@ def compare_lookup(rows: int = 530_000) -> dict[str, float]:
             frame["place_id"] += LABELS_PER_CITY * index
             frames.append(frame)
         table = pandas.concat(frames).set_index("place_id")
-    places = found[0]
     chosen = np.random.default_rng(1).choice(len(places), size=200, replace=False)
     names = {Path(path).name for path in places.image_paths(int(chosen[0]))}
     assert names == set(baselines.place_lookup(table, int(places.labels[chosen[0]])))
-    seconds = medians(
-        {
-            "released": lambda: [baselines.place_lookup(table, int(places.labels[place])) for place in chosen],
-            "ours": lambda: [places.image_paths(int(place)) for place in chosen],
-        }
-    )
+    ways = {
+        "released": lambda: [baselines.place_lookup(table, int(places.labels[place])) for place in chosen],
+        "ours": lambda: [places.image_paths(int(place)) for place in chosen],
+    }
+    seconds = medians(ways)
     return {
         "GSV-Cities rows": len(places.names),
         "table loaded, s": loading,
-        "table loaded, MB": memory.growth,
+        "table loaded, MB": 1e3 * memory.growth,
         "place lookup, ratio": seconds["released"] / seconds["ours"],
     }
 
 
 def compare_start(images: int = 300_000, queries: int = 10_000) -> dict[str, float]:
-    """Listing a large tree, parsing its names and finding positives; and recall, vectorised."""
+    """Listing a large tree, parsing its names and finding positives."""
     rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as folder:
         for part, count in (("database", images), ("queries", queries)):
-            folder = Path(name) / "big" / "images" / "test" / part
-            folder.mkdir(parents=True)
-            for index, (east, north) in enumerate(tqdm(rng.uniform(0, 20_000, (count, 2)), desc=part)):
-                (folder / f"@{east:.2f}@{north:.2f}@{index}@.jpg").touch()
-        dataset = DatabaseQueries.from_folder(Path(name), "big", "test")
-        seconds = medians(
-            {
-                "listing": lambda: list_images(Path(name) / "big/images/test/database"),
-                "parsing": lambda: utm_positions(dataset.database_paths),
-                "positives": lambda: list(dataset.positives(25.0)),
-            }
-        )
-    positives = list(dataset.positives(25.0))
-    predictions = rng.integers(0, images, (queries, 20))
-    values = [1, 5, 10, 20]
-    recall = medians(
-        {
-            "released": lambda: baselines.recall_loop(predictions, positives, values),
-            "ours": lambda: search.recall_at(predictions, positives, values),
+            photos = Path(folder) / "big/images/test" / part
+            photos.mkdir(parents=True)
+            for index, (east, north) in enumerate(rng.uniform(0, 20_000, (count, 2))):
+                (photos / f"@{east:.2f}@{north:.2f}@{index}@.jpg").touch()
+        dataset = DatabaseQueries.from_folder(Path(folder), "big", "test")
+        ways = {
+            "listing": lambda: list_images(Path(folder) / "big/images/test/database"),
+            "parsing": lambda: utm_positions(dataset.database_paths),
+            "positives": lambda: list(dataset.positives(25.0)),
         }
-    )
-    return {
-        **{f"{name} {images} images, s": value for name, value in seconds.items()},
-        f"recall of {queries} queries, ratio": recall["released"] / recall["ours"],
-    }
+        return {f"{name} {images} images, s": value for name, value in medians(ways).items()}
+
+
+STAGES = {
+    "forward": compare_forward,
+    "layer": lambda: compare_layer(4) | compare_layer(64),
+    "lookup": compare_lookup,
+    "start": compare_start,
+    "backbones": compare_backbones,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ("input", "forward", "layer", "lookup", "start", "backbones")
-    parser.add_argument("--only", nargs="+", choices=stages, default=stages)
-    parser.add_argument("--photos", type=Path, help="JPEGs to read instead of made ones (searched below, 48 of them)")
-    parser.add_argument("--no_record", action="store_true", help="leave no results.json")
-    settings = parser.parse_args(argv)
+    parser = measuring.parser_of(__doc__, "photos")
+    parser.add_argument("--only", nargs="+", choices=("input", *STAGES), default=("input", *STAGES))
+    settings = measuring.settings_of(parser, argv)
     figures: dict[str, float] = {}
     if "input" in settings.only:
-        if settings.photos:
-            photos = training_photos = list_images(settings.photos)[:48]
-        else:
-            photos = made_photos(PHOTOS, count=48)
-            training_photos = made_photos(PHOTOS, count=48, size=(400, 300))  # the size of GSV-Cities' photos
-        figures |= compare_input(photos, training_photos)
-    if "forward" in settings.only:
-        figures |= compare_forward()
-    if "layer" in settings.only:
-        figures |= compare_layer(4) | compare_layer(64)
-    if "lookup" in settings.only:
-        figures |= compare_lookup()
-    if "start" in settings.only:
-        figures |= compare_start()
-    if "backbones" in settings.only:
-        figures |= compare_backbones()
+        photos = list_images(settings.photos)[:48] if settings.photos else made_photos(count=48)
+        smaller = photos if settings.photos else made_photos(count=48, size=(400, 300))  # as GSV-Cities' are
+        figures |= compare_input(photos, smaller)
+    for stage, compare in STAGES.items():
+        if stage in settings.only:
+            figures |= compare()
     for name, value in figures.items():
         print(f"{name:55} {value:12.4g}")
-    if not settings.no_record:
-        record("compare", figures, CPU)
+    measuring.record("compare", figures, settings)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,34 @@
-"""Memory and time of the exact search in a database on disk.
+"""Search in a made database on disk: memory and time of the exact one, and what approximate ones find of it.
 
     python -m benchmarks.search_memory --database 1000000 --queries 1000 --dim 3072 --folder /tmp
+    python -m benchmarks.search_memory --dim 512 --indices binary IVF4096,PQ64 IVF4096,PQ384
 
-Descriptors are made up (random, float16 on disk), searched as eval.py searches them, and compared with brute force on
-some queries. The most anonymous memory of the process is sampled from /proc (Linux). The time is given as a ratio to
-FAISS's own flat search of a tenth of the database in memory.
+Descriptors are made up: 64 random numbers an image, mixed into all numbers of the descriptor, and noise; so near images
+are a matter of degree, as real ones are, and not one image against noise. Each query is a database image with more
+noise. All searches read the same file (float16), the exact one as eval.py does. It is compared with brute force on some
+queries, and its time with FAISS's own flat search of a tenth of the database in memory.
+
+Of an approximate search, memory is what the index holds. Times are processor time, which other work on the machine
+changes little, without reading, which all of them do, and are given as ratios to the exact search.
 """
 
-import argparse
 import shutil
-import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import faiss
 import numpy as np
 import torch
 
-from benchmarks.measuring import record
+from benchmarks.measuring import PeakMemory, parser_of, record, settings_of, unit
 from utils.retrieval import search
+from utils.retrieval.binary_codes import codes_of, exact_distances
 from utils.retrieval.descriptor_store import DescriptorStore
 from utils.retrieval.extraction import EncoderContext, descriptors
+
+FACTORS, K = 64, 20
 
 
 class Plain(torch.nn.Module):
@@ -31,101 +38,101 @@ class Plain(torch.nn.Module):
         return torch.nn.functional.normalize(vectors.flatten(1), dim=1)
 
 
-class PeakMemory:
-    """The most of a field of /proc/self/status while in the `with` block, in GB."""
-
-    def __init__(self, field: str = "RssAnon"):
-        self.field = field
-        self.peak = 0.0
-        self._stop = threading.Event()
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.02):
-            status = Path("/proc/self/status").read_text()
-            line = next(line for line in status.splitlines() if line.startswith(self.field + ":"))
-            self.peak = max(self.peak, int(line.split()[1]) / 1e6)
-
-    def __enter__(self) -> "PeakMemory":
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-def made(indices: np.ndarray, dim: int) -> np.ndarray:
-    """Descriptors that depend on their index alone, so that they need not be kept to be compared with."""
-    return np.stack([np.random.default_rng(int(i)).standard_normal(dim, dtype=np.float32) for i in indices]) / dim**0.5
-
-
-def blocks(count: int, size: int = 8192) -> Iterator[np.ndarray]:
-    for start in range(0, count, size):
-        yield np.arange(start, min(count, start + size))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--database", type=int, default=1_000_000)
-    parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--dim", type=int, default=3072)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp"))
-    parser.add_argument("--no_record", action="store_true", help="leave no results.json")
-    settings = parser.parse_args()
-    folder = settings.folder / "search_memory"
-    count, dim = settings.database, settings.dim
-    store = DescriptorStore(folder, "database", (count, 1, 4, dim // 4), dtype="float16")
-    for indices in blocks(count):
-        store.write(indices, made(indices, dim).reshape(-1, 1, 4, dim // 4))
-    # Queries near known images, so that the answer is not noise.
+def made(store: DescriptorStore, queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Writes a database; returns queries and the images that they are made from."""
+    count, dim = len(store), store.shape[2] * store.shape[3]
     rng = np.random.default_rng(0)
-    near = rng.integers(count, size=settings.queries)
-    queries = made(near, dim) + 0.5 * made(near + count, dim)
-    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    mixing = rng.standard_normal((FACTORS, dim), dtype=np.float32) / FACTORS**0.5
+    near = np.sort(rng.integers(count, size=queries))
+    chosen = np.empty((queries, dim), dtype=np.float32)
+    for start in range(0, count, 8192):
+        indices = np.arange(start, min(count, start + 8192))
+        rows = rng.standard_normal((len(indices), FACTORS), dtype=np.float32) @ mixing
+        rows = unit(rows + 0.5 * rng.standard_normal(rows.shape, dtype=np.float32))
+        here = slice(*np.searchsorted(near, (start, start + len(indices))))
+        chosen[here] = rows[near[here] - start]
+        store.write(indices, rows.reshape(-1, *store.shape[1:]))
+    return unit(chosen + 1.5 * rng.standard_normal(chosen.shape, dtype=np.float32) / dim**0.5), near
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Seconds, seconds of processor time, and the result."""
+    started = time.perf_counter(), time.process_time()
+    result = call()
+    return time.perf_counter() - started[0], time.process_time() - started[1], result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, "database", "queries", "dim", "folder")
+    parser.add_argument("--indices", nargs="*", default=[], help="binary, or FAISS's names")
+    parser.add_argument("--parameters", default="nprobe=32", help="of the search in FAISS's indices")
+    settings = settings_of(parser, argv)
+    folder, count, dim = settings.folder / "search_memory", settings.database, settings.dim
+    store = DescriptorStore(folder, "database", (count, 1, 4, dim // 4), dtype="float16")
+    queries, near = made(store, settings.queries)
     size = store.path.stat().st_size / 1e9
     print(f"written: {size:.2f} GB", flush=True)
 
-    chunks = descriptors(Plain(), store, EncoderContext(16), device=torch.device("cpu"))
-    with PeakMemory() as anonymous, PeakMemory("VmRSS") as resident:
-        started = time.perf_counter()
-        _, predictions = search.nearest(queries, chunks, 20)
-        seconds = time.perf_counter() - started
-    print(f"peak RssAnon {anonymous.peak:.2f} GB, VmRSS {resident.peak:.2f} GB, {seconds:.0f} s", flush=True)
-    print(f"nearest is the image the query was made from: {100 * (predictions[:, 0] == near).mean():.1f}%")
+    def chunks() -> Iterator[search.Chunk]:
+        yield from descriptors(Plain(), store, EncoderContext(16), device=torch.device("cpu"))
 
+    with PeakMemory() as memory:
+        seconds, exact_time, (_, exact) = timed(lambda: search.nearest(queries, chunks(), K))
+    print(f"peak RssAnon {memory.anonymous:.2f} GB, VmRSS {memory.resident:.2f} GB, {seconds:.0f} s", flush=True)
+    print(f"nearest is the image the query was made from: {100 * (exact[:, 0] == near).mean():.1f}%")
     sample = np.arange(0, settings.queries, max(1, settings.queries // 20))
-    scores = []
-    for indices in blocks(count):
-        rows = store.read(indices).reshape(len(indices), -1)
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        scores.append(queries[sample] @ rows.T)
-    brute = np.argsort(-np.concatenate(scores, axis=1), axis=1, kind="stable")[:, :20]
-    same = (brute == predictions[sample]).mean()
-    print(f"equal to brute force on {len(sample)} queries: {100 * same:.2f}% of their first 20", flush=True)
-    del scores, brute
+    scores = np.concatenate([queries[sample] @ rows.T for _, rows in chunks()], axis=1)
+    same = (np.argsort(-scores, axis=1, kind="stable")[:, :K] == exact[sample]).mean()
+    print(f"equal to brute force on {len(sample)} queries: {100 * same:.2f}% of their first {K}", flush=True)
+    flat = faiss.IndexFlatL2(dim)
+    flat.add(store.read(np.arange(count // 10)).reshape(-1, dim))
+    in_memory, _, _ = timed(partial(flat.search, queries, K))
+    print(f"in memory, a tenth of it: {in_memory:.1f} s; ratio {seconds / in_memory:.1f}")
+    figures: dict[str, object] = {
+        "on disk, GB": size,
+        "anonymous memory, GB": memory.anonymous,
+        "resident memory, GB": memory.resident,
+        "seconds": seconds,
+        "ratio to FAISS's flat search of a tenth": seconds / in_memory,
+    }
 
-    tenth = count // 10
-    index = faiss.IndexFlatL2(dim)
-    for indices in blocks(tenth):
-        index.add(store.read(indices).reshape(len(indices), -1))
-    started = time.perf_counter()
-    index.search(queries, 20)
-    flat = time.perf_counter() - started
-    print(f"in memory, a tenth of it: {flat:.1f} s; ratio {seconds / flat:.1f}")
-    shutil.rmtree(folder)
-    if not settings.no_record:
-        figures = {
-            "database": count,
-            "queries": settings.queries,
-            "dim": dim,
-            "on disk, GB": size,
-            "anonymous memory, GB": anonymous.peak,
-            "resident memory, GB": resident.peak,
-            "seconds": seconds,
-            "ratio to FAISS's flat search of a tenth": seconds / flat,
+    def line(name: str, size: float, build: float, search_time: float, predictions: np.ndarray) -> None:
+        first_k = np.mean([np.isin(right, row).mean() for right, row in zip(exact, predictions, strict=True)])
+        nearest = (predictions == exact[:, :1]).any(axis=1).mean()
+        figures[name] = {
+            "bytes": size,
+            "building": build / (exact_time - reading),
+            "searching": search_time / (exact_time - reading),
+            "nearest": 100 * float(nearest),
+            "first 20": 100 * float(first_k),
         }
-        record("search_memory", figures, torch.device("cpu"))
+        print(f"{name} | {' | '.join(f'{value:.4g}' for value in figures[name].values())}", flush=True)
+
+    if settings.indices:
+        _, reading, _ = timed(lambda: [len(rows) for _, rows in chunks()])
+        print("index | bytes an image | build | search | % nearest | % of the first 20", flush=True)
+    for name in settings.indices:
+        if name == "binary":
+            index = faiss.IndexBinaryFlat(dim)
+            _, filling, _ = timed(lambda index=index: [index.add(codes_of(rows)) for _, rows in chunks()])
+            _, search_time, (_, rows) = timed(lambda index=index: index.search(codes_of(queries), 1000))
+            line("binary, 20 by the signs alone", dim / 8, filling - reading, search_time, rows[:, :K])
+            for rerank in (100, 1000):
+                _, ranking, distances = timed(partial(exact_distances, queries, rows[:, :rerank], chunks))
+                _, predictions = search.first(distances, rows[:, :rerank], K)
+                search_and_rank = search_time + ranking - reading
+                line(f"binary, --rerank {rerank}", dim / 8, filling - reading, search_and_rank, predictions)
+            continue
+        index = faiss.index_factory(dim, name)
+        faiss.ParameterSpace().set_index_parameters(index, settings.parameters)
+        some = store.read(np.arange(0, count, -(-count // 2**18))).reshape(-1, dim)
+        _, training, _ = timed(partial(index.train, some))
+        _, filling, _ = timed(lambda index=index: [index.add(rows) for _, rows in chunks()])
+        _, search_time, (_, predictions) = timed(partial(index.search, queries, K))
+        held = len(faiss.serialize_index(index)) / count
+        line(f"{name}, {settings.parameters}", held, training + filling - reading, search_time, predictions)
+    shutil.rmtree(folder)
+    record("search_memory", figures, settings)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Draws the method's figure, from photos to descriptors, to `architecture.png` beside this script.
-
-python image/architecture.py
-"""
+"""Draws the method's figure, from photos to descriptors, to `architecture.png` beside this script."""
 
 from io import BytesIO
 from pathlib import Path
@@ -71,7 +68,6 @@ def picture(ax: Axes, pixels: np.ndarray, x: float, y: float, width: float, heig
 
 
 def text(ax: Axes, x: float, y: float, words: str, size: float = 8, **options) -> None:
-    """Centred text."""
     ax.text(x, y, words, **{"size": size, "ha": "center", "va": "center", "color": INK, "zorder": 5} | options)
 
 
@@ -163,7 +159,6 @@ def draw_batch(ax: Axes, photos: list[np.ndarray], vectors: np.ndarray) -> None:
 
 
 def main() -> None:
-    """Writes the figure."""
     photos = [photo(1, 1), photo(3, 2), photo(2, 1)]
     vectors = np.random.default_rng(3).uniform(0.2, 1, (K, 1, 8))  # any numbers: a vector is drawn as a strip of them
     with rc_context({"font.family": "DejaVu Sans", "mathtext.fontset": "dejavuserif"}):

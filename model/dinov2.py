@@ -1,7 +1,6 @@
 """The DINOv2 vision transformers (Oquab et al. 2023) with the parameter names of the official weight files.
 
-Shapes: B images, H x W pixels, h x w = H/14 x W/14 patches, T tokens (class token, registers, h*w patches),
-C channels.
+Shapes: B images, H x W pixels, h x w = H/14 x W/14 patches, T tokens (class token, registers, h*w patches), C channels.
 """
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .sizes import BackboneSize
-from .vit import Attention, Block, Mlp, PatchEmbed, compile_each, freeze_blocks, grid_of, run_blocks
+from .vit import Attention, Backbone, Block, Mlp, PatchEmbed, grid_of, run_blocks
 
 
 class SwiGlu(nn.Module):
@@ -27,29 +26,19 @@ class SwiGlu(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-class DINOv2(nn.Module):
+class DINOv2(Backbone):
     """A DINOv2 vision transformer that turns images into a grid of local features.
-
-    Args:
-        size: one of the values of `BACKBONES`.
-
-    Attributes:
-        activation_checkpointing: keep only the input of each trained block for the backward pass, and recompute the
-            block there: less memory, a quarter more time.
 
     Source: https://github.com/facebookresearch/dinov2, whose `dinov2_vit*14*_pretrain.pth` files load with strict=True.
     """
 
     def __init__(self, size: BackboneSize):
-        super().__init__()
-        self.size = size
-        self.activation_checkpointing = False
+        super().__init__(size)
         grid = size.image_size // size.patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.channels))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, size.channels))
         if size.registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, size.registers, size.channels))
-        # Only DINOv2's own pre-training uses it; it is here because the official files have it.
         self.mask_token = nn.Parameter(torch.zeros(1, size.channels), requires_grad=False)
         self.patch_embed = PatchEmbed(size.channels, size.patch_size)
         self.blocks = nn.ModuleList(self._block(size) for _ in range(size.kept_blocks))
@@ -65,32 +54,9 @@ class DINOv2(nn.Module):
         mlp = SwiGlu(size.channels) if size.swiglu else Mlp(size.channels)
         return Block(size.channels, attn=attn, mlp=mlp, eps=1e-6)
 
-    @property
-    def channels(self) -> int:
-        """Channels of a local feature, C."""
-        return self.size.channels
-
-    def freeze(self, freeze_te: int | None) -> None:
-        """Chooses what is trained; layers below the first trained block keep no activations.
-
-        Args:
-            freeze_te: train the blocks from this index on; the patch embedding, the tokens, the position embedding and
-                the final norm are frozen. None trains everything but the mask token, which does not affect the output.
-
-        Raises:
-            ValueError: the backbone has fewer blocks.
-        """
-        freeze_blocks(self, self.blocks, freeze_te)
-        self.mask_token.requires_grad_(False)
-
-    def compile_blocks(self) -> None:
-        """Compiles the blocks with torch.compile at their first call, see `vit.compile_each`."""
-        compile_each(self.blocks)
-
     def train(self, mode: bool = True) -> "DINOv2":
-        """As in nn.Module; also drops the cached position embedding, since some ways to write weights, such as
-        broadcasting them, leave their version number as it was."""
-        self._resampled = None
+        """As in nn.Module; also drops the cached position embedding."""
+        self._resampled = None  # some ways to write weights, such as broadcasting them, keep their version number
         super().train(mode)
         return self
 
@@ -138,11 +104,7 @@ class DINOv2(nn.Module):
         return F.interpolate(positions, scale_factor=scale, mode="bicubic")
 
     def tokens(self, images: Tensor) -> Tensor:
-        """The tokens after the final norm, for normalised images B x 3 x H x W: B x T x C, patches last.
-
-        Raises:
-            ValueError: H or W is not a multiple of 14.
-        """
+        """See `Backbone`."""
         B = images.shape[0]
         h, w = grid_of(images, self.size)
         x = torch.cat((self.cls_token.expand(B, -1, -1), self.patch_embed(images)), dim=1)
@@ -150,16 +112,3 @@ class DINOv2(nn.Module):
         if self.size.registers:
             x = torch.cat((x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]), dim=1)
         return self.norm(run_blocks(self.blocks, x, checkpointing=self.activation_checkpointing))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Local features of normalised images.
-
-        Args:
-            images: B x 3 x H x W, sides multiples of 14, normalised by ImageNet's mean and standard deviation.
-
-        Returns:
-            B x C x h x w, the patch tokens after the final norm, on their grid.
-        """
-        h, w = grid_of(images, self.size)
-        patches = self.tokens(images)[:, 1 + self.size.registers :]  # (B, h*w, C)
-        return patches.transpose(1, 2).reshape(images.shape[0], self.channels, h, w)

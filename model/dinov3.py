@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .sizes import BackboneSize
-from .vit import Attention, Block, Mlp, PatchEmbed, compile_each, freeze_blocks, grid_of, run_blocks
+from .vit import Attention, Backbone, Block, Mlp, PatchEmbed, grid_of, run_blocks
 
 
 class MaskedQkv(nn.Linear):
@@ -57,29 +57,19 @@ class RotaryEmbedding(nn.Module):
         return torch.stack((angles.cos(), angles.sin()))
 
 
-class DINOv3(nn.Module):
+class DINOv3(Backbone):
     """A DINOv3 vision transformer that turns images into a grid of local features.
-
-    Args:
-        size: one of the values of `BACKBONES`.
-
-    Attributes:
-        activation_checkpointing: keep only the input of each trained block for the backward pass, and recompute the
-            block there.
 
     Source: the paper, and the names in the `dinov3_vit*16_pretrain_*.pth` files, which load with strict=True.
     """
 
     def __init__(self, size: BackboneSize):
-        super().__init__()
-        self.size = size
-        self.activation_checkpointing = False
+        super().__init__(size)
         C = size.channels
         self.cls_token = nn.Parameter(torch.empty(1, 1, C))
         self.storage_tokens = nn.Parameter(torch.empty(1, size.registers, C))
-        # Only DINOv3's own pre-training uses it; it is here because the official files have it.
         self.mask_token = nn.Parameter(torch.zeros(1, C), requires_grad=False)
-        self.rope_embed = RotaryEmbedding(size.head_channels)
+        self.rope_embed = RotaryEmbedding(C // size.heads)
         self.patch_embed = PatchEmbed(C, size.patch_size)
         self.blocks = nn.ModuleList(
             Block(C, attn=Attention(C, size.heads, qkv=MaskedQkv), mlp=Mlp(C), eps=1e-5)
@@ -90,50 +80,11 @@ class DINOv3(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.storage_tokens, std=0.02)
 
-    @property
-    def channels(self) -> int:
-        """Channels of a local feature, C."""
-        return self.size.channels
-
-    def freeze(self, freeze_te: int | None) -> None:
-        """Chooses what is trained; layers below the first trained block keep no activations.
-
-        Args:
-            freeze_te: train the blocks from this index on; the patch embedding, the tokens and the final norm are
-                frozen. None trains everything but the mask token, which does not affect the output.
-
-        Raises:
-            ValueError: the backbone has fewer blocks.
-        """
-        freeze_blocks(self, self.blocks, freeze_te)
-        self.mask_token.requires_grad_(False)
-
-    def compile_blocks(self) -> None:
-        """Compiles the blocks with torch.compile at their first call, see `vit.compile_each`."""
-        compile_each(self.blocks)
-
     def tokens(self, images: Tensor) -> Tensor:
-        """The tokens after the final norm, for normalised images B x 3 x H x W: B x T x C, patches last.
-
-        Raises:
-            ValueError: H or W is not a multiple of 16.
-        """
+        """See `Backbone`."""
         B = images.shape[0]
         h, w = grid_of(images, self.size)
         front = self.cls_token.expand(B, -1, -1), self.storage_tokens.expand(B, -1, -1)
         x = torch.cat((*front, self.patch_embed(images)), dim=1)
         rotation = self.rope_embed(h, w, unmoved=1 + self.size.registers)
         return self.norm(run_blocks(self.blocks, x, rotation, checkpointing=self.activation_checkpointing))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Local features of normalised images.
-
-        Args:
-            images: B x 3 x H x W, sides multiples of 16, normalised by ImageNet's mean and standard deviation.
-
-        Returns:
-            B x C x h x w, the patch tokens after the final norm, on their grid.
-        """
-        h, w = grid_of(images, self.size)
-        patches = self.tokens(images)[:, 1 + self.size.registers :]  # (B, h*w, C)
-        return patches.transpose(1, 2).reshape(images.shape[0], self.channels, h, w)

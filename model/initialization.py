@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import faiss
 import numpy as np
@@ -11,8 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .network import SuperVLADNet
+from .supervlad import SuperVLAD
 
 logger = logging.getLogger(__name__)
+
+PER_IMAGE = 100  # local features sampled of an image, or all of them if its grid has fewer
 
 
 def layer_weights(centroids: Tensor, descriptors: Tensor) -> tuple[float, Tensor]:
@@ -37,12 +41,7 @@ def layer_weights(centroids: Tensor, descriptors: Tensor) -> tuple[float, Tensor
 
 @torch.inference_mode()
 def sample_local_features(
-    model: SuperVLADNet,
-    batches: Iterable[Tensor],
-    *,
-    generator: np.random.Generator,
-    per_image: int = 100,
-    skip: int = 0,
+    model: SuperVLADNet, batches: Iterable[Tensor], *, generator: np.random.Generator, skip: int = 0
 ) -> Tensor:
     """Samples local features of each image without replacement.
 
@@ -50,41 +49,35 @@ def sample_local_features(
         model: its backbone is used.
         batches: normalised images, each B x 3 x H x W, on the model's device.
         generator: source of the random draws.
-        per_image: features per image; all of them if the grid has fewer.
         skip: earlier images that another process samples; their draws are made and thrown away.
 
     Returns:
         N x D, L2-normalised, on the CPU.
     """
-    sampled = [torch.empty(0, model.aggregation.dim)]
+    sampled = [torch.empty(0, model.backbone.channels)]
     for images in batches:
         features = F.normalize(model.backbone(images), dim=1).flatten(2)  # (B, D, h*w)
         patches = features.shape[2]
+        draw = partial(generator.choice, patches, size=min(PER_IMAGE, patches), replace=False)
         for _ in range(skip):
-            generator.choice(patches, size=min(per_image, patches), replace=False)
+            draw()
         skip = 0
         for image_features in features.cpu():
-            chosen = generator.choice(patches, size=min(per_image, patches), replace=False)
+            chosen = draw()
             sampled.append(image_features[:, chosen].T)
     return torch.cat(sampled)
 
 
 def initialize_layer(model: SuperVLADNet, descriptors: Tensor) -> None:
-    """Sets the aggregation's weights by k-means over sampled local features (FAISS, 100 iterations, its own seed).
-
-    Args:
-        model: its aggregation is changed in place.
-        descriptors: the result of `sample_local_features`, N x D.
-
-    Raises:
-        ValueError: there are fewer features than clusters.
-    """
+    """Sets the layer's weights by k-means over sampled local features N x D (FAISS, 100 iterations, its own seed)."""
+    if not isinstance(model.aggregation, SuperVLAD):
+        return  # another layer has no clusters to find
     conv = model.aggregation.conv
     clusters = conv.out_channels
     if len(descriptors) < clusters:
         raise ValueError(
-            f"k-means for {clusters} clusters (ghost clusters included) needs at least as many local features, "
-            f"but the images gave {len(descriptors)}; add images or lower --supervlad_clusters"
+            f"k-means for {clusters} clusters, ghost clusters included, needs as many local features, but the images "
+            f"gave {len(descriptors)}; add images or lower --supervlad_clusters"
         )
     kmeans = faiss.Kmeans(descriptors.shape[1], clusters, niter=100)
     kmeans.train(descriptors.numpy())

@@ -1,5 +1,8 @@
 """The whole network, from image to descriptor."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from .cross_image import CrossImageEncoder
 from .dinov2 import DINOv2
 from .dinov3 import DINOv3
+from .sizes import BACKBONES
 from .supervlad import SuperVLAD
+from .vit import Backbone
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -17,12 +22,7 @@ def normalized(x: Tensor) -> Tensor:
 
 
 class Projection(nn.Module):
-    """A PCA of descriptors as a linear layer: B x inputs to B x outputs of unit L2 norm; loaded, never trained.
-
-    Args:
-        inputs: dimensions of a descriptor, K*D.
-        outputs: dimensions after the PCA.
-    """
+    """A PCA of descriptors as a linear layer: B x inputs to B x outputs of unit L2 norm; loaded, never trained."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -40,23 +40,20 @@ class SuperVLADNet(nn.Module):
 
     Args:
         backbone: images B x 3 x H x W to local features B x D x h x w.
-        aggregation: local features to cluster vectors B x K x D.
+        aggregation: a module, local features to cluster vectors B x K x D; it has K as `clusters` and D as `dim`.
         encoder: cluster vectors to cluster vectors, across the batch; None leaves it out.
-
-    Attributes:
-        projection: the PCA of an exported file, the last part of the network; None otherwise, and always in training.
-        grad_cache_chunk: images whose activations the backward pass holds at a time; 0 for the whole batch. In chunks,
-            the forward pass keeps only cluster vectors, and the backward pass recomputes each chunk: the same gradient
-            at the cost of one more forward pass. Source: Gao et al., Scaling Deep Contrastive Learning
-            Batch Size under Memory Limited Setup, 2021, here through activation checkpointing.
     """
 
-    def __init__(self, *, backbone: DINOv2 | DINOv3, aggregation: SuperVLAD, encoder: CrossImageEncoder | None = None):
+    def __init__(self, *, backbone: Backbone, aggregation: Any, encoder: CrossImageEncoder | None = None):
         super().__init__()
         self.backbone = backbone
-        self.aggregation = aggregation
+        self.aggregation: Any = aggregation
         self.encoder = encoder
-        self.projection: Projection | None = None
+        self.projection: Projection | None = None  # the PCA of an exported file; never in training
+        # Images whose activations the backward pass holds at a time; 0 for the whole batch. In chunks, the forward pass
+        # keeps only cluster vectors, and the backward pass recomputes each chunk: the same gradient at the cost of one
+        # more forward pass. Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited
+        # Setup, 2021.
         self.grad_cache_chunk = 0
 
     @property
@@ -112,3 +109,39 @@ class SuperVLADNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images B x 3 x H x W (sides multiples of the patch) to descriptors B x K*D of unit L2 norm."""
         return self.describe(self.cluster_vectors(images))
+
+
+def build_model(
+    *,
+    backbone: str = "dino",
+    backbone_blocks: int | None = None,
+    clusters: int = 4,
+    ghost_clusters: int = 1,
+    crossimage_encoder: bool = False,
+) -> SuperVLADNet:
+    """Builds the network with random weights; `model.weights` loads published ones.
+
+    Args:
+        backbone: a name from `BACKBONES`.
+        backbone_blocks: number of blocks to keep, counted from the first; the final norm stays. None keeps all.
+        clusters: K >= 1.
+        ghost_clusters: G >= 0.
+        crossimage_encoder: whether to add the encoder across the batch.
+    """
+    if backbone not in BACKBONES:
+        raise ValueError(f"unknown backbone {backbone!r}; use one of {', '.join(BACKBONES)}")
+    if clusters < 1 or ghost_clusters < 0:
+        raise ValueError(
+            f"{clusters} clusters and {ghost_clusters} ghost clusters are too few for a VLAD layer; "
+            "use --supervlad_clusters >= 1 and --ghost_clusters >= 0"
+        )
+    size = BACKBONES[backbone]
+    if backbone_blocks is not None:
+        if not 1 <= backbone_blocks <= size.depth:
+            told = f"--backbone_blocks {backbone_blocks}: --backbone={backbone} has {size.depth} blocks"
+            raise ValueError(f"{told}; use 1 to {size.depth}")
+        size = replace(size, blocks=backbone_blocks if backbone_blocks < size.depth else None)
+    features = DINOv3(size) if size.family == "DINOv3" else DINOv2(size)
+    layer = SuperVLAD(features.channels, clusters, ghost_clusters)
+    encoder = CrossImageEncoder(features.channels) if crossimage_encoder else None
+    return SuperVLADNet(backbone=features, aggregation=layer, encoder=encoder)

@@ -1,46 +1,31 @@
-"""The backbones of both families by name. This file does without torch, which takes seconds to import."""
+"""The backbones of both families by name: the one table of them. It imports no torch, which takes seconds."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSize:
-    """The settings that define a backbone.
+    """The settings that define a backbone."""
 
-    Attributes:
-        channels: channels of a local feature, C.
-        depth: number of blocks.
-        heads: attention heads.
-        family: "DINOv2" or "DINOv3".
-        patch_size: side of a patch in pixels; the sides of images are multiples of it.
-        side: default side of an evaluated image in pixels.
-        swiglu: whether the MLPs are gated.
-        registers: tokens between the class token and the patches.
-        image_size: side in pixels of the pre-training images, for which the position embedding is made; DINOv3 has no
-            position embedding.
-        blocks: number of blocks to keep, counted from the first; None keeps all.
-    """
-
-    channels: int
-    depth: int
-    heads: int
-    family: str = "DINOv2"
-    patch_size: int = 14
-    side: int = 322
-    swiglu: bool = False
-    registers: int = 0
-    image_size: int = 518
-    blocks: int | None = None
+    channels: int  # of a local feature, C
+    depth: int  # number of blocks
+    heads: int  # of the attention
+    family: str = "DINOv2"  # or "DINOv3"
+    patch_size: int = 14  # side in pixels; the sides of images are multiples of it
+    side: int = 322  # default side of an evaluated image in pixels
+    swiglu: bool = False  # whether the MLPs are gated
+    registers: int = 0  # tokens between the class token and the patches
+    image_size: int = 518  # side in pixels of pre-training images, of which DINOv2's position embedding is
+    blocks: int | None = None  # number of blocks to keep, counted from the first; None keeps all
 
     @property
     def kept_blocks(self) -> int:
         """Number of blocks after the cut."""
         return self.depth if self.blocks is None else self.blocks
-
-    @property
-    def head_channels(self) -> int:
-        """Channels of a head."""
-        return self.channels // self.heads
 
 
 _SMALL = BackboneSize(channels=384, depth=12, heads=6)
@@ -72,11 +57,41 @@ BACKBONES = {
 }
 
 
-def require_patches(flag: str, size: tuple[int, int], backbone: BackboneSize) -> None:
-    """Raises ValueError, naming `flag`, unless height and width are whole patches, at least one each."""
-    patch = backbone.patch_size
-    if any(side < patch or side % patch for side in size):
+# The arguments of `build_model` as files name them, and the command line's option for each.
+MODEL_OPTIONS = {
+    "backbone": "backbone",
+    "backbone_blocks": "backbone_blocks",
+    "clusters": "supervlad_clusters",
+    "ghost_clusters": "ghost_clusters",
+    "crossimage_encoder": "crossimage_encoder",
+}
+
+
+def require_patches(name: str, size: Sequence[int], backbone: BackboneSize) -> None:
+    """Raises ValueError unless the height and width, of the parameter `name`, are multiples of the patch size."""
+    patch, sides = backbone.patch_size, tuple(size) if isinstance(size, Sequence) else (size,)
+    if len(sides) != 2 or not all(type(side) is int and side > 0 and side % patch == 0 for side in sides):
         raise ValueError(
-            f"{flag} {' '.join(map(str, size))} is not a multiple of the {patch}-pixel patch; "
+            f"{name} {' '.join(map(str, sides))} is not a multiple of the {patch}-pixel patch; "
             f"use e.g. {backbone.side} {backbone.side}"
         )
+
+
+def fitted(size: tuple[int, int] | None, backbone: BackboneSize) -> tuple[int, int]:
+    """Height and width of evaluated images in pixels: the backbone's own for None.
+
+    To keep a photo's shape, which seldom fits the patches, sides that differ are rounded to whole patches, with a
+    warning.
+
+    Raises:
+        ValueError: equal sides are not whole patches.
+    """
+    if size is None or size[0] == size[1]:
+        size = size or (backbone.side, backbone.side)
+        require_patches("resize", size, backbone)
+        return size
+    patch = backbone.patch_size
+    height, width = (max(patch, round(side / patch) * patch) for side in size)
+    if (height, width) != size:
+        logger.warning("--resize %d %d is rounded to whole patches, %d %d", *size, height, width)
+    return height, width

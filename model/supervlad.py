@@ -1,6 +1,9 @@
 """The SuperVLAD layer: VLAD with few clusters, ghost clusters and no centroids (Lu et al., NeurIPS 2024).
 
-Shapes: B images, N = h*w local features of D numbers, K clusters kept, G ghost clusters dropped.
+`SuperVLAD` and `aggregate` are the layer. `_Aggregate` writes its gradient out, for speed and memory only: autograd
+finds the same from `aggregate`, so the layer can be read without it.
+
+Shapes: B images, N = h*w local features of D channels, K clusters kept, G ghost clusters dropped.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What DINOv2 and DINOv3 share: patch embedding, transformer blocks, and functions that run, freeze and compile them.
+"""What DINOv2 and DINOv3 share: patch embedding, transformer blocks, and all that does not depend on the family.
 
 Shapes: B images, H x W pixels, h x w patches, T tokens (class token, registers, h*w patches), C channels, nh heads of
 hs channels.
@@ -38,10 +38,7 @@ def rotated(x: Tensor, rotation: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention, B x T x C to B x T x C; queries and keys may be rotated by position.
 
-    Args:
-        channels: C.
-        heads: nh.
-        qkv: class of the layer that computes queries, keys and values.
+    `qkv` is the class of the layer that computes queries, keys and values.
     """
 
     def __init__(self, channels: int, heads: int, qkv: type[nn.Linear] = nn.Linear):
@@ -83,14 +80,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, B x T x C to B x T x C.
-
-    Args:
-        channels: C.
-        attn: its attention.
-        mlp: its MLP, B x T x C to B x T x C.
-        eps: epsilon of the two norms.
-    """
+    """A pre-norm transformer block, B x T x C to B x T x C."""
 
     def __init__(self, channels: int, *, attn: Attention, mlp: nn.Module, eps: float):
         super().__init__()
@@ -110,47 +100,15 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, rotation: Tensor | None = None,
     """Runs tokens B x T x C through all blocks; with `checkpointing`, trained blocks keep only their input."""
     for block in blocks:
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
-        if trained and checkpointing:
-            x = checkpoint(
-                block, x, rotation, use_reentrant=False, preserve_rng_state=False
-            )  # it draws no random numbers
+        if trained and checkpointing:  # a block draws no random numbers
+            x = checkpoint(block, x, rotation, use_reentrant=False, preserve_rng_state=False)
         else:
             x = block(x, rotation)
     return x
 
 
-def freeze_blocks(backbone: nn.Module, blocks: nn.ModuleList, freeze_te: int | None) -> None:
-    """Trains the blocks from `freeze_te` on and freezes the rest of the backbone; None trains all of it.
-
-    Raises:
-        ValueError: the backbone has fewer blocks.
-    """
-    if freeze_te is not None and not 0 <= freeze_te <= len(blocks):
-        raise ValueError(
-            f"--freeze_te {freeze_te} freezes more than the {len(blocks)} blocks of this backbone; "
-            f"use 0 to {len(blocks)}, or none to train everything"
-        )
-    backbone.requires_grad_(freeze_te is None)
-    if freeze_te is not None:
-        blocks[freeze_te:].requires_grad_(True)
-
-
-def compile_each(blocks: nn.ModuleList) -> None:
-    """Compiles blocks with torch.compile at their first call; equal blocks share a compiled program.
-
-    Inference, frozen blocks, trained blocks, batches of one and each precision are compiled separately.
-    """
-    torch._dynamo.config.recompile_limit = 32  # beyond it, blocks run uncompiled
-    for block in blocks:
-        block.compile(dynamic=True)
-
-
 def grid_of(images: Tensor, size: BackboneSize) -> tuple[int, int]:
-    """Number of patches h x w of images B x 3 x H x W.
-
-    Raises:
-        ValueError: H or W is not a multiple of the patch size.
-    """
+    """Number of patches h x w of images B x 3 x H x W."""
     H, W = images.shape[-2:]
     if H % size.patch_size or W % size.patch_size:
         raise ValueError(
@@ -158,3 +116,61 @@ def grid_of(images: Tensor, size: BackboneSize) -> tuple[int, int]:
             f"use e.g. --resize {size.side} {size.side}"
         )
     return H // size.patch_size, W // size.patch_size
+
+
+class Backbone(nn.Module):
+    """What both families do: images to a grid of local features. `size` is one of the values of `BACKBONES`."""
+
+    blocks: nn.ModuleList
+    mask_token: nn.Parameter  # only pre-training uses it; it is here because the official files have it
+
+    def __init__(self, size: BackboneSize):
+        super().__init__()
+        self.size = size
+        # Whether trained blocks keep only their input, and are recomputed in the backward pass: less memory, a quarter
+        # more time.
+        self.activation_checkpointing = False
+
+    @property
+    def channels(self) -> int:
+        """Channels of a local feature, C."""
+        return self.size.channels
+
+    def freeze(self, freeze_te: int | None) -> None:
+        """Trains the blocks from index `freeze_te` on; None trains everything but the mask token, which has no effect.
+
+        Layers below the first trained block keep no activations.
+        """
+        count = len(self.blocks)
+        if freeze_te is not None and not 0 <= freeze_te <= count:
+            raise ValueError(
+                f"--freeze_te {freeze_te} freezes more than the {count} blocks of this backbone; "
+                f"use 0 to {count}, or none to train everything"
+            )
+        self.requires_grad_(freeze_te is None)
+        if freeze_te is not None:
+            self.blocks[freeze_te:].requires_grad_(True)
+        self.mask_token.requires_grad_(False)
+
+    def compile_blocks(self) -> None:
+        """Compiles the blocks with torch.compile at their first call; equal blocks share a compiled program.
+
+        Inference, frozen blocks, trained blocks, batches of one and each precision are compiled separately.
+        """
+        torch._dynamo.config.recompile_limit = 32  # beyond it, blocks run uncompiled
+        for block in self.blocks:
+            block.compile(dynamic=True)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """The tokens after the final norm, for normalised images B x 3 x H x W: B x T x C, patches last."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Local features of images B x 3 x H x W, normalised by ImageNet's mean and standard deviation.
+
+        Returns:
+            B x C x h x w, the patch tokens after the final norm, on their grid.
+        """
+        h, w = grid_of(images, self.size)
+        patches = self.tokens(images)[:, 1 + self.size.registers :]  # (B, h*w, C)
+        return patches.transpose(1, 2).reshape(images.shape[0], self.channels, h, w)

@@ -1,55 +1,19 @@
-"""A toy city for the tests that read photos."""
+"""A toy city for the tests that read photos, weights for it, and eval.py run on both."""
 
 import signal
 
 import pytest
 import torch
+from helpers import MODEL, SMALL, only_run, save_weights
 
+import eval as eval_script
 from datasets.toy_city import write_toy_city
-from utils.outputs import assignments, report
-
-# They start processes or build a ViT-B; `make test-fast` leaves them out.
-SLOW = {"distributed", "end_to_end", "export", "golden_model", "golden_training", "real_photos", "resume", "signals"}
-SLOW_TESTS = {
-    "test_a_loss_that_is_not_finite",
-    "test_a_repeated_training_is_the_same",
-    "test_all_processes_search_what_one_finds",
-    "test_compiled_blocks_compute_the_same",
-    "test_killed_five_times_and_resumed",
-    "test_odd_names_and_shapes_lose_nothing",
-    "test_onnx",
-    "test_pictures_of_assignments",
-    "test_runs_are_made_once_and_gone_on_with",
-    "test_the_layer_compiled_by_itself",
-    "test_the_models_of_torch_hub_take_no_metric_learning",
-    "test_the_scripts_start_without_what_only_some_runs_need",
-    "test_two_processes_find_what_one_finds",
-}
-# They take ten seconds or more, or are of a fixture that does; the longest first.
-LONGEST = [
-    "test_a_preempted_and_a_killed_process_change_nothing",
-    "test_recalls_of_the_released_code",
-    "test_killed_at_ten_points",
-    "test_three_steps",
-    "test_one_process_that_stops_in_validation_ends_the_others_without_a_traceback",
-    "test_torchrun_alone_is_signalled",
-    "test_two_processes_find_what_one_finds",
-    "test_every_precision_ends_near_the_loss_of_fp32",
-]
+from utils.outputs import assignments, figures
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the slow ones, and puts them first: of short tests at the end each process finds its share."""
-    for item in items:
-        if item.path.stem.removeprefix("test_") in SLOW or item.originalname in SLOW_TESTS:
-            item.add_marker(pytest.mark.slow)
-
-    def turn(item):
-        if item.originalname in LONGEST:
-            return LONGEST.index(item.originalname)
-        return len(LONGEST) + (item.get_closest_marker("slow") is None)
-
-    items.sort(key=turn)
+    """Puts the slow ones first: of short tests at the end each process finds its share."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +34,39 @@ def city(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A folder with `encoder.pth` and `plain.pth`, the rest of which is equal, `other.pth`, of other weights, and
+    `says.pth`, those of the encoder with what the network is."""
+    folder = tmp_path_factory.mktemp("weights")
+    save_weights(folder / "plain.pth")
+    save_weights(folder / "other.pth", seed=2)
+    state = torch.load(save_weights(folder / "encoder.pth", crossimage_encoder=True))
+    torch.save({"model_state_dict": state, "model": MODEL | {"crossimage_encoder": True}}, folder / "says.pth")
+    return folder
+
+
+@pytest.fixture
+def evaluated(city, weights, tmp_path):
+    """Runs eval.py with the options of SMALL, and returns the run's folder.
+
+    Its flags; `model`, a name of `weights`; `data`, the folder of a `toy_city`, unless photos or a map are given.
+    """
+
+    def run(*flags, model="plain", data=city):
+        flags = [*map(str, flags)]
+        given = " ".join(flags)
+        if not any(name in given for name in ("--database_folder", "--map", "--eval_datasets_folder")):
+            flags.append(f"--eval_datasets_folder={data}")
+            flags += ["--eval_dataset_name=toy_city"] * ("--eval_dataset_name" not in given)
+        save_dir = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        encoder = ["--crossimage_encoder"] * (model == "encoder")
+        eval_script.main([*SMALL, *encoder, f"--resume={weights}/{model}.pth", f"--save_dir={save_dir}", *flags])
+        return only_run(save_dir)
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def unseeded():
     """Gives each test the same randomness, whatever ran before it."""
@@ -80,7 +77,7 @@ def unseeded():
 def undrawn(request, monkeypatch):
     """Figures are made, and drawn in tests marked `drawn` alone: that takes two thirds of a small evaluation's time."""
     if not request.node.get_closest_marker("drawn"):
-        for module in (report, assignments):
+        for module in (figures, assignments):
             monkeypatch.setattr(module, "save_figure", lambda figure, path, dpi: path.touch())
 
 

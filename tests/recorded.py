@@ -11,8 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import model as model_package
 import train
+from model import network
 from model.cross_image import CrossImageEncoder
 from utils.run.optimization import Optimization
 from utils.run.progress import Progress
@@ -45,12 +45,12 @@ def record(flags, *, halves=None):
         return torch.cat([real_forward(self, part) for part in parts if len(part)])
 
     Progress.record_step, Optimization.step, CrossImageEncoder.forward = record_step, step, forward
-    model_package.CrossImageEncoder = partial(CrossImageEncoder, dropout=0.0)
+    network.CrossImageEncoder = partial(CrossImageEncoder, dropout=0.0)
     try:
         train.main(flags)
     finally:
         Progress.record_step, Optimization.step, CrossImageEncoder.forward = real_record, real_step, real_forward
-        model_package.CrossImageEncoder = CrossImageEncoder
+        network.CrossImageEncoder = CrossImageEncoder
     return steps
 
 

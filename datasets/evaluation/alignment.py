@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .database_queries import DatabaseQueries
+from .tree import DatabaseQueries
 
 logger = logging.getLogger(__name__)
 
@@ -18,13 +18,8 @@ def aligned_queries(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """The queries whose batch, in file order, holds the same places as the database batch of the same number.
 
-    If a dataset pairs queries and database images one to one by name, an encoder that looks across a batch sees the
-    same places on both sides, and descriptors can match by that. A single batch on a side gives nothing away.
-
-    Args:
-        dataset: the dataset to evaluate.
-        positives: the correct database images of each query.
-        batch_size: images that share a batch.
+    There, an encoder that looks across a batch sees the same places on both sides, and descriptors can match by that.
+    A single batch on a side gives nothing away.
 
     Returns:
         Two masks of the queries, Q each. In the first, a query's places are the correct images at its own position, or
@@ -32,19 +27,16 @@ def aligned_queries(
         for two sides that follow one route.
     """
     queries = len(dataset.queries_paths)
-    masks = np.zeros((2, queries), dtype=bool)
+    masks, elsewhere = np.zeros((2, 2, queries), dtype=bool)
     if batch_size == 1 or min(queries, len(dataset.database_paths)) <= batch_size:
         return masks[0], masks[1]
-    elsewhere = np.zeros((2, queries), dtype=bool)
-    for query, found in enumerate(positives):
-        if not len(found):
+    for query, images in enumerate(positives):
+        if not len(images):
             continue
-        metres = dataset.metres_to(query, found)
-        here = found // batch_size == query // batch_size
-        sides = (
-            (np.ones(len(found), bool),) * 2 if metres is None else (metres <= SAME_POSITION, metres == metres.min())
-        )
-        for which, places in enumerate(sides):
+        metres = dataset.metres_to(query, images)
+        here = images // batch_size == query // batch_size
+        metres = np.zeros(len(images)) if metres is None else metres
+        for which, places in enumerate((metres <= SAME_POSITION, metres == metres.min())):
             masks[which, query] = here[places].any()
             elsewhere[which, query] = places.any() and not masks[which, query]
     for start in range(0, queries, batch_size):
@@ -64,37 +56,30 @@ def alignment(
     return {"warned": 2 * counts["paired"] > queries, **counts}
 
 
-def log_alignment(dataset: DatabaseQueries, found: dict[str, bool | int], advice: str) -> None:
-    """Logs what `alignment` found, if it is a majority.
-
-    Args:
-        dataset: the dataset to evaluate.
-        found: the result of `alignment`.
-        advice: the options that test its effect.
-    """
-    if found["warned"]:
+def log_alignment(dataset: DatabaseQueries, counts: dict[str, bool | int]) -> None:
+    """Logs the counts of `alignment`, if they are a majority."""
+    if counts["warned"]:
         logger.warning(
             "%s: for %d of %d queries, the batch in file order holds exactly the places of the database batch of the "
-            "same number, so the encoder sees the same places on both sides, and recall may come from that: %s tests "
-            "it",
+            "same number, so the encoder sees the same places on both sides, and recall may come from that: eval.py's "
+            "--encoder_context file_order unaligned tests it",
             dataset.name,
-            found["paired"],
-            found["queries"],
-            advice,
+            counts["paired"],
+            counts["queries"],
         )
-    elif 2 * found["nearest"] > found["queries"]:
+    elif 2 * counts["nearest"] > counts["queries"]:
         logger.info(
             "%s: queries and database follow one route in the order of names (%d of %d queries share their batch with "
-            "the neighbours of their nearest database image): %s shows what that adds",
+            "the neighbours of their nearest database image): eval.py's --encoder_context file_order unaligned shows "
+            "what that adds",
             dataset.name,
-            found["nearest"],
-            found["queries"],
-            advice,
+            counts["nearest"],
+            counts["queries"],
         )
 
 
 def pair_up(positives: Sequence[NDArray[np.int64]], database: int) -> bool:
     """Whether there are as many queries as database images, and for nine of ten queries the database image of the same
     number is correct."""
-    found = [query in of_query for query, of_query in enumerate(positives)]
-    return len(found) == database and float(np.mean(found)) >= 0.9
+    paired = [query in images for query, images in enumerate(positives)]
+    return len(paired) == database and float(np.mean(paired)) >= 0.9

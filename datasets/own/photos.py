@@ -4,132 +4,96 @@ import csv
 import hashlib
 import io
 import os
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from tqdm import tqdm
 
+from utils.system.files import read_text
 from utils.system.signals import mapped
 
-from ..evaluation.database_queries import like_degrees
-from ..evaluation.positives import read_text
-from ..photos.exif import gps_position, orientation
+from ..photos.exif import gps_position, opened, orientation
 from ..photos.listing import PHOTO_SUFFIXES, identity, scan
+from ..photos.positions import like_degrees
 from ..photos.transforms import read_reduced
 from .utm import to_utm, zone_of
 
 SPLITS = ("train", "val", "test")
-ZONES_APART = 1e7  # metres east
 LARGEST = 2e7  # metres; no map reaches farther
 METRES, DEGREES, LABELS = "metres", "degrees", "labels"
 TIMES = ("%Y:%m:%d %H:%M:%S", "%Y%m%d_%H%M%S", "%Y-%m")
 DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 14: "%Y%m%d%H%M%S"}  # by length, since strptime takes one-digit months
-SAME, MISSING, DAMAGED = "the same file as another photo", "there is no such file", "cannot be read"
-NO_LABEL, NO_GPS, NO_POSITION = "no label", "no GPS position in EXIF data", "no position"
-REMEDIES = {  # what to do about photos that are dropped for these reasons
-    SAME: "name more photos",
-    MISSING: "correct the paths in the csv",
-    DAMAGED: "replace or repair those that cannot be read",
-    NO_LABEL: "give each photo a label",
-    NO_GPS: "give positions or labels in a csv",
-    NO_POSITION: "give all photos positions",
-}
+PAIRS = {METRES: ("east", "north"), DEGREES: ("lat", "lon")}  # columns of a csv
+COLUMNS = {"path", "label", "heading", "time"}.union(*PAIRS.values())
 WANTED = "a csv starts with the columns path, and east,north or lat,lon or label; heading, time and label may follow"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Photo:
-    """One photo.
-
-    Attributes:
-        path: path of its file.
-        position: east and north in metres, or latitude and longitude in degrees, depending on its source; NaN if
-            unknown.
-        degrees: latitude and longitude; NaN if unknown.
-        zone: UTM zone, and whether it is north of the equator, if the name says so.
-        heading: degrees from north, clockwise, 0 to 360; None if unknown.
-        time: when it was taken; None if unknown.
-        label: label of its place; None if positions define places.
-        turn: how to turn it, see `exif.orientation`.
-    """
+    """A photo, and what its source says of it."""
 
     path: str
-    position: tuple[float, float] = (np.nan, np.nan)
-    degrees: tuple[float, float] = (np.nan, np.nan)
-    zone: tuple[int, bool] | None = None
-    heading: float | None = None
+    position: tuple[float, float] = (np.nan, np.nan)  # east and north, or latitude and longitude: as in its source
+    degrees: tuple[float, float] = (np.nan, np.nan)  # latitude and longitude
+    zone: tuple[int, bool] | None = None  # UTM zone, and whether it is north of the equator
+    heading: float = np.nan  # degrees from north, clockwise
     time: datetime | None = None
-    label: str | None = None
-    turn: int = 1
+    label: str | None = None  # of its place; None if positions define places
+    turn: int = 1  # see `exif.orientation_of`
 
 
 @dataclass
 class Collection:
-    """Usable photos, and those that were dropped.
+    """Usable photos, and those that were dropped."""
 
-    Attributes:
-        photos: photos in the order of the sources, and of names within a folder.
-        metres: east and north of each, N x 2; made up, with places 1 km apart, if there are only labels.
-        kind: how positions were given: metres, degrees or labels.
-        dropped: paths by reason.
-        notes: lines about anything else to know.
-        copies: paths of photos that equal another byte for byte, and the path of that one.
-    """
-
-    photos: list[Photo]
-    metres: NDArray[np.float64]
-    kind: str
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    copies: dict[str, str] = field(default_factory=dict)
+    photos: list[Photo]  # in the order of the sources, and of names within a folder
+    metres: NDArray[np.float64]  # east and north, N x 2; made up, with places 1 km apart, if there are only labels
+    kind: str  # how positions were given: METRES, DEGREES or LABELS
+    dropped: dict[str, list[str]]  # paths by reason
+    notes: list[str]  # lines about anything else to know
+    copies: dict[str, str]  # of photos that equal another byte for byte, and the path of that one
 
 
 def parse_time(text: str) -> datetime:
-    """Parses a time of EXIF data, ISO 8601, dataset file names (201405), or seconds since 1970.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    text = text.strip()
+    """Parses a time of EXIF data, ISO 8601, dataset file names (201405), or (milli-, micro-, nano-)seconds since 1970;
+    the result is in UTC, or without a zone if the text has none."""
     for form in [DIGITS[len(text)]] if text.isdecimal() and len(text) in DIGITS else TIMES:
         with suppress(ValueError):
             return datetime.strptime(text, form)
     with suppress(ValueError):
-        found = datetime.fromisoformat(text)
-        return found if found.tzinfo is None else found.astimezone(UTC).replace(tzinfo=None)
-    seconds = float(text)
+        time = datetime.fromisoformat(re.sub(r"^(\d{4}):(\d\d):(\d\d)", r"\1-\2-\3", text))
+        return time if time.tzinfo is None else time.astimezone(UTC)
+    seconds = int(text) / 10 ** (len(text) - 10) if text.isdecimal() and len(text) in (13, 16, 19) else float(text)
     if not 10**8 <= seconds < 2**33:  # a smaller number is something else
         raise ValueError(f"{text} is not a time")
-    return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
+    return datetime.fromtimestamp(seconds, UTC)
 
 
-def _direction(degrees: float) -> float | None:
-    return degrees % 360 if np.isfinite(degrees) else None
+def _to_180(longitude: float) -> float:
+    """A longitude of 0 to 360 as one of -180 to 180."""
+    return longitude - 360 if 180 < longitude <= 360 else longitude
 
 
 def from_name(path: str) -> Photo:
-    """A photo whose name says where it was taken, and perhaps heading and time: @east@north@zone@letter@lat@lon@...
-
-    Raises:
-        ValueError: the name has no position.
-    """
+    """A photo by its name, @east@north@zone@letter@lat@lon@...; ValueError if that has no position."""
     fields = os.path.basename(path).split("@")
     _, east, north, *_ = fields
     photo = Photo(path=path, position=(float(east), float(north)))
     with suppress(ValueError, IndexError):
         photo = replace(photo, zone=(int(fields[3]), fields[4].upper() >= "N"))
     with suppress(ValueError, IndexError):
-        photo = replace(photo, degrees=(float(fields[5]), float(fields[6])))
+        photo = replace(photo, degrees=(float(fields[5]), _to_180(float(fields[6]))))
     with suppress(ValueError, IndexError):
-        photo = replace(photo, heading=_direction(float(fields[9])))
+        photo = replace(photo, heading=float(fields[9]))
     with suppress(ValueError, IndexError):
         photo = replace(photo, time=parse_time(fields[13]))
     return photo
@@ -139,10 +103,10 @@ def from_exif(path: str) -> Photo:
     """A photo with what its EXIF data has of position, heading and time."""
     position = gps_position(path)
     photo = Photo(path=path, position=position, degrees=position)
-    with Image.open(path) as image:
+    with opened(path) as image:
         with suppress(Exception):  # Pillow's errors on tags that are not as the standard says
             gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
-            photo = replace(photo, heading=_direction(float(gps[ExifTags.GPS.GPSImgDirection])))
+            photo = replace(photo, heading=float(gps[ExifTags.GPS.GPSImgDirection]))
         with suppress(Exception):
             taken = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
             photo = replace(photo, time=parse_time(str(taken).strip("\0 ")))
@@ -153,9 +117,6 @@ def read_folder(folder: Path, notes: list[str]) -> tuple[str, list[Photo]]:
     """The photos below a folder, with positions from their names; if these have none, EXIF data are read later.
 
     In an evaluation dataset with a train split, only that counts: the others are for evaluation.
-
-    Raises:
-        ValueError: there is no photo, or only some names have coordinates.
     """
     splits = [split for split in SPLITS if (folder / "images" / split).is_dir()]
     if "train" in splits and len(splits) > 1:
@@ -168,42 +129,38 @@ def read_folder(folder: Path, notes: list[str]) -> tuple[str, list[Photo]]:
         notes.append(f"{folder}: left out {listing.left_out}; convert other formats (HEIC) to JPEG")
     if not listing.paths:
         raise ValueError(f"no photo in {folder}; put photos there, other formats (HEIC) converted to JPEG")
-    photos = []
+    named: dict[str, Photo] = {}
     for path in listing.paths:
         with suppress(ValueError):
-            photos.append(from_name(path))
-    if not photos:
+            named[path] = from_name(path)
+    if not named:
         return DEGREES, [Photo(path=path) for path in listing.paths]
-    if len(photos) < len(listing.paths):
-        named = {photo.path for photo in photos}
-        example = next(path for path in listing.paths if path not in named)
+    if unnamed := [path for path in listing.paths if path not in named]:
         raise ValueError(
-            f"{folder}: only {len(photos)} of {len(listing.paths)} names have UTM coordinates (@<east>@<north>@...), "
-            f"unlike e.g. {example}; convert the two kinds separately, or list all in a csv"
+            f"{folder}: only {len(named)} of {len(listing.paths)} names have UTM coordinates (@<east>@<north>@...), "
+            f"unlike e.g. {unnamed[0]}; convert the two kinds separately, or list all in a csv"
         )
-    return METRES, photos
+    return METRES, [*named.values()]
 
 
 def read_csv(path: Path, notes: list[str]) -> tuple[str, list[Photo]]:
-    """The photos that a csv names, each once; paths are relative to the csv's folder unless absolute.
-
-    Raises:
-        ValueError: columns are missing or contradictory, or a row does not match them; the message names it.
-    """
+    """The photos that a csv names, each once; paths are relative to the csv's folder unless absolute."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    rows: list[tuple[int, list[str]]] = []
     try:
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                rows.append((reader.line_num, [cell.strip() for cell in row]))
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}; {WANTED}") from error
     if len(rows) < 2:
-        raise ValueError(f"{path} has no row below its header; {WANTED}")
+        raise ValueError(f"{path} has no row; {WANTED}")
     header = [name.lower() for name in rows[0][1]]
-    kind = _kind_of(path, header)
-    known = {"path", "east", "north", "lat", "lon", "label", "heading", "time"}
-    if ignored := [name for name in header if name not in known]:
+    pairs = [kind for kind, pair in PAIRS.items() if {*pair} <= {*header}]
+    if len(pairs) > 1 or len(set(header)) < len(header):
+        wrong = "both east,north and lat,lon" if len(pairs) > 1 else "a column appears twice"
+        raise ValueError(f"{path}, line 1: {wrong}; keep only the columns to use")
+    if "path" not in header or (not pairs and "label" not in header):
+        raise ValueError(f"{path}, line 1: {','.join(header)[:80]!r}: {WANTED}, separated by commas")
+    kind = pairs[0] if pairs else LABELS
+    if ignored := [name for name in header if name not in COLUMNS]:
         notes.append(f"{path}: columns ignored: {', '.join(ignored)}")
     photos: list[Photo] = []
     lines: dict[str, int] = {}
@@ -222,19 +179,6 @@ def read_csv(path: Path, notes: list[str]) -> tuple[str, list[Photo]]:
     return kind, photos
 
 
-def _kind_of(path: Path, header: list[str]) -> str:
-    """How a csv says where photos were taken."""
-    if len(set(header)) < len(header):
-        raise ValueError(f"{path}, line 1: a column appears twice; {WANTED}")
-    kinds = [kind for kind, pair in ((METRES, {"east", "north"}), (DEGREES, {"lat", "lon"})) if pair <= {*header}]
-    if len(kinds) > 1:
-        raise ValueError(f"{path}, line 1: both east,north and lat,lon; keep only the columns to use")
-    if "path" not in header or (not kinds and "label" not in header):
-        shown = ",".join(header)
-        raise ValueError(f"{path}, line 1: {shown[:80]!r}: {WANTED}, separated by commas")
-    return kinds[0] if kinds else LABELS
-
-
 def _from_cells(cells: dict[str, str], kind: str, where: str) -> Photo:
     def number(name: str) -> float:
         try:
@@ -246,16 +190,12 @@ def _from_cells(cells: dict[str, str], kind: str, where: str) -> Photo:
 
     photo = Photo(path=cells["path"], label=cells.get("label"))
     if kind != LABELS:
-        pair = ("east", "north") if kind == METRES else ("lat", "lon")
-        position = number(pair[0]), number(pair[1])
-        if np.isinf(position).any():
-            raise ValueError(f"{where}: {pair[0]},{pair[1]} {position[0]},{position[1]} is infinite; correct it")
-        photo = replace(photo, position=position, degrees=position if kind == DEGREES else photo.degrees)
+        a, b = map(number, PAIRS[kind])
+        photo = replace(photo, position=(a, b), degrees=(a, _to_180(b)) if kind == DEGREES else photo.degrees)
     if cells.get("heading"):
-        heading = number("heading")
-        if not -360 <= heading <= 360:
+        photo = replace(photo, heading=number("heading"))
+        if abs(photo.heading) > 360:
             raise ValueError(f"{where}: heading {cells['heading']} is out of range; give degrees from north, 0 to 360")
-        photo = replace(photo, heading=heading % 360)
     if cells.get("time"):
         try:
             photo = replace(photo, time=parse_time(cells["time"]))
@@ -264,46 +204,43 @@ def _from_cells(cells: dict[str, str], kind: str, where: str) -> Photo:
     return photo
 
 
-def collect(sources: Sequence[Path], *, notes: list[str] | None = None, progress: bool = False) -> Collection:
-    """The photos of all sources: folders and csv files.
+def collect(sources: Sequence[Path], notes: list[str]) -> Collection:
+    """The photos of all sources, folders and csv files, under a progress bar; ValueError if they cannot be used.
 
-    Args:
-        sources: their paths.
-        notes: becomes the collection's; so they are also known after an error.
-        progress: whether to show a progress bar.
-
-    Raises:
-        OSError: a source is missing or cannot be read.
-        ValueError: a source is unusable, or the sources give positions in different ways.
+    `notes` becomes the collection's, so that what was noted is known after an error too.
     """
-    notes = [] if notes is None else notes
     dropped: dict[str, list[str]] = defaultdict(list)
     kinds: dict[str, Path] = {}
     photos: dict[object, Photo] = {}
     by_exif: set[str] = set()
     for source in sources:
         if source.is_dir():
-            kind, found = read_folder(source, notes)
-            by_exif |= {photo.path for photo in found} if kind == DEGREES else set()
+            kind, listed = read_folder(source, notes)
+            by_exif |= {photo.path for photo in listed} if kind == DEGREES else set()
         elif source.suffix.lower() == ".csv" and source.is_file():
-            kind, found = read_csv(source, notes)
+            kind, listed = read_csv(source, notes)
         else:
-            raise ValueError(
-                f"{source} is neither a folder nor an existing .csv file; name folders of photos, or csv files"
-            )
+            raise ValueError(f"{source} is neither a folder nor an existing .csv file; name folders or csv files")
         kinds.setdefault(kind, source)
-        for photo in found:
+        for photo in listed:
             if photos.setdefault(identity(photo.path), photo) is not photo:
-                dropped[SAME].append(photo.path)
+                dropped["the same file as another photo"].append(photo.path)
     if len(kinds) > 1:
-        listed = ", ".join(f"{source} has {kind}" for kind, source in kinds.items())
-        raise ValueError(f"{listed}, which cannot be combined; convert them one at a time")
+        given = ", ".join(f"{source} has {kind}" for kind, source in kinds.items())
+        raise ValueError(f"{given}, which cannot be combined; convert them one at a time")
     (kind,) = kinds
+    zones = Counter(
+        "unknown" if photo.zone is None else f"{photo.zone[0]} {'north' if photo.zone[1] else 'south'}"
+        for photo in photos.values()
+    )
+    if len(zones) > 1:
+        counts = ", ".join(f"{zone}: {count} photos" for zone, count in sorted(zones.items()))
+        raise ValueError(f"names are in several UTM zones ({counts}), which are not on one map; convert each apart")
 
     def look(photo: Photo) -> tuple[Photo, bytes] | str:
         """The photo with what its file says, and a digest of its bytes; or why it cannot be used."""
         if not os.path.isfile(photo.path):  # reading a pipe would block
-            return MISSING
+            return "a link to a file that is not there" if os.path.islink(photo.path) else "there is no such file"
         exif = photo.path in by_exif
         try:
             read_reduced(photo.path, 64)
@@ -311,79 +248,59 @@ def collect(sources: Sequence[Path], *, notes: list[str] | None = None, progress
             with open(photo.path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").digest()
         except Exception:  # decoders fail on damaged files in many ways
-            return DAMAGED
+            return "cannot be read"
         if photo.label == "":
-            return NO_LABEL
+            return "no label"
         if kind != LABELS and (np.isnan(photo.position).any() or (kind == DEGREES and photo.position == (0.0, 0.0))):
-            return NO_GPS if exif else NO_POSITION
+            return "no GPS position in EXIF data" if exif else "no position"
         return photo, content
 
     kept = []
     first: dict[bytes, str] = {}
     copies: dict[str, str] = {}
     with mapped(ThreadPoolExecutor(os.cpu_count()), look, list(photos.values())) as looked:
-        seen = tqdm(looked, total=len(photos), unit="photo", disable=not progress)
-        for photo, found_out in zip(photos.values(), seen, strict=True):
-            if isinstance(found_out, str):
-                dropped[found_out].append(photo.path)
+        for photo, result in zip(photos.values(), tqdm(looked, total=len(photos), unit="photo"), strict=True):
+            if isinstance(result, str):
+                dropped[result].append(photo.path)
             else:
-                kept.append(found_out[0])
-                if (original := first.setdefault(found_out[1], photo.path)) != photo.path:
+                kept.append(result[0])
+                if (original := first.setdefault(result[1], photo.path)) != photo.path:
                     copies[photo.path] = original
     if not kept:
         reasons = ", ".join(f"{len(paths)} {reason}" for reason, paths in dropped.items())
-        most = max(dropped, key=lambda reason: len(dropped[reason]))
-        raise ValueError(f"no photo of {len(photos)} can be used ({reasons}); {REMEDIES[most]}")
-    metres = _metres(kept, kind)
-    zones = sorted({photo.zone for photo in kept}, key=str)
-    if len(zones) > 1:
-        names = " ".join("unknown" if zone is None else f"{zone[0]}{'north' if zone[1] else 'south'}" for zone in zones)
-        notes.append(
-            f"names are in {len(zones)} UTM zones ({names}), whose metres cannot be compared: zones are put "
-            f"{ZONES_APART / 1e3:g} km apart, so that places on both sides of a border are not compared"
-        )
-        metres[:, 0] += [zones.index(photo.zone) * ZONES_APART for photo in kept]
-    return Collection(kept, metres, kind, dict(dropped), notes, copies)
+        raise ValueError(f"no photo of {len(photos)} can be used ({reasons}); repair them, or give positions in a csv")
+    times = [photo.time for photo in kept if photo.time]
+    if 0 < (zoned := sum(time.tzinfo is not None for time in times)) < len(times):
+        notes.append(f"{zoned} of {len(times)} times have a zone, the others none: they are taken for UTC")
+    kept = [replace(photo, time=photo.time and photo.time.replace(tzinfo=None)) for photo in kept]
+    return Collection(kept, _metres(kept, kind), kind, dict(dropped), notes, copies)
 
 
 def _metres(photos: Sequence[Photo], kind: str) -> NDArray[np.float64]:
-    """East and north of each photo, N x 2.
-
-    Raises:
-        ValueError: positions cannot be of the given kind.
-    """
+    """East and north of each photo, N x 2; ValueError if positions cannot be of the given kind."""
     if kind == LABELS:
         _, places = np.unique([photo.label or "" for photo in photos], return_inverse=True)
         return np.stack((places * 1000.0, np.zeros(len(photos))), axis=1)
-    positions = np.array([photo.position for photo in photos])
+    positions = np.array([photo.degrees if kind == DEGREES else photo.position for photo in photos])
+
+    def at(index: int) -> str:
+        return f"{positions[index, 0]:g}, {positions[index, 1]:g} of {photos[index].path}"
+
     if kind == DEGREES:
-        for photo, (latitude, longitude) in zip(photos, positions, strict=True):
-            if abs(latitude) > 90 or abs(longitude) > 180:
-                swapped = abs(longitude) <= 90 and abs(latitude) <= 180
-                raise ValueError(
-                    f"{photo.path}: latitude {latitude:g}, longitude {longitude:g} is out of range"
-                    + ("; are the columns lat and lon swapped?" if swapped else "; metres go into columns east,north")
-                )
+        if (outside := (np.abs(positions) > (90, 180)).any(axis=1)).any():
+            where = at(int(outside.argmax()))
+            raise ValueError(f"lat,lon {where} is out of range; give lat,lon in this order, metres as east,north")
         try:
-            zone = zone_of(positions)
+            return to_utm(positions, *zone_of(positions))
         except ValueError as error:
             farthest = int(np.abs(positions - np.median(positions, axis=0)).max(axis=1).argmax())
             raise ValueError(f"{error}; farthest from the others is {photos[farthest].path}") from error
-        return to_utm(positions, *zone)
     farthest = int(np.abs(positions).max(axis=1).argmax())
     if np.abs(positions[farthest]).max() > LARGEST:
-        east, north = positions[farthest]
-        raise ValueError(
-            f"{photos[farthest].path}: east {east:g}, north {north:g} is beyond any map in metres; correct it"
-        )
+        raise ValueError(f"east, north {at(farthest)} is beyond any map in metres; correct it")
     if like_degrees(positions):
-        raise ValueError(
-            f"positions look like degrees, e.g. {positions[0, 0]:g}, {positions[0, 1]:g} of {photos[0].path}, but "
-            "metres are expected; give a csv with columns lat,lon, or add 1000 to metres on a map as small as that"
-        )
+        remedy = "give a csv with columns lat,lon, or add 1000 to metres on a map as small as that"
+        raise ValueError(f"positions look like degrees, e.g. {at(0)}, but metres are expected; {remedy}")
     if (positions[:, 0] > 1e6).all() and ((positions[:, 1] >= 1e5) & (positions[:, 1] <= 9e5)).all():
-        raise ValueError(
-            f"positions look swapped, e.g. east {positions[0, 0]:g}, north {positions[0, 1]:g} of {photos[0].path}: "
-            "UTM east lies between 100,000 and 900,000; swap them"
-        )
+        raise ValueError(f"positions look swapped, e.g. {at(0)}: UTM east lies between 100,000 and 900,000; swap them")
     return positions

@@ -1,28 +1,55 @@
 """Places from photo positions: which photos form one, which places can be kept together, and what to hold out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from sklearn.cluster import DBSCAN
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import KDTree
 
 from .photos import Photo
 
-LONGEST = 4.0  # sides of a map: a street that is longer for its width is drawn wider than it is
-MOST_STRETCHED = 10.0
-LONG_SIDE = 10.0  # inches
+
+def extents(metres: NDArray[np.float64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How far each of G groups of N positions reaches along each axis, G x 2."""
+    low, high = (np.full((int(groups.max()) + 1, 2), value) for value in (np.inf, -np.inf))
+    np.minimum.at(low, groups, metres)
+    np.maximum.at(high, groups, metres)
+    return high - low
+
+
+def chains(metres: NDArray[np.float64], reach: float) -> NDArray[np.int64]:
+    """The chain of each of N positions, N: from each to some other of its chain it is at most `reach` metres."""
+    # Positions in one square of the grid, whose diagonal is shorter than that, are linked without being compared, and
+    # for a square beside it only the nearest position there counts: ten thousand photos at one spot take seconds.
+    points, of_photo = np.unique(metres, axis=0, return_inverse=True)
+    grid = np.floor(points / (0.7 * reach)).astype(np.int64)
+    grid -= grid.min(axis=0) - 2
+    width = int(grid[:, 1].max()) + 3  # two empty squares at each end of a row, so that no step leads into another row
+    squares, square = np.unique(grid @ (width, 1), return_inverse=True)
+    layer = 3 * reach  # a third coordinate parts the squares farther than two neighbours reach
+    tree = KDTree(np.column_stack((points, layer * square)))
+    links = [np.zeros((0, 2), dtype=np.int64)]
+    for step in [1, 2, *(i * width + j for i in (1, 2) for j in range(-2, 3))]:
+        beside = np.searchsorted(squares, squares[square] + step).clip(max=len(squares) - 1)
+        rows = np.flatnonzero(squares[beside] == squares[square] + step)
+        if len(rows):
+            nearest = tree.query(np.column_stack((points[rows], layer * beside[rows])), return_distance=False)[:, 0]
+            near = ((points[rows] - points[nearest]) ** 2).sum(axis=1) <= reach**2
+            links.append(np.column_stack((square[rows], square[nearest]))[near])
+    a, b = np.concatenate(links).T
+    graph = coo_array((np.ones(len(a)), (a, b)), shape=(len(squares), len(squares)))
+    chain = connected_components(graph, directed=False)[1][square][of_photo.ravel()]
+    _, first, chain = np.unique(chain, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[chain]  # numbered by their first positions
 
 
 def cells_of(metres: NDArray[np.float64], cell: float) -> NDArray[np.int64]:
     """The cell of each of N positions, N: a group that fits within `cell` metres, else a square of a grid."""
-    together = DBSCAN(eps=cell / 2, min_samples=1).fit_predict(metres)
-    low, high = (np.full((int(together.max()) + 1, 2), value) for value in (np.inf, -np.inf))
-    np.minimum.at(low, together, metres)
-    np.maximum.at(high, together, metres)
-    along_a_street = np.any(high - low > cell, axis=1)[together]
+    together = chains(metres, cell / 2)
+    along_a_street = np.any(extents(metres, together) > cell, axis=1)[together]
     squares = np.floor(metres / cell).astype(np.int64)
     keys = np.where(along_a_street[:, None], np.column_stack((np.full(len(metres), -1), squares)), 0)
     keys[~along_a_street, 0] = together[~along_a_street]
@@ -31,9 +58,9 @@ def cells_of(metres: NDArray[np.float64], cell: float) -> NDArray[np.int64]:
 
 def heading_bins(photos: Sequence[Photo], bins: int) -> NDArray[np.int64]:
     """Which of `bins` directions each photo faces, the first around north; -1 if its heading is unknown."""
-    headings = np.array([np.nan if photo.heading is None else photo.heading for photo in photos])
-    found = np.floor((headings + 180 / bins) % 360 / (360 / bins))
-    return np.where(np.isnan(found), -1, found).astype(np.int64) if bins > 1 else np.zeros(len(photos), dtype=np.int64)
+    headings = np.array([photo.heading for photo in photos])
+    directions = np.floor((headings + 180 / bins) % 360 / (360 / bins))
+    return np.nan_to_num(directions, nan=-1).astype(np.int64) if bins > 1 else np.zeros(len(photos), dtype=np.int64)
 
 
 def apart(
@@ -41,14 +68,7 @@ def apart(
 ) -> NDArray[np.bool_]:
     """Which of N photos belong to places that stay: those with most photos first, each `gap` metres from those before.
 
-    Places at any distance stay if their directions are neither the same nor neighbours.
-
-    Args:
-        metres: positions of the photos, N x 2.
-        places: places of the photos, N.
-        directions: directions of the photos, the same within a place, N.
-        gap: metres between the nearest photos of two places.
-        bins: number of directions.
+    Places at any distance stay if their directions, of so many bins, are neither the same nor neighbours.
     """
     stays = np.ones(len(places), dtype=bool)
     if not gap or not len(places):
@@ -61,7 +81,9 @@ def apart(
         if unique[place] in gone:
             continue
         own = order[first[place] : first[place] + counts[place]]
-        near = np.unique(np.concatenate(tree.query_radius(metres[own], np.nextafter(gap, 0))))
+        middle = metres[own].mean(axis=0, keepdims=True)
+        around = tree.query_radius(middle, 1.01 * (gap + np.hypot(*(metres[own] - middle).T).max()))[0]
+        near = around[nearer(metres[around], metres[own], gap)]
         turned = np.abs(directions[near] - directions[own[0]])
         overlap = np.minimum(turned, bins - turned) <= 1
         gone |= {*places[near[overlap]].tolist()} - {int(unique[place])}
@@ -77,60 +99,31 @@ def in_area(positions: NDArray[np.float64], corners: Sequence[float]) -> NDArray
 def connected_share(
     metres: NDArray[np.float64], cells: NDArray[np.int64], share: float, gap: float, rng: Generator
 ) -> NDArray[np.bool_]:
-    """Which of N photos to hold out: those of connected cells, each within reach of one before.
+    """Which of N photos to hold out, about a share of them: those of connected cells.
 
     From a random cell on, the next is the one nearest to the held-out cells, if within twice the gap; otherwise another
-    random cell follows.
-
-    Args:
-        metres: positions of the photos, N x 2.
-        cells: cells of the photos, N.
-        share: approximate share of the photos.
-        gap: in metres.
-        rng: draws the random cells.
+    random cell follows. A large cell by which twice the share would be held out is skipped.
     """
     unique, inverse, counts = np.unique(cells, return_inverse=True, return_counts=True)
     centres = np.stack([np.bincount(inverse, metres[:, axis]) / counts for axis in (0, 1)], axis=1)
     held = np.zeros(len(unique), dtype=bool)
     distances = np.full(len(unique), np.inf)  # to the held-out cells
     starts = rng.permutation(len(unique)).tolist()
-    while counts[held].sum() < share * len(metres) and not held.all():
-        distances[held] = np.inf
+    wanted = share * len(metres)
+    while (taken := counts[held].sum()) < wanted:
+        fits = ~held & ((taken + counts <= 2 * wanted) | (counts <= 2 * np.median(counts)))
+        if not fits.any():
+            break
+        distances[~fits] = np.inf
         nearest = int(distances.argmin())
         if distances[nearest] > 2 * gap:
-            nearest = next(cell for cell in starts if not held[cell])
+            nearest = next(cell for cell in starts if fits[cell])
         held[nearest] = True
         distances = np.minimum(distances, np.hypot(*(centres - centres[nearest]).T))
     return held[inverse]
 
 
 def nearer(metres: NDArray[np.float64], others: NDArray[np.float64], gap: float) -> NDArray[np.bool_]:
-    """Which of N x 2 positions are nearer than the gap to one of M x 2 others."""
-    return np.asarray(KDTree(others).query(metres)[0][:, 0] < gap)
-
-
-@dataclass(frozen=True)
-class MapShape:
-    """How to draw positions: the shape of their area, so that a street is neither lost in a square nor a bare line.
-
-    Attributes:
-        inches: width and height.
-        limits: lowest and highest metre along each axis.
-        stretch: how many times as large as the other axis each is drawn; 1 for a true map.
-    """
-
-    inches: tuple[float, float]
-    limits: tuple[tuple[float, float], tuple[float, float]]
-    stretch: tuple[float, float]
-
-
-def map_shape(extent: NDArray[np.float64]) -> MapShape:
-    """The shape of a map of positions from 0 to an extent east and north, in metres."""
-    shown = extent * 1.1 + 2
-    shown = np.maximum(shown, shown.max() / LONGEST / MOST_STRETCHED)
-    drawn = np.maximum(shown, shown.max() / LONGEST)
-    inches = drawn / drawn.max() * LONG_SIDE
-    low, high = extent / 2 - shown / 2, extent / 2 + shown / 2
-    (width, height), (east, north) = inches.tolist(), (drawn / shown).tolist()
-    limits = ((float(low[0]), float(high[0])), (float(low[1]), float(high[1])))
-    return MapShape((width + 1, height + 1.2), limits, (east, north))
+    """Which of N x 2 positions are nearer than the gap to one of M x 2 others: N."""
+    distances, _ = KDTree(np.unique(others, axis=0)).query(metres)  # to many at one position, each would be compared
+    return np.asarray(distances[:, 0] < gap)

@@ -10,19 +10,15 @@ REACH = 6.0  # degrees from the central meridian, at most: lengths are off by 0.
 
 
 def zone_of(degrees: NDArray[np.float64]) -> tuple[int, bool]:
-    """The zone at the middle of N x 2 latitudes and longitudes, 1 to 60, and whether it is on the northern hemisphere.
-
-    Raises:
-        ValueError: they extend too far for one zone.
-    """
+    """The zone, 1 to 60, at the middle of N x 2 latitudes and longitudes, and whether it is on the northern hemisphere;
+    ValueError if they extend too far for one zone."""
     low, high = degrees.min(axis=0), degrees.max(axis=0)
     zone = int(np.clip((low[1] + high[1]) / 2 // 6 + 31, 1, 60))
     farthest = float(np.abs(degrees[:, 1] - central_meridian(zone)).max())
     if farthest > REACH or max(abs(low[0]), abs(high[0])) > 84:
         raise ValueError(
-            f"positions extend from latitude {low[0]:.4f} to {high[0]:.4f} and from longitude {low[1]:.4f} to "
-            f"{high[1]:.4f}, too far for one map in metres (one UTM zone, {REACH:g} degrees from its middle, "
-            "84 degrees north and south); convert one region at a time"
+            f"positions from latitude {low[0]:.4f} to {high[0]:.4f} and longitude {low[1]:.4f} to {high[1]:.4f} are "
+            "too far apart for one map in metres (a UTM zone); convert one region at a time"
         )
     return zone, bool(low[0] + high[0] >= 0)
 
@@ -37,11 +33,6 @@ def to_utm(degrees: NDArray[np.float64], zone: int, north: bool) -> NDArray[np.f
 
     Source: Krueger's series to the third order in the third flattening, as Karney (Transverse Mercator with an
     accuracy of a few nanometers, 2011) gives it.
-
-    Args:
-        degrees: latitudes and longitudes; NaN gives NaN.
-        zone: 1 to 60, for all of them.
-        north: whether north is counted from the equator rather than from 10,000 km south of it.
     """
     n = FLATTENING / (2 - FLATTENING)
     radius = EQUATOR_RADIUS / (1 + n) * (1 + n**2 / 4 + n**4 / 64)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,7 +13,6 @@ from utils.system import distributed
 from utils.system.device import to_device
 from utils.system.reading import packed, read_batches, unpacked
 
-from .pixel_modes import Depth
 from .transforms import Transform, prepare, read_noted, transform_sizes
 
 logger = logging.getLogger(__name__)
@@ -24,41 +22,29 @@ class ImageList:
     """The images at the given paths, in that order, each transformed; bytes 3 x H x W without a transform.
 
     With `upright`, they are turned as their EXIF data says.
-
-    Attributes:
-        depths: how each image read so far was converted to 8 bits per channel.
     """
 
     def __init__(self, paths: Sequence[str], transform: Transform | None = None, *, upright: bool = False):
         self.paths = paths
         self.transform = transform
         self.upright = upright
-        self.depths = np.zeros(len(paths), dtype=np.uint8)
+        self.deep = [False] * len(paths)  # those read so far that have more than 8 bits per channel
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        pixels, depth = read_noted(self.paths[index], upright=self.upright)
-        self.depths[index] = int(depth)
+        pixels, self.deep[index] = read_noted(self.paths[index], upright=self.upright)
         return pixels if self.transform is None else prepare(pixels, self.transform)
 
-    def log_depths(self, name: str) -> None:
-        """Logs, after `name`, how many images do not have 8 bits per channel."""
-        for depth, what in (
-            (Depth.SIXTEEN, "read by the upper 8 of more bits per channel"),
-            (Depth.GUESSED, "in a mode whose scale was guessed"),
-        ):
-            of_it = np.flatnonzero(self.depths == depth)
-            if len(of_it):
-                logger.warning(
-                    "%s: %d image%s %s, e.g. %s; python -m datasets.check names each",
-                    name,
-                    len(of_it),
-                    "s" if len(of_it) > 1 else "",
-                    what,
-                    self.paths[of_it[0]],
-                )
+    def log_deep(self, name: str) -> None:
+        """Logs, after `name`, how many images have more than 8 bits per channel."""
+        if deep := [path for path, is_deep in zip(self.paths, self.deep, strict=True) if is_deep]:
+            count = f"{len(deep)} image{'s' if len(deep) > 1 else ''}"
+            advice = "python -m datasets.check names each"
+            logger.warning(
+                "%s: %s read by the upper 8 of more bits per channel, e.g. %s; %s", name, count, deep[0], advice
+            )
 
 
 def image_batches(
@@ -75,12 +61,9 @@ def image_batches(
     """Reads images in order, under a progress bar.
 
     Args:
-        paths: the images.
         transform: turns bytes B x 3 x H x W into the model's input B x (crops x) 3 x H' x W', of one size unless the
             batch size is 1. It runs on the device, or in the reading threads if the device is a CPU.
-        batch_size: images per batch.
         num_workers: threads that read images ahead, and end with this generator; 0 reads in the caller's thread.
-        device: device of the batches.
         progress: name of the progress bar.
         upright: turn the images as their EXIF data says. Such photos can be large, so the reading threads resize them:
             full-size ones would fill the memory.
@@ -112,4 +95,4 @@ def image_batches(
             batch_images = transform_sizes(transform, unpacked(*batch)) if on_device else batch[0]
             yield batch_images
             bar.update(len(batch_images))
-    images.log_depths(progress)
+    images.log_deep(progress)

@@ -4,10 +4,12 @@ import os
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 # Errors of Pillow, or of arithmetic, on tags that are missing or not as the standard says.
@@ -17,35 +19,56 @@ _NOT_AS_IT_SHOULD_BE = (
 
 _SIGNS = {"N": 1, "S": -1, "E": 1, "W": -1}
 
+# First bytes of what is often called .jpg without being one, after four bytes of length for the first.
+_HEIC, _POINTER, _PAGES = (b"ftyphe", b"ftypmif1", b"ftypmsf1"), b"version https://git-lfs", (b"<!doctype", b"<html")
+
+
+def why_unreadable(path: str | os.PathLike[str], error: Exception) -> str:
+    """Why a photo cannot be read: what the file is instead, if its first bytes tell, or else the decoder's error."""
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+        return f"a link to {os.readlink(path)}, which is not there"
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(64)
+        if start[4:].startswith(_HEIC):
+            return "a HEIC photo, which is not read: convert it to JPEG"
+        if start.startswith(_POINTER):
+            return "a pointer of git-LFS in place of the photo: run `git lfs pull`"
+        if start.lstrip().lower().startswith(_PAGES):
+            return "an HTML page in place of the photo: download it again"
+    return str(error) or type(error).__name__
+
 
 def cannot_read(path: str | os.PathLike[str], error: Exception) -> ValueError:
     """The error for a photo that cannot be read, with the file and the remedy."""
     return ValueError(
-        f"cannot read the image {os.fspath(path)} ({str(error) or type(error).__name__}); replace or remove it, or run "
+        f"cannot read the image {os.fspath(path)} ({why_unreadable(path, error)}); replace or remove it, or run "
         "eval.py with --skip_unreadable to leave it out"
     )
 
 
-def orientation(path: str | os.PathLike[str]) -> int:
-    """How to turn the image that Pillow reads, 1 to 8 as in the EXIF standard; 1, not at all, if the file does not say,
-    or is a TIFF, which Pillow turns itself.
+def opened(path: str | os.PathLike[str]) -> Image.Image:
+    """Opens an image file; a JPEG of any size, as torchvision reads it, where Pillow's `open` has a limit."""
+    try:
+        return JpegImageFile(path)
+    except SyntaxError:
+        return Image.open(path)
 
-    Raises:
-        OSError, PIL.Image.DecompressionBombError: the file is not an image, or one that is too large.
-    """
-    with Image.open(path) as image:
+
+def orientation(path: str | os.PathLike[str]) -> int:
+    """`orientation_of` a file."""
+    with opened(path) as image:
         return orientation_of(image)
 
 
 def orientation_of(image: Image.Image) -> int:
-    """`orientation` of an open image."""
-    if image.format == "TIFF":
+    """How to turn what Pillow reads, 1 to 8 as in the EXIF standard; 1, not at all, if the file does not say."""
+    if image.format == "TIFF":  # which Pillow turns itself
         return 1
     try:
-        found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except _NOT_AS_IT_SHOULD_BE:
         return 1
-    return found if 1 <= found <= 8 else 1
+    return orientation if 1 <= orientation <= 8 else 1
 
 
 def turned(pixels: Tensor, orientation: int) -> Tensor:
@@ -58,12 +81,8 @@ def turned(pixels: Tensor, orientation: int) -> Tensor:
 
 
 def gps_position(path: str) -> tuple[float, float]:
-    """Latitude and longitude in degrees, north and east positive; NaN if the photo does not say.
-
-    Raises:
-        OSError, PIL.Image.DecompressionBombError: see `orientation`.
-    """
-    with Image.open(path) as image:
+    """Latitude and longitude in degrees, north and east positive; NaN if the photo does not say."""
+    with opened(path) as image:
         try:
             gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
             latitude = _degrees(gps[ExifTags.GPS.GPSLatitude], gps[ExifTags.GPS.GPSLatitudeRef])
@@ -77,21 +96,19 @@ def gps_position(path: str) -> tuple[float, float]:
 
 def _degrees(sexagesimal: Sequence[float], reference: str) -> float:
     degrees, minutes, seconds = map(float, sexagesimal)
+    if min(degrees, minutes, seconds) < 0:
+        raise ValueError("a sign, where the letter has it: which of them counts is not known")
     return _SIGNS[reference.strip("\0 ").upper()] * (degrees + minutes / 60 + seconds / 3600)
 
 
 def gps_positions(paths: Sequence[str]) -> NDArray[np.float64]:
-    """`gps_position` of each photo, N x 2.
+    """`gps_position` of each photo, N x 2; ValueError names a file that cannot be read."""
 
-    Raises:
-        ValueError: a file is not an image, or one that is too large; the message names it.
-    """
-
-    def of(path: str) -> tuple[float, float]:
+    def position(path: str) -> tuple[float, float]:
         try:
             return gps_position(path)
         except Exception as error:  # decoders fail on damaged files in many ways
             raise cannot_read(path, error) from error
 
     with ThreadPoolExecutor() as pool:
-        return np.array(list(pool.map(of, paths)), dtype=np.float64).reshape(-1, 2)
+        return np.array(list(pool.map(position, paths)), dtype=np.float64).reshape(-1, 2)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -36,18 +36,11 @@ SPECIAL = "pipe, socket or device"  # counted like a suffix; reading one may blo
 
 @dataclass(frozen=True)
 class Listing:
-    """The content of a folder and its subfolders.
+    """The content of a folder and its subfolders."""
 
-    Attributes:
-        paths: sorted paths of the images.
-        others: numbers of other files by lower-case suffix, "" for none, and `SPECIAL` for any that are not regular
-            files.
-        links: links to folders that are already listed, or that contain this one; they were not followed.
-    """
-
-    paths: list[str]
-    others: Counter[str]
-    links: list[str]
+    paths: list[str]  # of the images, sorted
+    others: Counter[str]  # other files by lower-case suffix, "" for none, and `SPECIAL` for what is no regular file
+    links: list[str]  # to folders already listed, or that contain this one; they were not followed
 
     @property
     def left_out(self) -> str:
@@ -62,19 +55,14 @@ class Listing:
         return " and ".join(said)
 
 
-def _refuse(error: OSError) -> NoReturn:
-    raise error
-
-
-def _is_special(entry: os.DirEntry[str]) -> bool:
-    """Whether it is neither a folder nor a regular file, nor a link to one; a broken link is not special."""
+def _mode(entry: os.DirEntry[str]) -> int:
+    """What an entry is or links to, as `stat` tells; a broken link is a file: reading it will tell what is wrong."""
     if entry.is_file(follow_symlinks=False):  # known without reading the file's status
-        return False
+        return stat.S_IFREG
     try:
-        mode = entry.stat().st_mode
+        return entry.stat().st_mode
     except OSError:
-        return False  # reading it will report why it cannot be read
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+        return stat.S_IFREG
 
 
 def scan(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
@@ -98,25 +86,26 @@ def scan(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
         if real in visited or root.startswith(os.path.join(real, "")):
             links.append(top)
             continue
-        for parent, folders, names in os.walk(top, onerror=_refuse):
+        below = [top]
+        while below:
+            parent = below.pop()
             visited.add(os.path.realpath(parent))
-            below = sorted(name for name in folders if not name.startswith("."))
-            folders.clear()
-            for name in below:
-                path = os.path.join(parent, name)
-                if os.path.islink(path):
-                    waiting.append(path)
-                elif os.path.realpath(path) not in visited:  # a link may lead to a folder that contains a visited one
-                    folders.append(name)
             with os.scandir(parent) as entries:
-                special = {entry.name for entry in entries if entry.name[0] != "." and _is_special(entry)}
-            others.update([SPECIAL] * len(special))
-            names = [name for name in names if name[0] != "." and name not in special]
-            images = [name for name in names if name.lower().endswith(endings)]
-            paths += [f"{parent}{os.sep}{name}" for name in images]
-            if len(images) < len(names):
-                rest = (name for name in names if not name.lower().endswith(endings))
-                others.update(os.path.splitext(name)[1].lower() for name in rest)
+                shown = [entry for entry in entries if not entry.name.startswith(".")]
+            folders = []
+            for entry in sorted(shown, key=attrgetter("name")):
+                if stat.S_ISDIR(mode := _mode(entry)):
+                    if entry.is_symlink():
+                        waiting.append(entry.path)
+                    elif os.path.realpath(entry.path) not in visited:  # a link may lead to what contains a visited one
+                        folders.append(entry.path)
+                elif not stat.S_ISREG(mode):
+                    others[SPECIAL] += 1
+                elif entry.name.lower().endswith(endings):
+                    paths.append(entry.path)
+                else:
+                    others[os.path.splitext(entry.name)[1].lower()] += 1
+            below += folders[::-1]
     return Listing(sorted(paths), others, links)
 
 
@@ -133,17 +122,14 @@ def list_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[
             "--database_folder and --queries_folder"
         )
     listing = scan(folder, suffixes)
-    left_out = listing.left_out
+    plain = suffixes != IMAGE_SUFFIXES
     if not listing.paths:
-        raise ValueError(
-            f"no image ({', '.join(suffixes[:3])}{', ...' if len(suffixes) > 3 else ''}) in {folder}"
-            f"{f', but {left_out}' if left_out else ''}; put photos there, other formats (HEIC) converted"
-        )
-    if left_out:
-        advice = (
-            "in datasets only .jpg, .jpeg and .png count" if suffixes == IMAGE_SUFFIXES else "convert photos to JPEG"
-        )
-        logger.warning("%s: left out %s; %s", folder, left_out, advice)
+        kinds = ", ".join(IMAGE_SUFFIXES) + ", ..." * plain
+        others = f", but {listing.left_out}" if listing.left_out else ""
+        raise ValueError(f"no image ({kinds}) in {folder}{others}; put photos there, other formats (HEIC) converted")
+    if listing.left_out:
+        advice = "convert photos to JPEG" if plain else "in datasets only .jpg, .jpeg and .png count"
+        logger.warning("%s: left out %s; %s", folder, listing.left_out, advice)
     return listing.paths
 
 
@@ -164,20 +150,14 @@ def first_missing(folder: Path) -> str:
 def identity(path: str) -> tuple[int, int] | str:
     """An identity that is the same for all paths, links and hard links to a file."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return os.path.realpath(path)
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def unreadable(paths: Sequence[str], read: Callable[[str], object], progress: str) -> dict[str, str]:
-    """The photos that cannot be read, and why.
-
-    Args:
-        paths: any number of photos.
-        read: reads one, or raises ValueError.
-        progress: name of the progress bar.
-    """
+    """The photos that `read` refuses with a ValueError, and why; under a progress bar of the given name."""
 
     def reason(path: str) -> str | None:
         try:
@@ -188,4 +168,4 @@ def unreadable(paths: Sequence[str], read: Callable[[str], object], progress: st
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = tqdm(pool.map(reason, paths), total=len(paths), desc=progress, unit="image")
-        return {path: found for path, found in zip(paths, reasons, strict=True) if found is not None}
+        return {path: why for path, why in zip(paths, reasons, strict=True) if why is not None}

@@ -15,11 +15,10 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.io import decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as TF
 
-from .exif import cannot_read, orientation, orientation_of, turned
-from .pixel_modes import Depth, to_rgb
+from .exif import cannot_read, opened, orientation, orientation_of, turned
+from .pixel_modes import to_rgb
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,32 +28,24 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """Reads an image file of any mode as RGB, see `pixel_modes`.
-
-    Raises:
-        ValueError: it cannot be read; the message names the file.
-    """
+    """Reads an image file of any mode as RGB, see `pixel_modes`; ValueError names a file that cannot be read."""
     return open_noted(path)[0]
 
 
-def open_noted(path: Path | str) -> tuple[Image.Image, Depth, str]:
-    """Like `open_image`, and how the image was converted to 8 bits per channel, see `pixel_modes.to_rgb`."""
+def open_noted(path: Path | str) -> tuple[Image.Image, str]:
+    """Like `open_image`, and how more than 8 bits per channel became 8, see `pixel_modes.to_rgb`."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             return to_rgb(image)
     except Exception as error:  # decoders fail on damaged files in many ways
         raise cannot_read(path, error) from error
 
 
 def read_pixels(photo: Path | str | Image.Image, *, upright: bool = False) -> Tensor:
-    """Reads an image as RGB: bytes, 3 x H x W.
+    """Reads a file, or a Pillow image, as RGB: bytes, 3 x H x W; `upright`: turned as its EXIF data says.
 
     torchvision reads JPEGs in colour or grey, which gives the same bytes as Pillow in less time. Pillow reads all else,
     and what torchvision cannot.
-
-    Args:
-        photo: path of a file, or a Pillow image.
-        upright: turn the image as its EXIF data says.
 
     Raises:
         ValueError: it cannot be read; the message names the file.
@@ -65,40 +56,35 @@ def read_pixels(photo: Path | str | Image.Image, *, upright: bool = False) -> Te
     return read_noted(photo, upright=upright)[0]
 
 
-def read_noted(path: Path | str, *, upright: bool = False) -> tuple[Tensor, Depth]:
-    """Like `read_pixels`, and how the image was converted to 8 bits per channel."""
-    pixels, depth = _decoded(os.fspath(path))
+def read_noted(path: Path | str, *, upright: bool = False) -> tuple[Tensor, bool]:
+    """Like `read_pixels`, and whether the file has more than 8 bits per channel."""
+    pixels, deep = _decoded(os.fspath(path))
     if upright:
         try:
             pixels = turned(pixels, orientation(path))
         except Exception as error:  # Pillow refuses some files that torchvision reads
             raise cannot_read(path, error) from error
-    return pixels, depth
+    return pixels, deep
 
 
-def _decoded(path: str) -> tuple[Tensor, Depth]:
+def _decoded(path: str) -> tuple[Tensor, bool]:
     if path.lower().endswith((".jpg", ".jpeg")):
         try:
-            pixels = decode_jpeg(read_file(path))
+            # What torchvision.io calls, which adds a warning that it will move; as in the file, and not turned.
+            pixels = torch.ops.image.decode_jpeg(torch.ops.image.read_file(path), 0, False)
             if len(pixels) == 3:
-                return pixels, Depth.STORED
+                return pixels, False
             if len(pixels) == 1:  # copied, since memory shared by channels cannot be pinned
-                return pixels.repeat(3, 1, 1), Depth.STORED
+                return pixels.repeat(3, 1, 1), False
             # Four channels are CMYK, which Pillow converts differently.
-        except RuntimeError:
+        except (RuntimeError, AttributeError):  # the latter where torchvision is built without JPEG
             pass  # Pillow reads it, or reports what is wrong
-    image, depth, _ = open_noted(path)
-    return TF.pil_to_tensor(image), depth
+    image, how = open_noted(path)
+    return TF.pil_to_tensor(image), bool(how)
 
 
 def read_reduced(path: Path | str, side: int, *, upright: bool = False) -> Image.Image:
-    """Like `read_pixels`, for display with sides of at most `side` pixels, so perhaps at reduced size.
-
-    JPEGs are decoded no larger than needed, and have no size limit, as for the model.
-
-    Raises:
-        ValueError: see `read_pixels`.
-    """
+    """Like `read_pixels`, for display with sides of at most `side` pixels: JPEGs are decoded no larger than needed."""
     image = None
     if os.fspath(path).lower().endswith((".jpg", ".jpeg")):
         with suppress(OSError, SyntaxError), JpegImageFile(path) as file:
@@ -111,12 +97,7 @@ def read_reduced(path: Path | str, side: int, *, upright: bool = False) -> Image
 
 
 def normalize(image: Tensor, inplace: bool = False) -> Tensor:
-    """Normalises values in [0, 1], ... x 3 x H x W, by ImageNet's mean and standard deviation.
-
-    Args:
-        image: the values.
-        inplace: overwrite them.
-    """
+    """Normalises values in [0, 1], ... x 3 x H x W, by ImageNet's mean and standard deviation."""
     mean, std = _statistics(image.device, image.dtype)
     return (image.sub_(mean) if inplace else image.sub(mean)).div_(std)
 
@@ -160,22 +141,17 @@ def single_query(pixels: Tensor, *, size: Size, antialias: bool, patch_size: int
 
 
 def central_crop(pixels: Tensor, *, size: Size, antialias: bool) -> Tensor:
-    """Scaled to cover `size`, then centre-cropped: B x 3 x H' x W', normalised.
-
-    By nearest neighbour, as the benchmark does; `antialias` has no effect.
-    """
+    """Scaled to cover `size`, then centre-cropped: B x 3 x H' x W', normalised; `antialias` has no effect."""
     height, width = pixels.shape[-2:]
     scale = max(size[0] / height, size[1] / width)
+    # By nearest neighbour, as the benchmark does.
     scaled = F.interpolate(normalize(to_unit(pixels), inplace=True), scale_factor=scale, mode="nearest")
     # A side may be one pixel short; the crop then pads with zeros, so it follows the normalisation.
     return TF.center_crop(scaled, list(size))
 
 
 def five_crops(pixels: Tensor, *, size: Size, antialias: bool) -> Tensor:
-    """The shorter side to S = min(size), then squares of that side: B x 5 x 3 x S x S, normalised.
-
-    In the order top-left, top-right, bottom-left, bottom-right, centre.
-    """
+    """The shorter side to S = min(size), then its corners and centre: B x 5 x 3 x S x S, normalised."""
     side = min(size)
     resized = shorter_side_to(to_unit(pixels), side, antialias=antialias)
     return normalize(torch.stack(TF.five_crop(resized, [side, side]), dim=1), inplace=True)
@@ -204,22 +180,6 @@ def evaluation_transform(
     """
     transform = partial(TEST_METHODS[test_method], size=size, antialias=antialias)
     return partial(transform, patch_size=patch_size) if test_method == "single_query" else transform
-
-
-def require_patches(size: Sequence[int], *, patch_size: int, side: int) -> None:
-    """Raises ValueError unless `size` is a height and a width that the model accepts.
-
-    Args:
-        size: height and width in pixels.
-        patch_size: the backbone's, in pixels.
-        side: a side that the backbone accepts, for the message.
-    """
-    sides = tuple(size) if isinstance(size, Sequence) else (size,)
-    if len(sides) != 2 or not all(isinstance(of, int) and of > 0 and of % patch_size == 0 for of in sides):
-        raise ValueError(
-            f"resize {size!r} is not a height and a width in multiples of the {patch_size}-pixel patch, at least "
-            f"{patch_size}; use e.g. ({side}, {side})"
-        )
 
 
 def prepare(
@@ -251,9 +211,7 @@ def transform_sizes(transform: Transform, images: Sequence[Tensor]) -> Tensor:
     by_size: dict[torch.Size, list[int]] = {}
     for index, pixels in enumerate(images):
         by_size.setdefault(pixels.shape, []).append(index)
-    done = {
-        index: image
-        for of_size in by_size.values()
-        for index, image in zip(of_size, transform(torch.stack([images[i] for i in of_size])), strict=True)
-    }
+    done: dict[int, Tensor] = {}
+    for indices in by_size.values():
+        done.update(zip(indices, transform(torch.stack([images[index] for index in indices])), strict=True))
     return torch.stack([done[index] for index in range(len(images))])

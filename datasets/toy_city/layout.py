@@ -36,23 +36,14 @@ SPLIT_NORTHING = {"train": 1000.0, "val": 2000.0, "test": 3000.0}
 
 @dataclass(frozen=True)
 class Street:
-    """One street to render: everything a worker process needs.
+    """One street to render: everything a worker process needs."""
 
-    Attributes:
-        group: training city, or evaluation split.
-        index: number of the street in its group.
-        places: number of places along it.
-        spacing: metres between two places.
-        visits: images of each place; an evaluation place has a database visit and a query visit.
-        folder: where the images of the group go.
-    """
-
-    group: str
-    index: int
+    group: str  # training city, or evaluation split
+    index: int  # in its group
     places: int
-    spacing: float
-    visits: int
-    folder: Path
+    spacing: float  # metres between two places
+    visits: int  # images of each place; an evaluation place has a database visit and a query visit
+    folder: Path  # where the images of the group go
     seed: int
     size: tuple[int, int]
     difficulty: Difficulty
@@ -79,7 +70,7 @@ def training_row(street: Street, place: int, camera: Camera, rng: Generator) -> 
 
 
 def training_name(row: Row) -> str:
-    """Return the image file name that GSV-Cities derives from a dataframe row."""
+    """The image file name that GSV-Cities derives from a dataframe row."""
     return "{city_id}_{place_id:07d}_{year:04d}_{month:02d}_{northdeg:03d}_{lat}_{lon}_{panoid}.jpg".format(**row)
 
 
@@ -143,27 +134,17 @@ def write_toy_city(
     The files depend on the seed and the sizes, never on the number of workers.
 
     Args:
-        output: folder that receives `gsv_cities` and `toy_city`.
-        seed: seed of all random numbers.
-        cities: training cities, names from `CITIES`.
-        train_streets: streets per training city.
+        output: folder that receives `gsv_cities` and `toy_city`; for what is not listed here see the command's options.
         places: places per training street, 25 metres apart.
-        visits: images per training place.
-        test_streets, val_streets, cluster_streets: streets of the splits test, val and train, the last of which only
-            serves to initialise the cluster centres.
+        cluster_streets: streets of the train split, which only serves to initialise the cluster centres.
         spots: places along an evaluation street, 10 metres apart, with one database image and one query each.
         size: width and height of the images in pixels.
-        difficulty: how much two visits differ; by default `Difficulty()`.
-        workers: processes that render; by default one per core.
-        overwrite: replace the two folders if they exist.
-        progress: show a progress bar.
 
     Returns:
         The two folders written.
 
     Raises:
         FileExistsError: a folder exists, is not empty, and `overwrite` is False.
-        ValueError: a size is below 1 or a city is unknown.
     """
     if min(train_streets, places, visits, test_streets, val_streets, cluster_streets, spots, *size) < 1:
         raise ValueError("all sizes must be at least 1")

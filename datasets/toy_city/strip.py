@@ -25,18 +25,13 @@ GLASS: Colour = (52, 62, 74)
 
 
 class Strip:
-    """An RGBA texture of an upright plane along a street, drawn in metres; alpha is 0 where the sky shows.
-
-    Attributes:
-        image: RGBA image of `length` x `height` metres at PIXELS_PER_METRE.
-        panes: pixel boxes (left, top, right, bottom) of the window panes, which change from visit to visit.
-    """
+    """An RGBA texture of an upright plane along a street, drawn in metres; alpha is 0 where the sky shows."""
 
     def __init__(self, length: float, height: float = STRIP_HEIGHT) -> None:
         self.height = height
         self.image = Image.new("RGBA", (round(length * PIXELS_PER_METRE), round(height * PIXELS_PER_METRE)))
         self.draw = ImageDraw.Draw(self.image)
-        self.panes: list[tuple[int, int, int, int]] = []
+        self.panes: list[tuple[int, int, int, int]] = []  # of windows, which change: left, top, right, bottom in pixels
 
     def pixel(self, x: float, y: float) -> tuple[int, int]:
         """Return the pixel corner nearest to (x, y) metres."""

@@ -14,25 +14,18 @@ PAVEMENT_WIDTH = 3.0
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How much two visits of a place differ.
-
-    Lengths are in metres and angles in degrees; a jitter is the half width of a uniform distribution. `lighting`
-    scales what happens in the street (sunlight against sky, cast shadows, fog, lit windows), `exposure` what happens
-    in the camera (exposure, white balance, contrast, saturation, noise, blur). `occluders` is the mean number of
-    people and of half as many cars in front of the camera. `times` are the probabilities of day, golden hour, dusk and
-    night, `weathers` those of clear, overcast, fog and rain.
-    """
+    """How much two visits of a place differ; a jitter is half the width of a uniform draw, in metres or degrees."""
 
     position_jitter: float = 2.5
     distance_jitter: float = 1.2
     heading_jitter: float = 7.0
     tilt_jitter: float = 1.0
     fov_jitter: float = 3.0
-    lighting: float = 0.6
-    exposure: float = 0.2
-    occluders: float = 1.0
-    times: tuple[float, float, float, float] = (0.70, 0.15, 0.13, 0.02)
-    weathers: tuple[float, float, float, float] = (0.50, 0.30, 0.08, 0.12)
+    lighting: float = 0.6  # scales what happens in the street: sunlight against sky, shadows, fog, lit windows
+    exposure: float = 0.2  # and in the camera: exposure, white balance, contrast, saturation, noise, blur
+    occluders: float = 1.0  # mean number of people, and of half as many cars, in front of the camera
+    times: tuple[float, float, float, float] = (0.70, 0.15, 0.13, 0.02)  # of day, golden hour, dusk, night
+    weathers: tuple[float, float, float, float] = (0.50, 0.30, 0.08, 0.12)  # of clear, overcast, fog, rain
 
 
 @dataclass(frozen=True)
@@ -80,16 +73,8 @@ def draw_camera(rng: Generator, x: float, difficulty: Difficulty) -> Camera:
 def warp(
     plane: Strip, image: Image.Image, left: float, depth: float, camera: Camera, size: tuple[int, int]
 ) -> np.ndarray:
-    """Project the texture of an upright plane into the camera.
-
-    Args:
-        plane: the plane, for its height.
-        image: its RGBA texture, whose left edge is at `left` metres along the street.
-        depth: distance of the plane from the camera in metres.
-
-    Returns:
-        float32 array, 4 x height x width: red, green, blue and alpha in 0..1.
-    """
+    """Project `image`, the RGBA texture of an upright plane from `left` metres along the street on, `depth` metres from
+    the camera: float32, 4 x height x width, in 0..1."""
     rays = camera.rays(size)
     columns = (camera.x - left) * rays[2] + depth * rays[0]
     rows = (plane.height - camera.height) * rays[2] - depth * rays[1]
@@ -171,15 +156,8 @@ def cast_shadow(x: np.ndarray, y: np.ndarray, rng: Generator) -> np.ndarray:
 def render_view(
     street: Strip, camera: Camera, rng: Generator, difficulty: Difficulty, size: tuple[int, int]
 ) -> Image.Image:
-    """Render one visit: what `camera` sees of `street` in a light, weather and traffic drawn from `rng`.
-
-    Args:
-        street: the facades; the camera must stand within its length.
-        size: width and height of the image in pixels.
-
-    Returns:
-        RGB image of `size`.
-    """
+    """Render one visit, an RGB image of `size` (width, height): what `camera`, which must stand within the length of
+    `street`, sees of it in a light, weather and traffic drawn from `rng`."""
     look, strength = draw_look(rng, difficulty), difficulty.lighting
     width, height = size
     pixels = np.ones((3, height, width), dtype=np.float32)

@@ -10,6 +10,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 
@@ -44,25 +45,15 @@ def tables(folder: Path) -> list[Path]:
 
 
 def find_cities(folder: Path) -> list[str]:
-    """The cities in a GSV-Cities folder: the known ones in their order, then any others alphabetically.
-
-    Raises:
-        FileNotFoundError: the folder, or any csv in it, is missing.
-    """
-    present = {path.stem for path in tables(folder)}
-    if not present:
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"no GSV-Cities in {folder}: {first_missing(folder)}; check --eval_datasets_folder, whose gsv_cities "
-                "is read by default, or download GSV-Cities and name its folder with --train_dataset_folder"
-            )
-        below = folder / "gsv_cities"  # as in the toy city and in converted photos
-        remedy = f"give {below}" if tables(below) else "download GSV-Cities, or name its folder"
-        raise FileNotFoundError(
-            f"no GSV-Cities in {folder}: {folder}/Dataframes/<City>.csv is missing; {remedy} with "
-            "--train_dataset_folder"
-        )
-    return [city for city in CITIES if city in present] + sorted(present.difference(CITIES))
+    """The cities in a GSV-Cities folder, at least one: known ones in their order, then any others alphabetically."""
+    if present := {path.stem for path in tables(folder)}:
+        return [city for city in CITIES if city in present] + sorted(present.difference(CITIES))
+    missing = f"{folder}/Dataframes/<City>.csv is missing" if folder.is_dir() else first_missing(folder)
+    below = folder / "gsv_cities"  # as in the toy city and in converted photos
+    remedy = (
+        f"give {below}" if tables(below) else "check eval_datasets_folder, or download GSV-Cities and name its folder"
+    )
+    raise FileNotFoundError(f"no GSV-Cities in {folder}: {missing}; {remedy} with train_dataset_folder")
 
 
 def select_cities(folders: Sequence[Path], cities: Sequence[str] | None = None) -> list[tuple[Path, str]]:
@@ -76,37 +67,30 @@ def select_cities(folders: Sequence[Path], cities: Sequence[str] | None = None) 
         FileNotFoundError: a folder has no table, or no folder has a name.
         ValueError: a folder is given twice.
     """
-    for i, folder in enumerate(folders):
-        if twin := next((other for other in folders[:i] if other.resolve() == folder.resolve()), None):
-            raise ValueError(f"--train_dataset_folder {twin} and {folder} are the same folder; name each once")
-    found = [(folder, city) for folder in folders for city in find_cities(folder)]
+    distinct: dict[Path, Path] = {}
+    for folder in folders:
+        if (twin := distinct.setdefault(folder.resolve(), folder)) is not folder:
+            raise ValueError(f"train_dataset_folder {twin} and {folder} are the same folder; name each once")
+    selected = [(folder, city) for folder in folders for city in find_cities(folder)]
     if cities:
-        if absent := [city for city in cities if all(name != city for _, name in found)]:
-            raise FileNotFoundError(
-                f"no table {', '.join(f'{city}.csv' for city in absent)} in "
-                f"{', '.join(f'{folder}/Dataframes' for folder in folders)}; leave {' '.join(absent)} out of --cities "
-                "or add the file"
-            )
-        found = [(folder, name) for city in cities for folder, name in found if name == city]
-        if unused := [str(folder) for folder in folders if all(folder != other for other, _ in found)]:
+        if absent := sorted(set(cities).difference(city for _, city in selected)):
+            where = ", ".join(f"{folder}/Dataframes" for folder in folders)
+            raise FileNotFoundError(f"no table for cities {' '.join(absent)} in {where}; leave them out or add it")
+        selected = [(folder, name) for city in cities for folder, name in selected if name == city]
+        if unused := [str(folder) for folder in folders if all(folder != other for other, _ in selected)]:
             logger.warning("--cities %s uses nothing from %s", " ".join(cities), " and ".join(unused))
     else:
-        _warn_of_missing(found)
-    for city, count in Counter(name for _, name in found).items():
+        _warn_of_missing(selected)
+    for city, count in Counter(name for _, name in selected).items():
         if count > 1:
-            logger.warning(
-                "%s is in %s: read as %d cities, so a place in two of them would count as two places",
-                city,
-                " and ".join(str(folder) for folder, name in found if name == city),
-                count,
-            )
-    return found
+            where = " and ".join(str(folder) for folder, name in selected if name == city)
+            logger.warning("%s is in %s: read as %d cities; a place in two of them counts twice", city, where, count)
+    return selected
 
 
-def _warn_of_missing(found: Sequence[tuple[Path, str]]) -> None:
-    """Names the missing ones of the 23 known cities, unless all are missing."""
-    # A folder with none of them holds other data, as does the toy city's: nothing is missing there.
-    present = {city: folder for folder, city in found if city in CITIES and not (folder / MADE).exists()}
+def _warn_of_missing(selected: Sequence[tuple[Path, str]]) -> None:
+    # A folder with none of the 23 holds other data, as does the toy city's: nothing is missing there.
+    present = {city: folder for folder, city in selected if city in CITIES and not (folder / MADE).exists()}
     if missing := [city for city in CITIES if city not in present] if present else []:
         folders = " and ".join(dict.fromkeys(map(str, present.values())))
         logger.warning("%d of the 23 cities of GSV-Cities are not in %s: %s", len(missing), folders, " ".join(missing))
@@ -116,108 +100,79 @@ def _is_whole(text: str) -> bool:
     return text.strip().removeprefix("-").isdecimal()
 
 
-class _Padded(dict[str, str]):
-    """Whole numbers as text, zero-padded to a width; each is computed once."""
-
-    def __init__(self, width: int):
-        self.width = width
-
-    def __missing__(self, text: str) -> str:
-        if not _is_whole(text):  # int() takes 1_0 too
-            raise ValueError(f"{text!r} is not a whole number")
-        self[text] = f"{int(text):0{self.width}d}"
-        return self[text]
+@cache
+def _padded(text: str, width: int) -> str:
+    if not _is_whole(text):  # int() takes 1_0 too
+        raise ValueError(f"{text!r} is not a whole number")
+    return f"{int(text):0{width}d}"
 
 
-_PLACES, _YEARS, _MONTHS, _DEGREES = _Padded(7), _Padded(4), _Padded(2), _Padded(3)
-
-
-def image_name(
-    place_id: str,
-    year: str,
-    month: str,
-    northdeg: str,
-    city_id: str,
-    lat: str,
-    lon: str,
-    panoid: str,
-    latitude: type[float] = float,
-    longitude: type[float] = float,
-) -> str:
-    """The file name of a csv row's image, without its folder; lat and lon as Python prints those types."""
+def image_name(row: Sequence[str], latitude: type[float] = float, longitude: type[float] = float) -> str:
+    """The file name of the image of a row, in the order of `COLUMNS`; lat and lon as Python prints those types."""
+    place_id, year, month, northdeg, city_id, lat, lon, panoid = row
     return (
-        f"{city_id}_{_PLACES[place_id]}_{_YEARS[year]}_{_MONTHS[month]}_{_DEGREES[northdeg]}"
+        f"{city_id}_{_padded(place_id, 7)}_{_padded(year, 4)}_{_padded(month, 2)}_{_padded(northdeg, 3)}"
         f"_{latitude(lat)!r}_{longitude(lon)!r}_{panoid}.jpg"
     )
 
 
-def _text_of(path: Path) -> str:
-    """A table's UTF-8 text with \n between its lines; a byte order mark is dropped.
-
-    Raises:
-        ValueError: it is not UTF-8; the message names the line.
-    """
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = len((content[: error.start] + b".").splitlines())
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the table as UTF-8") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def read_city(folder: Path, city: str) -> tuple[NDArray[np.int64], NDArray[np.bytes_]]:
-    """Reads the table of one city.
-
-    Returns:
-        The place_id and the path below `<folder>/Images` (UTF-8) of each row.
-
-    Raises:
-        FileNotFoundError: there is no such table.
-        ValueError: a row does not follow the format.
-    """
+    """The place_id and the path below `<folder>/Images` (UTF-8) of each row of a city's table."""
     path = folder / "Dataframes" / f"{city}.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"no table {path}; leave {city} out of --cities or add the file")
-    text = _text_of(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = len((error.object[: error.start] + b".").splitlines())
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the table as UTF-8") from error
     # Half a million rows in all: csv.DictReader would take twice the time; csv.reader is only for quoted fields.
     reader = csv.reader(io.StringIO(text, newline="")) if '"' in text else None
     rows = (line.split(",") for line in text.split("\n")) if reader is None else iter(reader)
-    try:
-        header = next(rows, [])
-    except csv.Error as error:
-        raise ValueError(f"{path}, line 1: {error}; a table starts with the columns {','.join(COLUMNS)}") from error
-    if missing := [column for column in COLUMNS if column not in header]:
-        raise ValueError(
-            f"{path}, line 1: no column {', '.join(missing)}; a table starts with the columns {','.join(COLUMNS)}, in "
-            "any order, separated by commas"
-        )
-    columns = itemgetter(*map(header.index, COLUMNS))
     table, places, names, line = [], [], [], 1
     try:
+        header = next(rows, [])
+        if missing := [column for column in COLUMNS if column not in header]:
+            raise ValueError(f"no column {', '.join(missing)}")
+        columns = itemgetter(*map(header.index, COLUMNS))
         for row in rows:
             line += 1
             if len(row) > 1 or (row and row[0].strip()):  # skip blank lines
                 table.append(values := columns(row))
-                places.append(int(_PLACES[values[0]]))
-                names.append(f"{values[4]}/{image_name(*values)}".encode())
+                places.append(int(_padded(values[0], 7)))
+                names.append(f"{values[4]}/{image_name(values)}".encode())
                 if "_" in values[5] or "_" in values[6]:  # float() takes 5_1.0 too
                     raise ValueError(f"{values[5]}, {values[6]} is not a latitude and longitude")
     except (IndexError, ValueError, csv.Error) as error:
         raise ValueError(
-            f"{path}, line {line if reader is None else reader.line_num}: {error!r}; the columns "
-            f"{','.join(COLUMNS)} are needed, the first four as whole numbers"
+            f"{path}, line {line if reader is None else reader.line_num}: {error}; a table has the columns "
+            f"{','.join(COLUMNS)}, separated by commas, the first four as whole numbers"
         ) from error
     # GSV-Cities' own loader reads a column of only whole numbers as integers: _51_0_ instead of _51.0_0.0_. No
     # published table has such a column, so the files decide.
     types = [int if all(_is_whole(values[column]) for values in table) else float for column in (5, 6)]
     if table and int in types:
-        integers = [f"{values[4]}/{image_name(*values, *types)}".encode() for values in table]
+        integers = [f"{values[4]}/{image_name(values, *types)}".encode() for values in table]
         if (folder / "Images" / integers[0].decode()).exists():
             names = integers
     if places and not 0 <= min(places) <= max(places) < LABELS_PER_CITY:
         raise ValueError(f"{path} has a place_id outside 0 to {LABELS_PER_CITY - 1}, so cities would share labels")
     return np.array(places, dtype=np.int64), np.array(names, dtype=np.bytes_)
+
+
+def _require_one_label(
+    selected: Sequence[tuple[Path, str]], rows: Sequence[tuple[NDArray[np.int64], NDArray[np.bytes_]]]
+) -> None:
+    """Refuses photos of two tables, which would be their own negatives, and warns of rows that a table repeats."""
+    tables_of: dict[tuple[Path, bytes], Path] = {}
+    for (folder, city), (_, names) in zip(selected, rows, strict=True):
+        table, photos = folder / "Dataframes" / f"{city}.csv", dict.fromkeys((folder, name) for name in names.tolist())
+        if len(photos) < len(names):
+            logger.warning("%s repeats %d of its rows; these photos count twice", table, len(names) - len(photos))
+        if shared := [photo for photo in photos if photo in tables_of]:
+            raise ValueError(
+                f"{table} and {tables_of[shared[0]]} share {len(shared)} photos, e.g. {shared[0][1].decode()}; remove "
+                "one of the tables, or name the others with cities"
+            )
+        tables_of |= dict.fromkeys(photos, table)
 
 
 class GSVCities(Dataset[tuple[Tensor, int]]):
@@ -232,9 +187,6 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
         images_per_place: K; places with fewer images are left out.
         transform: a Pillow image to bytes 3 x H x W; any random numbers come from torch's global generator.
         seed: seed of the choice of images and of their augmentation.
-
-    Attributes:
-        cities: their names, in the order of the labels.
 
     Raises:
         FileNotFoundError, ValueError: a city's table is missing or broken, or no place has K images.
@@ -257,6 +209,7 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
         self.transform = transform
         self.seed = seed
         rows = [read_city(folder, city) for folder, city in selected]
+        _require_one_label(selected, rows)
         labels = np.concatenate([ids + LABELS_PER_CITY * index for index, (ids, _) in enumerate(rows)])
         names = np.concatenate([names for _, names in rows])
         order = np.argsort(labels, kind="stable")
@@ -265,11 +218,8 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
         self.names = names[order]
         self.labels, self.first, self.counts = unique[enough], first[enough], counts[enough]
         if not len(self.labels):
-            raise ValueError(
-                f"no place in {', '.join(map(str, self.folders))} ({', '.join(self.cities)}) has {images_per_place} "
-                "images; "
-                "lower --images_per_place or add cities"
-            )
+            where = f"{', '.join(map(str, self.folders))} ({', '.join(self.cities)})"
+            raise ValueError(f"no place in {where} has {images_per_place} images; lower images_per_place or add cities")
 
     def __str__(self) -> str:
         several = f", {len(self.folders)} folders" if len(self.folders) > 1 else ""
@@ -287,10 +237,10 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
     @property
     def digest(self) -> str:
         """Digest of the tables, which differs for other places and images even if their numbers are the same."""
-        found = hashlib.sha256(self.names.tobytes())
+        digest = hashlib.sha256(self.names.tobytes())
         for array in (self.labels, self.first, self.counts):
-            found.update(array.tobytes())
-        return found.hexdigest()[:16]
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
 
     def image_paths(self, place: int) -> list[str]:
         """Paths of all images of a place."""
@@ -308,19 +258,22 @@ class GSVCities(Dataset[tuple[Tensor, int]]):
         return [path for place in range(len(self)) for path in self.image_paths(place)]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        """The images (bytes, K x 3 x H x W) and the label of a place.
-
-        Args:
-            key: epoch and place; with the seed they decide every random draw, in any process.
-        """
+        """Images (bytes, K x 3 x H x W) and label of a place; epoch, place and seed decide every random draw."""
         epoch, place = key
         rng = np.random.default_rng((self.seed, epoch, place))
-        paths = self.image_paths(place)
-        chosen = rng.choice(len(paths), size=self.images_per_place, replace=False)
+        paths = self.drawn_paths(place, self.images_per_place, rng)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.integers(2**63)))
-            images = torch.stack([self.transform(open_image(paths[index])) for index in chosen])
+            images = torch.stack([self.transform(_open_image(path)) for path in paths])
         return images, int(self.labels[place])
+
+
+def _open_image(path: str) -> Image.Image:
+    try:
+        return open_image(path)
+    except ValueError as error:  # its remedies are those of an evaluation
+        what, _, _ = str(error).partition("; ")
+        raise ValueError(f"{what}; replace the file; python3 -m datasets.check finds all such files") from error
 
 
 class PlaceBatches(Sampler[list[tuple[int, int]]]):
@@ -329,43 +282,30 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
     Each city's rows are shuffled and its places taken in order of first appearance, city after city. So nearly every
     batch comes from one city, and its negatives are harder. The last batch may be short.
 
+    With several processes, each gets a contiguous share of every batch, so that the shares together are the batch in
+    order. If its share of a short last batch is empty, it gets a place that does not count, see `shares`.
+
     Args:
-        dataset: the places.
-        batch_size: places per batch.
         place_order: "fixed" keeps the first epoch's order, as the released code does; "reshuffled" draws a new one each
             epoch, as GSV-Cities' own code does, and so does "similar", as the starting point of `mined`.
 
-    Attributes:
-        mined: order of the current epoch by what the model confuses, if there is one; see `similar_places`.
-
     Raises:
         ValueError: there are fewer than two places, or a batch holds too few of them.
-
-    With several processes, each gets a contiguous share of every batch, so that the shares together are the batch in
-    order. If its share of a short last batch is empty, it gets a place that does not count, see `shares`.
     """
 
     def __init__(self, dataset: GSVCities, *, batch_size: int, place_order: str = "fixed"):
         if len(dataset) < 2:
-            raise ValueError(
-                f"{dataset}: training needs at least two places; add cities, or lower --images_per_place to keep "
-                "places with fewer images"
-            )
-        if batch_size < distributed.world_size():
-            raise ValueError(
-                f"--train_batch_size {batch_size} is too small for {distributed.world_size()} processes, which need a "
-                "place each; use at least that many"
-            )
+            raise ValueError(f"{dataset}: training needs at least two places; add cities, or lower images_per_place")
+        if batch_size < (processes := distributed.world_size()):
+            raise ValueError(f"train_batch_size {batch_size} is too small for {processes} processes; use at least that")
         if batch_size < 2:
-            raise ValueError(
-                f"--train_batch_size {batch_size} leaves the loss no negatives (the other places of a batch); "
-                "use 2 or more"
-            )
+            negatives = "no negatives (the other places of a batch)"
+            raise ValueError(f"train_batch_size {batch_size} leaves the loss {negatives}; use 2 or more")
         self.dataset = dataset
         self.batch_size = batch_size
         self.place_order = place_order
         self.epoch = 0
-        self.mined: NDArray[np.int64] | None = None
+        self.mined: NDArray[np.int64] | None = None  # the epoch's order by what the model confuses, if there is one
         self.start = 0  # the next batch of the epoch
 
     def __len__(self) -> int:
@@ -374,8 +314,7 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
 
     @property
     def by_similarity(self) -> bool:
-        """Whether `mined` must be set from the second epoch on: the order is "similar", and there are several
-        batches."""
+        """Whether `mined` must be set from the second epoch on: the order is "similar", with several batches."""
         return self.place_order == "similar" and len(self) > 1
 
     def shares(self, step: int) -> list[int]:

@@ -86,12 +86,7 @@ def _equalize(image: Image.Image, _: float) -> Image.Image:
 
 
 class RandAugment:
-    """Applies random operations to an image; draws from torch's global generator.
-
-    Args:
-        num_ops: operations per image.
-        size: height and width of the images in pixels.
-    """
+    """Applies `num_ops` random operations to images of `size` (height, width), drawn from torch's global generator."""
 
     def __init__(self, num_ops: int, size: tuple[int, int]):
         height, width = size
@@ -128,14 +123,7 @@ class RandAugment:
 
 
 class TrainingTransform:
-    """Pillow's bilinear resize and RandAugment: bytes, 3 x H x W.
-
-    Args:
-        size: height, width in pixels.
-        randaugment_ops: operations per image; 0 for none.
-
-    RandAugment draws from torch's global generator.
-    """
+    """Pillow's bilinear resize to `size` (height, width) and RandAugment: bytes, 3 x H x W."""
 
     def __init__(self, size: tuple[int, int], randaugment_ops: int = 3):
         self.size = size

@@ -11,11 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from utils.retrieval import search
 from utils.system import distributed
 
 from .gsv_cities import PlaceBatches
@@ -27,7 +25,7 @@ IMAGES = 2  # per place; their mean describes it
 TOGETHER = 16  # images in the backbone at a time, always: other rounding could change the order
 SHARE = 1 / 8  # of an epoch's images are described: one forward pass each, while training takes about three
 BATCHES = 4  # described at least, since among few places none is near
-MOST = 16_384  # places described at most: exact search takes seconds, and their descriptors 0.4 GB at 3072 numbers
+MOST = 16_384  # places described at most: exact search takes seconds, and their 3072-dimensional descriptors 0.4 GB
 NEIGHBOURS = 8 * CLIQUE  # considered for a clique: some already belong to another
 
 
@@ -40,22 +38,17 @@ def count_described(places: int, *, batch_size: int, images_per_place: int) -> i
 
 
 def cliques(neighbours: NDArray[np.int64], rng: Generator) -> list[list[int]]:
-    """Splits all places into cliques: in random order, each takes its nearest remaining ones.
-
-    Args:
-        neighbours: neighbours of each of S places, S x k, nearest first.
-        rng: draws the order.
-    """
+    """Splits S places into cliques: in random order, each takes the nearest remaining of its neighbours, S x k."""
     left = np.ones(len(neighbours), dtype=bool)
-    found = []
+    split = []
     for place in rng.permutation(len(neighbours)).tolist():
         if left[place]:
             left[place] = False
             near = neighbours[place]
             clique = [place, *near[left[near]][: CLIQUE - 1].tolist()]
             left[clique] = False
-            found.append(clique)
-    return found
+            split.append(clique)
+    return split
 
 
 def similar_order(
@@ -73,56 +66,48 @@ def similar_order(
         batch_size: places per batch.
         images_per_place: images per place in a batch.
         rng: source of all random numbers.
-        nearest: for S places, returns the k nearest of them to each, as numbers 0 to S - 1, S x k.
+        nearest: the k nearest of S places to each of them, as numbers 0 to S - 1, S x k.
     """
     count = count_described(len(order), batch_size=batch_size, images_per_place=images_per_place)
     if not count:
         return order  # all places share a batch
     described = rng.choice(len(order), size=count, replace=False)
-    found = cliques(nearest(described, min(NEIGHBOURS, count)), rng)
-    hard = described[np.concatenate(found)].reshape(-1, batch_size)
+    hard = cliques(nearest(described, min(NEIGHBOURS, count)), rng)
+    batches = described[np.concatenate(hard)].reshape(-1, batch_size)
     others = order[~np.isin(order, described)]
     whole = len(others) // batch_size * batch_size
-    batches = np.concatenate((hard, others[:whole].reshape(-1, batch_size)))
+    batches = np.concatenate((batches, others[:whole].reshape(-1, batch_size)))
     return np.concatenate((batches[rng.permutation(len(batches))].ravel(), others[whole:]))
 
 
 def order_by_similarity(
-    batches: PlaceBatches, describe: Callable[[Sequence[str]], NDArray[np.float32]], device: torch.device
+    batches: PlaceBatches,
+    describe: Callable[[Sequence[str]], NDArray[np.float32]],
+    nearest: Callable[[NDArray[np.float32], int], NDArray[np.int64]],
 ) -> NDArray[np.int64]:
-    """The order of the current epoch of `batches`, see `similar_order`; similar descriptors make places near.
+    """The order of the current epoch of `batches`, see `similar_order`; it depends only on seed, epoch and weights.
 
-    It depends only on seed, epoch and weights. With several processes, each describes its share of the photos, and all
-    get the order.
+    With several processes, each describes its share of the photos, and all get the order.
 
     Args:
         batches: batches of the epoch.
         describe: turns paths of N photos into descriptors, N x D, `TOGETHER` photos at a time; N may be 0.
-        device: device of the search.
+        nearest: the k nearest of S descriptors, S x D, which it may overwrite, to each of them by angle: S x k indices.
     """
     started = time.perf_counter()
     places, epoch = batches.dataset, batches.epoch
     rng = np.random.default_rng((places.seed, epoch, len(places)))
 
-    def nearest(described: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+    def nearest_places(described: NDArray[np.int64], k: int) -> NDArray[np.int64]:
         paths = [path for place in described for path in places.drawn_paths(place, IMAGES, rng)]
         # Each process has whole batches of those that one process alone would read.
-        of_photos = distributed.gather_shares(len(paths), lambda share: describe(paths[share]), TOGETHER)
+        rows = distributed.gather_shares(len(paths), lambda share: describe(paths[share]), TOGETHER)
 
-        def search_all() -> NDArray[np.int64]:
-            means = of_photos.reshape(len(described), -1, of_photos.shape[1]).mean(axis=1)
-            search.to_unit_norm(means)
-            return search.nearest(means, [(np.arange(len(means)), means)], k, device)[1]
-
-        return distributed.on_main(search_all)
+        return distributed.on_main(lambda: nearest(rows.reshape(len(described), -1, rows.shape[1]).mean(axis=1), k))
 
     sizes = {"batch_size": batches.batch_size, "images_per_place": places.images_per_place}
-    order = similar_order(batches.order(epoch), **sizes, rng=rng, nearest=nearest)
-    logger.info(
-        "epoch %d: described %d of %d places in %.1f s; similar ones share a batch",
-        epoch + 1,
-        count_described(len(places), **sizes),
-        len(places),
-        time.perf_counter() - started,
-    )
+    order = similar_order(batches.order(epoch), **sizes, rng=rng, nearest=nearest_places)
+    described = f"{count_described(len(places), **sizes)} of {len(places)} places"
+    seconds = time.perf_counter() - started
+    logger.info("epoch %d: described %s in %.1f s; similar ones share a batch", epoch + 1, described, seconds)
     return order

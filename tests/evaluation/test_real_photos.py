@@ -1,6 +1,5 @@
 """The released code's recalls on real photos, ViT-B included, through eval.py's command line."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 from corridor import RECALLS
 from formula import each_batch_once, formula_model
+from helpers import only_run, results_of
 
 import eval as eval_script
 import train as train_script
@@ -62,8 +62,7 @@ def test_recalls_of_the_released_code(once, flags, tmp_path):
         f"--backbone=dino {flags} --resize 112 112 --recall_values 1 5 10 20 --save_dir={tmp_path}/run "
         f"--encoder_context {contexts}".split()
     )
-    (folder,) = (tmp_path / "run").iterdir()
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(only_run(tmp_path / "run"))
     assert list(results["recalls"].values()) == pytest.approx(RECALLS[flags], abs=ONE_QUERY + 0.05)
     if "encoder" in flags:
         unaligned = [*results["contexts"]["unaligned"]["recalls"].values()]

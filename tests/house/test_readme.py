@@ -1,20 +1,22 @@
 """What README.md and the pages beside it tell people to type, and what MODELS.md says of weights."""
 
-import csv
+import importlib
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import SMALL, only_run, results_of, rows_of, save_weights
 from PIL import ExifTags, Image
 
 import eval as eval_script
-from datasets import check, to_gsv_cities, toy_city
 from datasets.evaluation.protocols import PROTOCOLS
-from model import build_model, export, weights
+from model import build_model, weights
 from parser import EvalOptions, TrainOptions, parse
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +40,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_understood(command):
+def test_commands_are_understood(command, capsys):
     """Scripts exist and take these options; what they then do is tested elsewhere."""
     words = shlex.split(re.sub(r"\$\(.*?\)|\.\.\.", "", command), comments=True)
     if words[0] == "make":
@@ -52,15 +54,13 @@ def test_commands_are_understood(command):
     elif script == "eval.py":
         parse(EvalOptions, ["--eval_datasets_folder=data", "--resume=file.pth", *flags])
     else:
-        path = ROOT / flags[0].replace(".", "/")
-        files = sorted(path.glob("*.py")) if (path / "__main__.py").is_file() else [path.with_suffix(".py")]
-        text = "".join(file.read_text() for file in files)
-        for flag in flags[1:]:
-            if flag.startswith("--"):
-                assert f'"{flag.split("=")[0]}"' in text
+        with pytest.raises(SystemExit, match="^0$"):
+            importlib.import_module(flags[0]).main(["--help"])
+        options = set(re.findall(r"--\w+", capsys.readouterr().out))
+        assert {flag.split("=")[0] for flag in flags if flag.startswith("--")} <= options
 
 
-def test_the_table_of_protocols_is_that_of_the_code():
+def test_the_pages_have_the_protocols_of_the_code():
     """Numbers and sources; the distance is tested by itself."""
     lines = (ROOT / "docs/evaluation.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
@@ -68,16 +68,13 @@ def test_the_table_of_protocols_is_that_of_the_code():
     assert list(table) == list(PROTOCOLS)
     for name, (database, queries, _, source) in table.items():
         protocol = PROTOCOLS[name]
-        assert database == ("" if protocol.database is None else f"{protocol.database:,}")
+        counts = [*protocol.queries, *protocol.query_sets.values(), *[protocol.database] * bool(protocol.database)]
         sets = [f"`{of}` {count:,}" for of, count in protocol.query_sets.items()]
-        assert queries == ", ".join(
-            [" or ".join(f"{count:,}" for count in protocol.queries)] * bool(protocol.queries) + sets
-        )
-        assert source == protocol.source
-
-
-def test_modules_that_are_named_can_be_run():
-    assert all(callable(module.main) for module in (check, toy_city, to_gsv_cities, export))
+        plain = [" or ".join(f"{count:,}" for count in protocol.queries)] * bool(protocol.queries)
+        assert (queries, source) == (", ".join(plain + sets), protocol.source)
+        assert database == (f"{protocol.database:,}" if protocol.database else "")
+        (row,) = [line for line in (ROOT / "docs/data.md").read_text().splitlines() if f"`{name}` |" in line]
+        assert [count for count in counts if f"{count:,}" not in row] == []
 
 
 def example_with(text):
@@ -97,10 +94,10 @@ def test_the_example_of_torch_hub_gives_the_descriptors_of_eval(tmp_path, monkey
     rng = np.random.default_rng(0)
     for side, name, size, exif in (
         ("known", "a.jpg", (2592, 1944), held_upright),  # 5 megapixels
-        ("asked", "b.jpg", (1200, 900), None),
+        ("asked", "b.jpg", (1200, 900), Image.Exif()),
     ):
         pixels = rng.integers(0, 256, (size[1] // 3, size[0] // 3, 3), dtype=np.uint8)  # detail that aliases
-        Image.fromarray(pixels).resize(size).save(name, **({} if exif is None else {"exif": exif}))
+        Image.fromarray(pixels).resize(size).save(name, exif=exif)
         (tmp_path / side).mkdir()
         shutil.copy(name, tmp_path / side)
     example = example.replace(entry, f'{entry}, pretrained=False, backbone="dino_tiny"')
@@ -112,9 +109,9 @@ def test_the_example_of_torch_hub_gives_the_descriptors_of_eval(tmp_path, monkey
     torch.save(names["model"].state_dict(), "model.pth")
     flags = "--database_folder=known --queries_folder=asked --no_labels --backbone=dino_tiny --resume=model.pth"
     eval_script.main(f"{flags} --device=cpu --num_workers=0 --save_descriptors --save_dir={tmp_path}/run".split())
-    (folder,) = (tmp_path / "run").iterdir()
+    descriptors = only_run(tmp_path / "run") / "descriptors"
     for name, saved in (("a", "database"), ("b", "queries")):
-        (descriptor,) = np.load(folder / "descriptors" / f"{saved}.npy")
+        (descriptor,) = np.load(descriptors / f"{saved}.npy")
         np.testing.assert_allclose(descriptor, names[name].numpy(), rtol=0, atol=1e-5)
     # Neither turned nor antialiased is another descriptor: the test can fail.
     as_stored = torch.hub.load(str(ROOT), "prepare", source="local", antialias=False, upright=False)
@@ -129,7 +126,7 @@ def test_the_example_of_a_map_answers_as_eval_does(tmp_path, monkeypatch, capsys
     for name in ("known/a.png", "known/b.png", "known/c.png", "asked/d.png"):
         Path(name).parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(name)
-    torch.save(build_model(backbone="dino_tiny").state_dict(), "model.pth")
+    save_weights(Path("model.pth"))
     flags = "--device=cpu --num_workers=0 --resume=model.pth --queries_folder=asked --no_labels".split()
     making = "--database_folder=known --backbone=dino_tiny --save_map=city.npz".split()
     eval_script.main([*flags, *making, f"--save_dir={tmp_path}/made"])
@@ -138,12 +135,42 @@ def test_the_example_of_a_map_answers_as_eval_does(tmp_path, monkeypatch, capsys
     names: dict[str, object] = {"photo": np.asarray(Image.open("asked/d.png"))}
     exec(example, names)
     for save_dir in ("made", "asked_of_map"):
-        (folder,) = (tmp_path / save_dir).iterdir()
-        with open(folder / "predictions.csv", newline="") as file:
-            first = next(csv.DictReader(file))
+        first = rows_of(only_run(tmp_path / save_dir))[0]
         assert Path(names["path"]) == Path(first["database"]).absolute()
         assert names["distance"] == pytest.approx(float(first["squared_descriptor_distance"]), abs=1e-5)
     assert names["position"] is names["accepted"] is None
+
+
+@pytest.mark.slow
+def test_the_lines_of_contributing_add_a_layer(city, tmp_path):
+    """In a copy: it is trained for two steps, and its file, which says what it is, is evaluated and exported."""
+    copy, ignored = tmp_path / "copy", shutil.ignore_patterns(".*", "tests", "data", "logs", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    steps = re.findall(r"^`(\S+)`\n```(python|diff)\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
+    assert len(steps) == 6
+    for name, language, lines in steps:
+        if language == "python":
+            (copy / name).write_text(lines)
+            continue
+        before, after = ("".join(re.findall(rf"^[ {sign}](.*\n)", lines, re.M)) for sign in "-+")
+        text = (copy / name).read_text()
+        assert text.count(before) == 1, (name, before)
+        (copy / name).write_text(text.replace(before, after))
+
+    def run(*words):
+        subprocess.run([sys.executable, *words], cwd=copy, check=True, capture_output=True, timeout=300)
+
+    data = [*SMALL, f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", "--recall_values", "1"]
+    training = "--gem --train_resize 56 56 --train_batch_size=4 --epochs_num=1 --freeze_te none".split()
+    run("train.py", *data, *training, f"--save_dir={tmp_path}/trained")
+    trained = only_run(tmp_path / "trained") / "best_model.pth"
+    assert torch.load(trained)["model_state_dict"].keys() >= {"aggregation.p"}
+    run("-m", "model.export", f"--resume={trained}", f"--output={tmp_path}/gem.safetensors")
+    for file in (trained, tmp_path / "gem.safetensors"):
+        run("eval.py", *data, f"--resume={file}", f"--save_dir={tmp_path}/{file.stem}")
+    found = [results_of(only_run(tmp_path / name)) for name in ("best_model", "gem")]
+    assert found[0]["model"]["gem"] and found[0]["descriptor_dim"] == 96
+    assert found[0]["recalls"] == found[1]["recalls"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -165,19 +192,15 @@ def test_links_lead_somewhere(page):
 def test_models_has_every_file_as_it_is_in_the_code(name):
     """One row each: where it is, its parameters, what these take."""
     (row,) = [line for line in (ROOT / "MODELS.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    settings = {"backbone": name}
     if released := weights.RELEASED.get(name):
-        where, settings = f"`{released.drive_id}`", released.model
+        where, settings = released.drive_id, released.model
     elif name in weights.FOUNDATION_FILES:
-        where = f"`{weights.foundation_address(name).removeprefix('https://dl.fbaipublicfiles.com/dinov2/')}`"
-        settings = {"backbone": name}
+        where = weights.foundation_address(name).removeprefix("https://dl.fbaipublicfiles.com/dinov2/")
     else:
-        where, settings = f"`{weights.GATED_FILES[name]}`", {"backbone": name}
+        where = weights.GATED_FILES[name]
     with torch.device("meta"):
         model = build_model(**settings)
     parameters = sum(p.numel() for p in (model if name in weights.RELEASED else model.backbone).parameters())
-    assert [cell.strip() for cell in row.split("|")][2:6] == [
-        where,
-        f"{parameters:,}",
-        f"{4 * parameters / 1e6:.1f}",
-        "not computed here",
-    ]
+    expected = [f"`{where}`", f"{parameters:,}", f"{4 * parameters / 1e6:.1f}", "not computed here"]
+    assert [cell.strip() for cell in row.split("|")][2:6] == expected

@@ -5,28 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import tiny
 from torch.nn import functional as F
 
-from model import build_model
 from model.initialization import initialize_layer, layer_weights, sample_local_features
-
-
-def tiny(**options):
-    return build_model(backbone="dino_tiny", **options).eval()
 
 
 def test_sampling_is_without_replacement_and_takes_what_there_is():
     model = tiny()
-    images = torch.randn(3, 3, 42, 56)  # 12 patches
+    images = torch.randn(2, 3, 154, 140)  # 110 patches
     with torch.inference_mode():
         features = F.normalize(model.backbone(images), dim=1).flatten(2)
-    few = sample_local_features(model, [images], generator=np.random.default_rng(0), per_image=5)
-    assert few.shape == (15, 96)
-    for index, row in enumerate(few):
-        matches = (row == features[index // 5].T).all(dim=1)
-        assert matches.sum() == 1
-    assert len(torch.unique(few, dim=0)) == 15
-    assert sample_local_features(model, [images], generator=np.random.default_rng(0)).shape == (36, 96)
+    sampled = sample_local_features(model, [images], generator=np.random.default_rng(0))
+    assert sampled.shape == torch.unique(sampled, dim=0).shape == (200, 96)
+    for index, row in enumerate(sampled):
+        assert (row == features[index // 100].T).all(dim=1).sum() == 1
+    few = sample_local_features(model, [images[..., :42, :56]], generator=np.random.default_rng(0))
+    assert few.shape == (24, 96)
 
 
 def test_alpha_makes_the_nearest_centroid_a_hundred_times_heavier():
@@ -57,5 +52,5 @@ def test_initialisation_is_repeatable(clusters, ghost_clusters):
 
 
 def test_too_few_features():
-    with pytest.raises(ValueError, match="k-means for 65 clusters .* the images gave 4"):
+    with pytest.raises(ValueError, match="65 clusters.* gave 4; .*--supervlad_clusters"):
         initialize_layer(tiny(clusters=64), torch.randn(4, 96))

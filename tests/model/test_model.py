@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from helpers import tiny
 from torch.nn import functional as F
 
-from model import BACKBONES, build_model
+from model import BACKBONES
 from model.cross_image import CrossImageEncoder
 from model.dinov2 import DINOv2
+from model.sizes import require_patches
 from model.supervlad import SuperVLAD, _Aggregate
 
 
@@ -48,13 +50,9 @@ def test_layer_gradient(K, G, channels_last):
     vectors = torch.einsum("bkhw,bdhw->bkd", layer.assign(normal)[:, :K], normal)
     expected = F.normalize(F.normalize(vectors, dim=2).flatten(1), dim=1).view_as(vectors)
     inputs = (features, layer.conv.weight)
-    for a, b in zip(
-        torch.autograd.grad((expected * target).sum(), inputs),
-        torch.autograd.grad((call(*inputs) * target).sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
     torch.testing.assert_close(call(*inputs), expected)
+    gradients = [torch.autograd.grad((vectors * target).sum(), inputs) for vectors in (expected, call(*inputs))]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -80,13 +78,6 @@ def test_encoder_mixes_images_of_a_batch_but_not_clusters():
     assert (difference[:, 1] > 1e-4).all() and (difference[:, [0, 2]] == 0).all()
 
 
-def test_encoder_of_one_row_treats_images_alone():
-    encoder = CrossImageEncoder(32).eval()
-    vectors = torch.randn(5, 3, 32)
-    alone = torch.cat([encoder(image[None]) for image in vectors])
-    torch.testing.assert_close(encoder(vectors.view(1, 15, 32)).view(5, 3, 32), alone)
-
-
 def test_layer_difference_tells_an_untrained_encoder():
     encoder = CrossImageEncoder(32)
     assert encoder.layer_difference() == 0
@@ -95,96 +86,51 @@ def test_layer_difference_tells_an_untrained_encoder():
     assert encoder.layer_difference() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("encoder", [True, False])
-def test_descriptors_of_a_non_square_image(encoder):
-    model = build_model(backbone="dino_tiny", clusters=3, ghost_clusters=2, crossimage_encoder=encoder).eval()
-    descriptors = model(torch.randn(2, 3, 56, 84))
-    assert descriptors.shape == (2, model.descriptor_dim) == (2, 3 * 96)
-    torch.testing.assert_close(descriptors.norm(dim=1), torch.ones(2))
+@pytest.fixture(params=["dino_tiny", "dinov3_tiny"])
+def backbone(request):
+    return tiny(backbone=request.param).backbone
 
 
-def test_features_lie_where_their_patches_do():
-    backbone = DINOv2(BACKBONES["dino_tiny"]).eval()
-    images = torch.zeros(2, 3, 56, 84)
-    images[1, :, 14:28, 70:84] = 3.0  # row 1, column 5
+def test_features_lie_where_their_patches_do(backbone):
+    patch = backbone.size.patch_size
+    images = torch.zeros(2, 3, 4 * patch, 6 * patch)
+    images[1, :, patch : 2 * patch, 5 * patch :] = 3.0  # row 1, column 5
     features = backbone(images)
     difference = (features[1] - features[0]).norm(dim=0)
-    assert features.shape == (2, 96, 4, 6)
-    assert divmod(difference.argmax().item(), 6) == (1, 5)
+    assert features.shape == (2, 96, 4, 6) and divmod(difference.argmax().item(), 6) == (1, 5)
+    with pytest.raises(ValueError, match=f"{patch}-pixel patch; use e.g. --resize {backbone.size.side} "):
+        backbone(images[..., :-1])
 
 
-def test_position_embedding_at_the_size_of_pretraining_is_as_it_is():
-    backbone = DINOv2(BACKBONES["dino_tiny"])
-    assert backbone.position_embedding(8, 8) is backbone.pos_embed
-
-
-def test_image_size_off_the_patch_grid():
-    with pytest.raises(ValueError, match="image size 56x57 is not a multiple of the 14-pixel patch"):
-        DINOv2(BACKBONES["dino_tiny"])(torch.zeros(1, 3, 56, 57))
-
-
-@pytest.mark.parametrize("freeze_te", [0, 8, 12])
-def test_freezing(freeze_te):
-    backbone = DINOv2(BACKBONES["dino_tiny"])
+@pytest.mark.parametrize("freeze_te", [0, 8, 12, None])
+def test_what_is_frozen_keeps_no_activations(backbone, freeze_te):
+    backbone.freeze(0)
     backbone.freeze(freeze_te)
     trained = {name for name, p in backbone.named_parameters() if p.requires_grad}
-    expected = {
-        n for n, _ in backbone.named_parameters() if n.startswith("blocks.") and int(n.split(".")[1]) >= freeze_te
-    }
+    expected = {name for name, _ in backbone.named_parameters()} - {"mask_token"}
+    if freeze_te is not None:
+        expected = {n for n in expected if n.startswith("blocks.") and int(n.split(".")[1]) >= freeze_te}
     assert trained == expected
-
-
-def test_freezing_nothing_leaves_only_the_unused_mask_token():
-    backbone = DINOv2(BACKBONES["dino_tiny"])
-    backbone.freeze(0)
-    backbone.freeze(None)
-    assert [name for name, p in backbone.named_parameters() if not p.requires_grad] == ["mask_token"]
-
-
-def test_freezing_more_than_there_is():
-    with pytest.raises(ValueError, match="--freeze_te 13 freezes more than the 12 blocks"):
-        DINOv2(BACKBONES["dino_tiny"]).freeze(13)
-
-
-@pytest.mark.parametrize("freeze_te", [0, 6, 12, None])
-def test_frozen_blocks_keep_no_activations(freeze_te):
-    backbone = DINOv2(BACKBONES["dino_tiny"])
-    backbone.freeze(freeze_te)
     kept = []
-
-    def keep(tensor):
-        kept.append(tensor)
-        return tensor
-
     before = [0] * 13
     for index, block in enumerate(backbone.blocks):
         block.register_forward_hook(lambda *_, i=index: before.__setitem__(i + 1, len(kept)))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        backbone(torch.randn(1, 3, 56, 56))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(0) or tensor, lambda tensor: tensor):
+        backbone(torch.randn(1, 3, 112, 112))
     for index in range(12):
-        grew = before[index + 1] > before[index]
-        assert grew == (freeze_te is None or index >= freeze_te), index
+        assert (before[index + 1] > before[index]) == (freeze_te is None or index >= freeze_te), index
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"backbone": "resnet"}, "unknown backbone"),
-        ({"clusters": 0}, "0 clusters"),
-        ({"ghost_clusters": -1}, "-1 ghost"),
-    ],
+    ("settings", "told"),
+    [({"backbone": "resnet"}, "resnet"), ({"clusters": 0}, "0 cl"), ({"ghost_clusters": -1}, "-1 gh")],
 )
-def test_impossible_models(options, message):
-    with pytest.raises(ValueError, match=message):
-        build_model(**{"backbone": "dino_tiny", **options})
+def test_impossible_models(settings, told):
+    with pytest.raises(ValueError, match=f"{told}.*use"):
+        tiny(**settings)
 
 
-def test_layer_output_is_normalised_over_all_clusters():
-    vectors = SuperVLAD(8, 4, 1)(torch.randn(3, 8, 4, 4))
-    torch.testing.assert_close(vectors, F.normalize(vectors.flatten(1), dim=1).view_as(vectors))
-    torch.testing.assert_close(vectors.norm(dim=2), torch.full((3, 4), 0.5))
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_the_layer_compiled_by_itself(contiguous):
     """On a contiguous map and on one that is a view of tokens; the backend traces as the compiler does."""
@@ -197,23 +143,13 @@ def test_the_layer_compiled_by_itself(contiguous):
         (call(features) * torch.arange(8)).sum().backward()
         gradients.append((features.grad, layer.conv.weight.grad.clone()))
         layer.zero_grad()
-    for eager, compiled in zip(*gradients, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
     torch._dynamo.reset()
-
-
-def test_what_the_layer_does_not_differentiate_says_so():
-    layer, features = SuperVLAD(8, 3, 1), torch.randn(2, 8, 4, 5, requires_grad=True)
-    (first,) = torch.autograd.grad(layer(features)[:, 0].square().sum(), features, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda x: layer(x)[:, 0].sum())(features.detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_features_of_zeros_give_zeros(dtype):
-    model = build_model(backbone="dino_tiny").to(dtype)
+    model = tiny().to(dtype)
     features = torch.zeros(2, 96, 4, 4, dtype=dtype)
     for context in (torch.no_grad(), torch.enable_grad()):
         with context:
@@ -230,19 +166,17 @@ def test_the_position_embedding_as_a_product(backbone):
     """What --deterministic takes in training, where the gradient of a resampling has no fixed order on a GPU."""
     model = DINOv2(BACKBONES[backbone])
     weights = torch.randn(1, 1 + 4 * 5, model.channels)
-    found = []
+    embeddings, gradients = [], []
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic)
         try:
-            positions = model.position_embedding(4, 5)
-            (positions * weights).sum().backward()
+            embeddings.append(model.position_embedding(4, 5))
+            gradients += torch.autograd.grad((embeddings[-1] * weights).sum(), model.pos_embed)
         finally:
             torch.use_deterministic_algorithms(False)
-        found.append((positions.detach(), model.pos_embed.grad.clone()))
-        model.zero_grad()
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-    assert not torch.equal(found[0][1], found[1][1]) or backbone.endswith("reg"), "both ways were taken"
+    torch.testing.assert_close(*embeddings, rtol=0, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
+    assert not torch.equal(*gradients) or backbone.endswith("reg"), "both ways were taken"
 
 
 def test_the_resampled_position_embedding_is_kept_until_the_weights_change():
@@ -299,3 +233,10 @@ def test_an_exported_backbone_leaves_nothing_of_its_own_behind():
         exported = torch.export.export(model, (images,), strict=False).module()
         assert model._resampled is None
         assert torch.equal(model(images), exported(images)) and model._resampled is not None
+
+
+@pytest.mark.parametrize("size", [(322, 320), (0, 14), (-14, 14), (13, 13), (322,), (14, 14, 14), 322, (14.0, 14)])
+def test_a_size_that_a_model_does_not_take(size):
+    with pytest.raises(ValueError, match="^resize .* 14-pixel patch; use e.g. 322 322$"):
+        require_patches("resize", size, BACKBONES["dino"])
+    require_patches("resize", [14, 28], BACKBONES["dino"])

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from model import build_model
-from utils.outputs.assignments import COLOURS, GHOST, AssignedPhoto, cluster_colours, coloured, draw_assignments
+from utils.outputs.assignments import COLOURS, GHOST, cluster_colours, coloured, draw_assignments
 
 
 def assigned(rows, clusters, size=(60, 80)):
@@ -15,11 +15,11 @@ def assigned(rows, clusters, size=(60, 80)):
     for y, row in enumerate(rows):
         for x, cluster in enumerate(row):
             assignment[cluster, y, x] += 0.9
-    return AssignedPhoto(title="query 3", pixels=np.full((*size, 3), 255, dtype=np.uint8), assignment=assignment)
+    return "query 3", np.full((*size, 3), 255, dtype=np.uint8), assignment
 
 
 def test_patches_have_their_clusters_colour_where_they_are():
-    picture = coloured(assigned([[0, 1, 2], [2, 2, 1]], clusters=3), ghost_clusters=1)
+    picture = coloured(*assigned([[0, 1, 2], [2, 2, 1]], clusters=3)[1:], ghost_clusters=1)
     assert picture.shape == (60, 80, 3)
     expected = {(5, 5): COLOURS[0], (5, 40): COLOURS[1], (5, 75): GHOST, (55, 5): GHOST, (55, 75): COLOURS[1]}
     for (y, x), colour in expected.items():
@@ -37,6 +37,7 @@ def test_colours_are_told_apart():
 @pytest.mark.drawn
 def test_a_picture_is_drawn(tmp_path, clusters, ghosts):
     photos = [assigned([[0, 1], [2, 1]], clusters), assigned([[2, 1], [0, 0]], clusters, size=(3000, 40))]
+    photos.append((f"query 1: a$b$c\udcff\n{'long' * 30}.jpg", *assigned([[0]], clusters, size=(6, 9000))[1:]))
     draw_assignments(tmp_path / "picture.png", photos, ghost_clusters=ghosts)
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.width > 600 and picture.height > 500

@@ -1,33 +1,33 @@
 """What an evaluation leaves: results first, each output by itself, answers in places, nothing of others' touched."""
 
-import csv
 import errno
-import json
-import logging
 import os
 import shlex
 import shutil
 import subprocess
+import zipfile
 
 import numpy as np
 import pytest
-import torch
+from helpers import SMALL, only_run, refusal, results_of, rows_of
 from PIL import Image
 
 import eval as eval_script
-import test as evaluation
 import train as train_script
-from datasets.evaluation.database_queries import DatabaseQueries
-from model import build_model
-from utils.outputs import match_page, report, results
-from utils.outputs.assignments import AssignedPhoto, draw_assignments
-from utils.retrieval import contexts as retrieval
-from utils.retrieval.descriptor_store import DescriptorStore, RowFile, warn_of_leftovers
+from datasets.evaluation.tree import DatabaseQueries
+from utils.outputs import figures, match_page, results, tables
+from utils.retrieval import contexts
+from utils.retrieval.descriptor_store import DescriptorStore, warn_of_leftovers
 from utils.run import log as run_log
 from utils.system.lock import FolderLock
 
-SMALL = "--backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56".split()
 ALL = ["--save_predictions=3", "--save_assignments=2", "--save_descriptors"]
+TWO_CONTEXTS = ["--encoder_context", "file_order", "independent"]
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_space(*_, **__):
+    raise NO_SPACE
 
 
 @pytest.fixture
@@ -46,58 +46,35 @@ def tree(city, tmp_path):
 
 
 @pytest.fixture
-def evaluate(city, tmp_path):
-    """Runs eval.py on datasets below a folder and returns its exit status and the run's folder."""
-    for name, encoder in (("plain", False), ("encoder", True)):
-        torch.manual_seed(1)
-        model = build_model(backbone="dino_tiny", crossimage_encoder=encoder)
-        torch.save(model.state_dict(), tmp_path / f"{name}.pth")
+def failed(evaluated, tmp_path):
+    """Runs eval.py as `evaluated` does, and returns the exit status and the run's folder."""
 
-    def run(*flags, names=("toy_city",), data=city, model="plain", save_dir=None):
-        save_dir = save_dir or tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        before = set(save_dir.glob("*"))
-        flags = [*SMALL, f"--save_dir={save_dir}", f"--resume={tmp_path}/{model}.pth", *map(str, flags)]
-        flags += ["--crossimage_encoder"] if model == "encoder" else []
-        flags += [f"--eval_datasets_folder={data}", "--eval_dataset_name", *names] if data else []
-        status = 0
-        try:
-            eval_script.main(flags)
-        except SystemExit as exit_:
-            status = exit_.code
-        return status, next(iter(set(save_dir.glob("*")) - before), None)
+    def run(*flags, **settings):
+        with pytest.raises(SystemExit) as ended:
+            evaluated(*flags, **settings)
+        return ended.value.code, only_run(tmp_path / "run0")
 
     return run
 
 
-def results_of(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def no_space(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-OUTPUTS = {
-    "predictions.csv": (report, "write_predictions"),
-    "recalls.png": (report, "draw_recalls"),
-    "descriptors": (retrieval.Search, "save"),
-    "assignments/000000.png": (results, "draw_assignments"),
-    "matches": (match_page, "write_match_page"),
-}
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_an_output_that_fails_costs_one_line(evaluate, monkeypatch, capsys, name):
-    monkeypatch.setattr(*OUTPUTS[name], no_space)
-    status, folder = evaluate(*ALL)
-    shown = capsys.readouterr().err
-    lines = shown.splitlines()
-    assert status == 1 and "Traceback" not in shown
-    failed = {f"{folder}/{name}"} | ({f"{folder}/assignments/000014.png"} if "assignments" in name else set())
+@pytest.mark.parametrize(
+    ("name", "owner", "function"),
+    [
+        ("predictions.csv", tables, "write_predictions"),
+        ("recalls.png", figures, "draw_recalls"),
+        ("descriptors", contexts, "_save_rows"),
+        ("assignments/000000.png", results, "draw_assignments"),
+        ("matches", match_page, "write_match_page"),
+    ],
+)
+def test_an_output_that_fails_costs_one_line(failed, monkeypatch, capsys, name, owner, function):
+    monkeypatch.setattr(owner, function, no_space)
+    status, folder = failed(*ALL)
+    lines = capsys.readouterr().err.splitlines()
+    names = [name, "assignments/000014.png"] if "assignments" in name else [name]
     errors = [line for line in lines if line.startswith("ERROR")]
-    assert errors == [
-        f"ERROR: {path} could not be written: [Errno 28] No space left on device" for path in sorted(failed)
-    ]
+    assert status == 1 and "Traceback" not in lines
+    assert errors == [f"ERROR: {folder / each} could not be written: {NO_SPACE}" for each in names]
     # The result is there before, and all else after.
     assert lines.index(errors[0]) > next(n for n, line in enumerate(lines) if line.startswith("Recalls on"))
     assert results_of(folder)["recalls"]
@@ -106,27 +83,26 @@ def test_an_output_that_fails_costs_one_line(evaluate, monkeypatch, capsys, name
     assert not list(folder.rglob("*.tmp*"))
 
 
-def test_results_that_cannot_be_written_are_on_the_terminal(evaluate, monkeypatch, capsys):
+@pytest.mark.parametrize("script", ["eval", "train"])
+def test_results_that_cannot_be_written_are_on_the_terminal(failed, city, tmp_path, monkeypatch, capsys, script):
     monkeypatch.setattr(run_log, "write_results", no_space)
-    status, folder = evaluate(names=["toy_city"])
+    if script == "eval":
+        status, folder = failed()
+        assert (folder / "predictions.csv").exists()
+    else:
+        flags = [*SMALL, f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", "--train_batch_size=4"]
+        with pytest.raises(SystemExit) as ended:
+            train_script.main(
+                [*flags, "--train_resize", "56", "56", "--epochs_num=0", f"--save_dir={tmp_path}/trained"]
+            )
+        status = ended.value.code
     lines = capsys.readouterr().err.splitlines()
-    (recalls,) = [n for n, line in enumerate(lines) if line.startswith("Recalls on")]
-    (failed,) = [n for n, line in enumerate(lines) if line.startswith("ERROR")]
-    assert status == 1 and recalls < failed and "results.json could not be written" in lines[failed]
-    assert (folder / "predictions.csv").exists()
+    (recalls,) = [n for n, line in enumerate(lines) if line.startswith("Recalls on toy_city test")]
+    (error,) = [n for n, line in enumerate(lines) if line.startswith("ERROR")]
+    assert status == 1 and recalls < error and "results.json could not be written: [Errno 28]" in lines[error]
 
 
-def test_the_recalls_of_a_training_are_on_the_terminal(city, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_log, "write_results", no_space)
-    flags = [*SMALL, f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", "--train_batch_size=4"]
-    with pytest.raises(SystemExit) as exit_:
-        train_script.main([*flags, "--train_resize", "56", "56", "--epochs_num=0", f"--save_dir={tmp_path}/trained"])
-    lines = capsys.readouterr().err.splitlines()
-    assert exit_.value.code == 1 and lines[-2].startswith("Recalls on toy_city test")
-    assert lines[-1].startswith("ERROR: ") and "results.json could not be written: [Errno 28]" in lines[-1]
-
-
-def test_all_results_come_before_the_first_output(evaluate, tree, monkeypatch):
+def test_all_results_come_before_the_first_output(evaluated, tree, monkeypatch):
     """Of two contexts and two datasets."""
     tree("a")
     seen = []
@@ -134,27 +110,27 @@ def test_all_results_come_before_the_first_output(evaluate, tree, monkeypatch):
     def look(folder, *_, **__):
         seen.append([results_of(folder.parent / name)["contexts"].keys() for name in ("a", "b")])
 
-    monkeypatch.setattr(report, "write_predictions", look)
-    contexts = ["--encoder_context", "file_order", "independent"]
-    status, folder = evaluate(*contexts, names=["a/", "b"], data=tree("b"), model="encoder")
-    assert status == 0 and seen == [[{"file_order", "independent"}] * 2] * 2
+    monkeypatch.setattr(tables, "write_predictions", look)
+    folder = evaluated(*TWO_CONTEXTS, "--eval_dataset_name", "a/", "b", data=tree("b"), model="encoder")
+    assert seen == [[{"file_order", "independent"}] * 2] * 2
     assert set(results_of(folder)["recalls"]) == {"a test", "b test"}
 
 
-def test_the_first_context_is_written_before_the_second_is_searched(evaluate, monkeypatch):
-    real, runs = retrieval.Search.run, []
+def test_the_first_context_is_written_before_the_second_is_searched(failed, monkeypatch):
+    real, runs = contexts.Search.run, []
 
     def fails(self, *args, **settings):
         runs.append(1)
         return real(self, *args, **settings) if len(runs) == 1 else no_space()
 
-    monkeypatch.setattr(retrieval.Search, "run", fails)
-    status, folder = evaluate("--encoder_context", "file_order", "independent", model="encoder")
+    monkeypatch.setattr(contexts.Search, "run", fails)
+    status, folder = failed(*TWO_CONTEXTS, model="encoder")
     assert status == 2 and list(results_of(folder)["contexts"]) == ["file_order"]
 
 
+@pytest.mark.slow
 @pytest.mark.drawn
-def test_odd_names_and_shapes_lose_nothing(evaluate, tree, capsys):
+def test_odd_names_and_shapes_lose_nothing(evaluated, tree, capsys):
     data = tree("$a$ $b", database=4, queries=2)
     for side in ("database", "queries"):
         folder = data / "$a$ $b/images/test" / side
@@ -163,191 +139,119 @@ def test_odd_names_and_shapes_lose_nothing(evaluate, tree, capsys):
         second.rename(f"{str(second)[:-4]}\n$x_{{$.jpg")
         Image.new("RGB", (9000, 6), (20, 90, 30)).save(folder / "@1@2@.jpg")
         Image.new("RGB", (6, 9000), (20, 90, 30)).save(folder / "@1@3@.png")
-    status, folder = evaluate("--save_assignments=9", *ALL[::2], names=["$a$ $b"], data=data)
-    assert status == 0 and "Traceback" not in (shown := capsys.readouterr().err)
-    assert "database.txt: line breaks in 1 paths are written as \\n" in shown
+    folder = evaluated("--save_assignments=9", *ALL[::2], "--eval_dataset_name=$a$ $b", data=data)
+    assert "database.txt: line breaks in 1 paths are written as \\n" in capsys.readouterr().err
     dataset = DatabaseQueries.from_folder(data, "$a$ $b", "test")
-    with open(folder / "predictions.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        assert {row["query"] for row in csv.DictReader(file)} == set(dataset.queries_paths)
+    table = (folder / "predictions.csv").read_bytes()
+    assert all(os.fsencode(path) in table for path in dataset.queries_paths)
     lines = os.fsdecode((folder / "descriptors/database.txt").read_bytes()).split("\n")[:-1]
     assert [line.replace("\\n", "\n") for line in lines] == dataset.database_paths
     assert len(list((folder / "assignments").iterdir())) == 4 and (folder / "matches/index.html").exists()
 
 
-def test_descriptors_are_saved_without_a_memory_map(evaluate, monkeypatch):
-    """A full disk then ends in an error, where a map would end the process."""
-    monkeypatch.setattr(np.lib.format, "open_memmap", None)
-    status, folder = evaluate("--save_descriptors")
-    assert status == 0 and np.load(folder / "descriptors/queries.npy").shape == (15, 384)
-    monkeypatch.setattr(RowFile, "write", no_space)
-    run_log.write_results(folder, {}, {}, torch.device("cpu"))
-    with pytest.raises(OSError, match="No space left"):
-        retrieval.Search.save(Saving(), folder / "again", database=["a", "b"])
-    assert not list(folder.glob("again*"))
-
-
-class Saving:
-    """Two descriptors to save."""
-
-    def chunks(self, _):
-        yield np.arange(2), np.ones((2, 3), dtype=np.float32)
-
-
-def test_a_log_takes_names_that_are_not_utf8(tmp_path, caplog):
-    (tmp_path / "run").mkdir()
-    with run_log.RunLog() as log:
-        log.open(tmp_path, tmp_path / "run")
-        logging.getLogger("utils").debug("cannot read %s", "a\udcff.jpg")
-    assert "cannot read a\\udcff.jpg" in (tmp_path / "run/debug.log").read_text()
-
-
-def test_answers_in_places(evaluate, city):
-    status, folder = evaluate("--save_predictions=2")
+def test_answers_in_places(evaluated, city, capsys):
+    folder = evaluated("--save_predictions=2", "--accept=1", "--encoder_context", "independent", model="encoder")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f" {(folder / 'matches/index.html').as_uri()}")
     dataset = DatabaseQueries.from_folder(city, "toy_city", "test")
-    with open(folder / "predictions.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert status == 0 and list(rows[0])[:3] == ["query", "rank", "database"]
+    rows = rows_of(folder)
     for row in rows:
-        found = dataset.database_positions[dataset.database_paths.index(row["database"])]
-        asked = dataset.queries_positions[dataset.queries_paths.index(row["query"])]
-        assert (float(row["database_east"]), float(row["database_north"])) == pytest.approx(found, abs=0.006)
-        assert float(row["metres"]) == pytest.approx(np.linalg.norm(found - asked), abs=0.006)
+        match = dataset.database_positions[dataset.database_paths.index(row["database"])]
+        query = dataset.queries_positions[dataset.queries_paths.index(row["query"])]
+        assert (float(row["database_east"]), float(row["database_north"])) == pytest.approx(match, abs=0.006)
+        assert float(row["metres"]) == pytest.approx(np.linalg.norm(match - query), abs=0.006)
         assert (float(row["metres"]) <= 25) == (row["correct"] == "1")
+        assert list(row.items())[-1] == ("context", "independent")
     page = (folder / "matches/index.html").read_text()
     first = 1 - float(rows[0]["squared_descriptor_distance"]) / 2
     assert f"similarity {first:.3f}" in page and "correct, within 25 m" in page
 
 
-def test_the_last_line_is_an_address(evaluate, capsys):
-    _, folder = evaluate("--save_predictions=2")
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"open in a browser: {(folder / 'matches/index.html').as_uri()}" and "file:///" in last
-
-
-@pytest.mark.drawn
-def test_assignment_pictures_carry_file_names(evaluate, monkeypatch, city, tmp_path):
+def test_assignment_pictures_carry_file_names(evaluated, monkeypatch, city):
     titles = []
-    monkeypatch.setattr(results, "draw_assignments", lambda _, photos, **__: titles.extend(p.title for p in photos))
-    evaluate("--save_assignments=1")
+    monkeypatch.setattr(
+        results, "draw_assignments", lambda _, photos, **__: titles.extend(title for title, *_ in photos)
+    )
+    evaluated("--save_assignments=1")
     dataset = DatabaseQueries.from_folder(city, "toy_city", "test")
     assert titles[0] == f"query 0: {os.path.basename(dataset.queries_paths[0])}"
     verdict, _, name = titles[1].partition(": ")
     assert verdict in ("first match, correct", "first match, wrong")
     assert name in map(os.path.basename, dataset.database_paths)
-    odd = AssignedPhoto(
-        title="query 1: a$b$c\udcff\n" + "long" * 30 + ".jpg",
-        pixels=np.zeros((6, 9000, 3), dtype=np.uint8),
-        assignment=np.full((3, 4, 4), 1 / 3, dtype=np.float32),
-    )
-    draw_assignments(tmp_path / "odd.png", [odd], ghost_clusters=1)
-    assert (tmp_path / "odd.png").exists()
 
 
-def test_queries_with_nothing_to_find_are_counted(evaluate, tree, capsys):
+def test_queries_with_nothing_to_find_are_counted(evaluated, tree, caplog):
     data = tree("town")
     for path in sorted((data / "town/images/test/queries").iterdir())[:3]:
         fields = path.name.split("@")
         path.rename(path.with_name("@".join(["", str(float(fields[1]) + 5000), *fields[2:]])))
-    status, folder = evaluate("--save_predictions=1", names=["town"], data=data)
-    assert status == 0
-    assert "WARNING: town test: 3 of 4 queries have no database photo within 25 m" in capsys.readouterr().err
-    results = results_of(folder)
-    assert results["queries_without_positives"] == 3 and results["recalls"]["20"] == 25.0
+    folder = evaluated("--save_predictions=1", "--eval_dataset_name=town", data=data)
+    assert "town test: 3 of 4 queries have no database photo within 25 m" in caplog.text
+    left = results_of(folder)
+    assert left["queries_without_positives"] == 3 and left["recalls"]["20"] == 25.0
     assert (folder / "matches/index.html").read_text().count("nothing to find within 25 m") == 3
-    _, folder = evaluate(names=["town"], data=data)
-    _, folder = evaluate()
-    assert results_of(folder)["queries_without_positives"] == 0
 
 
-def test_nothing_is_written_into_the_data_or_deleted(evaluate, tree, tmp_path, capsys):
+def test_nothing_is_written_into_the_data_or_deleted(evaluated, tree, capsys):
     data = tree("town")
     theirs = data / "town/extracted/notes.txt"
     theirs.parent.mkdir()
     theirs.write_text("mine")
     before = sorted(data.rglob("*"))
     for names in ([f"{data}/town", "town"], ["../data/town"], ["town", "./town/"]):
-        status, folder = evaluate(names=names, data=data)
-        assert status == 2 and folder is None
-        assert "eval_dataset_name" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        train_script.main([*SMALL, f"--eval_datasets_folder={data}", f"--eval_dataset_name={data}/town"])
-    assert evaluate(names=["town/"], data=data)[0] == 0
+        told = refusal(capsys, lambda names=names: evaluated("--eval_dataset_name", *names, data=data))
+        assert "eval_dataset_name" in told
+    evaluated("--eval_dataset_name=town/", data=data)
     assert sorted(data.rglob("*")) == before and theirs.read_text() == "mine"
 
 
-def test_validation_deletes_its_own_files_only(city, tmp_path):
-    torch.manual_seed(1)
-    model = build_model(backbone="dino_tiny").eval()
-    dataset = DatabaseQueries.from_folder(city, "toy_city", "val")
-    folder = tmp_path / "descriptors"
-    folder.mkdir()
-    (folder / "notes.txt").write_text("mine")
+def test_leftovers_of_a_killed_run_are_told(city, weights, tmp_path, monkeypatch, capsys):
+    flags = [*SMALL, f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", f"--resume={weights}/plain.pth"]
+    flags.append(f"--save_dir={tmp_path}/my runs")
 
-    def read_images(paths, progress):
-        yield torch.zeros(len(paths), 3, 56, 56)
+    def told():
+        eval_script.main(flags)
+        return [line for line in capsys.readouterr().err.splitlines() if "rm -r" in line]
 
-    settings = {"recall_values": [1], "positive_distance": 25.0, "infer_batch_size": 16, "device": torch.device("cpu")}
-    evaluation.evaluate(model, dataset, read_images=read_images, folder=folder, **settings)
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
-
-
-def test_leftovers_of_a_killed_run_are_told(evaluate, tmp_path, monkeypatch, capsys):
-    save_dir = tmp_path / "my runs"
     with monkeypatch.context() as killed:  # as a run that dies before it comes to that
         killed.setattr(DescriptorStore, "remove", lambda _: None)
-        _, left = evaluate(save_dir=save_dir)
-    (left / "descriptors").mkdir()  # results that --save_descriptors wrote are no leftovers
-    (left / "descriptors/database.npy").touch()
+        assert not told()
+    left = only_run(tmp_path / "my runs")
     with FolderLock(left, "--save_dir"):  # as a live run holds it
-        evaluate(save_dir=save_dir)
-        assert "rm -r" not in capsys.readouterr().err
-    evaluate(save_dir=save_dir)
-    lines = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in lines if "rm -r" in line]
-    assert line.startswith("WARNING: interrupted runs left 0.1 MB of descriptors")
+        assert not told()
+    with monkeypatch.context() as vanished:  # which stops nobody
+        vanished.setattr(eval_script, "warn_of_leftovers", no_space)
+        assert not told()
+    (line,) = told()
     command = line.split("to remove them: ")[1]
-    assert shlex.split(command) == ["rm", "-r", str(left / "extracted")]
+    assert "left 0.1 MB" in line and shlex.split(command) == ["rm", "-r", str(left / "extracted")]
     subprocess.run(command, shell=True, check=True)
-    evaluate(save_dir=save_dir)
-    assert "rm -r" not in capsys.readouterr().err
+    assert not told()
 
 
 def test_leftovers_of_every_kind(tmp_path, caplog):
-    for name in ("a/extracted", "b/town/extracted", "c/sf_xl/small/extracted", "d/descriptors", "e/descriptors"):
+    """Of eval.py, whose datasets may have names of several folders, and of train.py."""
+    for name in ("a/extracted/town", "b/extracted/sf_xl/small", "c/descriptors", "d/descriptors"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "queries.npy").write_bytes(bytes(5_000_000))
-        if name[0] != "e":  # results of --save_descriptors
+        if name[0] != "d":  # results of --save_descriptors
             (tmp_path / name / "queries.done").write_bytes(b"0")
     warn_of_leftovers(tmp_path.iterdir())
-    (record,) = caplog.records
-    assert "left 20.0 MB" in record.message
-    removed = record.message.split("rm -r ")[1].split()
-    assert [os.path.relpath(path, tmp_path)[0] for path in removed] == ["a", "b", "c", "d"]
+    assert all("left 5.0 MB" in message for message in caplog.messages)
+    removed = [message.split("rm -r ")[1] for message in caplog.messages]
+    assert removed == [f"{tmp_path}/{name}" for name in ("a/extracted", "b/extracted", "c/descriptors")]
 
 
-def test_a_leftover_that_vanishes_stops_nobody(evaluate, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_log, "warn_of_leftovers", lambda _: no_space())
-    assert evaluate()[0] == 0
-
-
-def test_a_submission_has_as_many_keys_in_each_line(evaluate, tree, tmp_path, monkeypatch, capsys):
+def test_a_submission_has_as_many_keys_in_each_line(evaluated, tree, monkeypatch, capsys):
     data = tree("msls", database=15)
     for side in ("database", "queries"):
         for number, path in enumerate(sorted((data / "msls/images/test" / side).iterdir())):
             fields = path.name.split("@")
-            fields[7] = f"{side[0]}{number:02d}"
-            path.rename(path.with_name("@".join(fields)))
-    flags = ["--save_submission", "--recall_values", "1", "5"]
-    monkeypatch.setattr("parser.SUBMITTED", 12)
-    status, folder = evaluate(*flags, names=["msls"], data=data)
-    import zipfile
-
+            path.rename(path.with_name("@".join([*fields[:7], f"{side[0]}{number:02d}", *fields[8:]])))
+    monkeypatch.setattr(eval_script, "SUBMITTED", 12)
+    flags = ["--save_submission", "--recall_values", 1, 5, "--eval_dataset_name=msls"]
+    folder = evaluated(*flags, data=data)
     lines = zipfile.ZipFile(folder / "submission.zip").read("submission.csv").decode().splitlines()
-    assert status == 0 and [len(line.split()) for line in lines] == [13] * 4
-    assert "--save_submission: the 12 images per query that are scored are submitted" in capsys.readouterr().err
-    assert list(results_of(folder)["recalls"]) == ["1", "5"]
-    status, folder = evaluate(*flags, "--index=IVF2,Flat", names=["msls"], data=data)
-    assert status == 2 and folder is None and "leave out --index" in capsys.readouterr().err
+    assert [len(line.split()) for line in lines] == [13] * 4 and list(results_of(folder)["recalls"]) == ["1", "5"]
+    assert "--index" in refusal(capsys, lambda: evaluated(*flags, "--index=IVF2,Flat", data=data))
     next((data / "msls/images/test/queries").iterdir()).rename(data / "msls/images/test/queries/@1@2@@@@@a b@@.jpg")
-    assert evaluate(*flags, names=["msls"], data=data)[0] == 2
-    assert "no image key without spaces" in capsys.readouterr().err
+    assert "@1@2@@@@@a b@@.jpg" in refusal(capsys, lambda: evaluated(*flags, data=data))

@@ -1,54 +1,37 @@
 """A map that is made once and asked later: by eval.py, by a program, with or without the photos, damaged or foreign."""
 
-import csv
 import json
 import os
 import random
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
-import faiss
+import h5py
 import numpy as np
 import pytest
 import torch
+from helpers import MODEL, only_run, refusal, results_of, rows_of
 from PIL import Image
 
 import eval as eval_script
 import hubconf
 import test as evaluation
 from model import build_model
-from utils.retrieval import place_map
-from utils.retrieval.place_map import CANDIDATES, PlaceMap, write_map
-
-SMALL = "--device=cpu --num_workers=0".split()
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Checkpoints with and without the encoder, another, and one that says what it is."""
-    folder = tmp_path_factory.mktemp("weights")
-    for name, encoder, seed in (("encoder", True, 1), ("plain", False, 1), ("other", False, 2)):
-        torch.manual_seed(seed)
-        state = build_model(backbone="dino_tiny", crossimage_encoder=encoder).state_dict()
-        torch.save(state, folder / f"{name}.pth")
-    written = {"backbone": "dino_tiny", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": True}
-    torch.save({"model_state_dict": state, "model": written}, folder / "says.pth")
-    return folder
+from utils.retrieval.place_map import PlaceMap, write_map
 
 
 @pytest.fixture
 def run(weights, tmp_path):
-    """Runs eval.py and returns the run's folder."""
+    """Runs eval.py, which a map tells backbone and size, and returns the run's folder."""
 
     def run(*flags, model="plain"):
         save_dir = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        flags = [*SMALL, f"--save_dir={save_dir}", f"--resume={weights}/{model}.pth", *map(str, flags)]
-        flags += ["--crossimage_encoder"] if model == "encoder" else []
-        eval_script.main(flags)
-        (folder,) = save_dir.iterdir()
-        return folder
+        encoder = ["--crossimage_encoder"] * (model == "encoder")
+        small = ["--device=cpu", "--num_workers=0", f"--save_dir={save_dir}", f"--resume={weights}/{model}.pth"]
+        eval_script.main([*small, *encoder, *map(str, flags)])
+        return only_run(save_dir)
 
     return run
 
@@ -68,48 +51,31 @@ def made(run, photos, tmp_path):
     return photos / "map.npz"
 
 
+@pytest.fixture
+def dataset(city):
+    """The toy city as a dataset."""
+    return [f"--eval_datasets_folder={city}", *"--eval_dataset_name=toy_city --backbone=dino_tiny".split()]
+
+
 def plain(photos):
     flags = "--backbone=dino_tiny --resize 56 56".split()
     return [*flags, f"--database_folder={photos}/database", f"--queries_folder={photos}/queries"]
 
 
-def rows_of(folder):
-    with open(folder / "predictions.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def recalls_of(folder):
-    return json.loads((folder / "results.json").read_text()).get("recalls")
-
-
-def refusal(capsys, call, status=2):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        call()
-    assert ended.value.code == status
-    shown = capsys.readouterr().err.strip().splitlines()
-    return next(
-        line.split("error: ", 1)[-1].removeprefix("ERROR: ") for line in shown[::-1] if "rror: " in line.lower()
-    )
-
-
 @pytest.mark.parametrize(
     ("model", "flags"),
     [
-        ("plain", ()),
         ("encoder", ("--encoder_context", "independent", "file_order")),
         ("plain", ("--pca_dim=7", "--pca_dataset_folder=toy_city/images/test/database")),
         ("plain", ("--pca_dim=7", "--pca_dataset_folder=toy_city/images/test/database", "--pca_whiten")),
         ("plain", ("--test_method=five_crops", "--antialias")),
         ("plain", ("--descriptor_dtype=float16",)),
     ],
-    ids=["plain", "encoder", "pca", "whitened", "prepared", "float16"],
+    ids=["encoder", "pca", "whitened", "prepared", "float16"],
 )
-def test_a_map_answers_as_the_evaluation_that_made_it(city, run, tmp_path, monkeypatch, model, flags):
-    dataset = [f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", *"--backbone=dino_tiny".split()]
+def test_a_map_answers_as_the_evaluation_that_made_it(city, dataset, run, tmp_path, monkeypatch, model, flags):
     folder = run(*dataset, *"--resize 56 70".split(), f"--save_map={tmp_path}/city.npz", *flags, model=model)
-    passed = []
-    real = evaluation.extract
+    passed, real = [], evaluation.extract
     monkeypatch.setattr("test.extract", lambda *args: passed.append(args[1]) or real(*args))
     queries = f"{city}/toy_city/images/test/queries"
     asked = run(f"--map={tmp_path}/city.npz", f"--queries_folder={queries}", model=model)
@@ -122,8 +88,9 @@ def test_a_map_answers_as_the_evaluation_that_made_it(city, run, tmp_path, monke
         values = [[float(row[column]) for row in of] for of in (rows, expected)]
         np.testing.assert_allclose(*values, atol=tolerance if column.startswith("sq") else 0)
     assert [Path(row["database"]) for row in rows] == [Path(row["database"]) for row in expected]
-    assert recalls_of(asked) == recalls_of(folder) and recalls_of(asked)["5"] > 0
-    assert json.loads((asked / "results.json").read_text())["options"]["resize"] == [56, 70]
+    results = results_of(asked)
+    assert results["recalls"] == results_of(folder)["recalls"] and results["recalls"]["5"] > 0
+    assert results["options"]["resize"] == [56, 70]
     size = (tmp_path / "city.npz").stat().st_size
     numbers = 15 * (7 if "pca" in str(flags) else 384) * (2 if "float16" in str(flags) else 4)
     assert numbers < size < numbers + 9000 + 4 * 8 * 384
@@ -150,8 +117,61 @@ def test_a_map_moves_with_its_photos_and_does_without_them(made, photos, run, tm
     assert [row["database"] for row in rows_of(folder)] == [Path(path).name for path in database]
     assert {row["correct"] for row in rows_of(folder)} == {"0", "1"}, "positions are in the map"
     main = (folder / "matches/index.html").read_text().split("<main>")[1]
-    assert main.count("the photo is not here") == 2 * main.count('class="query"') == 2 * main.count("<img") == 30
+    assert main.count("the photo is not here") == main.count("<figure") - main.count('class="query"')
     assert f"neither in {photos}/database nor moved with the map: names only" in capsys.readouterr().err
+
+
+def test_a_copied_map_names_the_photos_that_it_was_made_of(made, photos, tmp_path, capsys, run):
+    """Beside other photos of the same names: those that have their sizes, wherever they are, or names."""
+    other = tmp_path / "other"
+    (other / "database").mkdir(parents=True)
+    names = sorted(path.name for path in (photos / "database").iterdir())
+    for name in names:
+        Image.new("RGB", (20, 20)).save(other / "database" / name)
+    copied = shutil.copy(made, other / "map.npz")
+    asked = PlaceMap(copied)
+    assert asked.root == str(photos / "database") and asked.photos_there and asked.paths == PlaceMap(made).paths
+    (photos / "database" / names[0]).write_bytes(b"replaced")
+    asked = PlaceMap(copied)
+    assert asked.paths == [names[0], *(f"{photos}/database/{name}" for name in names[1:])] and not asked.photos_there
+    capsys.readouterr()
+    ask = [f"--map={copied}", f"--queries_folder={photos}/queries"]
+    folder = run(*ask)
+    shown = capsys.readouterr().err
+    assert f"1 of 15 photos in {photos}/database are not those of {copied}" in shown and names[0] in shown
+    assert {row["database"] for row in rows_of(folder)} == set(asked.paths)
+    shutil.rmtree(photos / "database")
+    asked = PlaceMap(copied)
+    assert asked.root is None and asked.paths == names, "of the other photos none is the map's"
+
+
+def test_a_map_of_version_1_0_0_has_no_sizes(made, photos, tmp_path):
+    with np.load(made) as content:
+        arrays = {name: content[name] for name in content.files if name != "sizes"}
+    settings = json.loads(str(arrays["settings"]))
+    settings["arrays"].remove("sizes")
+    np.savez(photos / "old.npz", **{**arrays, "settings": np.array(json.dumps(settings))})
+    old, new = PlaceMap(photos / "old.npz"), PlaceMap(made)
+    assert (old.paths, old.root, old.photos_there) == (new.paths, new.root, True)
+
+
+def test_photos_behind_a_link_are_named_as_the_file_system_finds_them(photos, run, tmp_path):
+    """`link/..` is not the folder that holds the link: in pairs, descriptors, page, map. Other links stay."""
+    (photos / "database/deep").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/link").symlink_to(photos / "database/deep")
+    (tmp_path / "here/city").symlink_to(photos)
+    flags = ["--backbone=dino_tiny", *"--resize 56 56".split(), "--save_pairs=1", "--save_h5", "--save_predictions=1"]
+    flags += [f"--database_folder={tmp_path}/here/link/..", f"--save_map={tmp_path}/here/map.npz"]
+    folder = run(*flags, f"--queries_folder={tmp_path}/here/city/./queries/../queries")
+    named = [path for line in (folder / "pairs.txt").read_text().split("\n")[:-1] for path in line.split()]
+    assert len(named) == 30 and all((tmp_path / name).exists() for name in named)
+    assert {name.split("@")[0] for name in named} == {"here/city/queries/", "photos/database/"}
+    with h5py.File(folder / "global_descriptors.h5") as file:
+        assert all(name in file for name in named)
+    links = re.findall('href="([^"]*jpg)"', (folder / "matches/index.html").read_text())
+    assert links and all(Path(os.path.normpath(folder / "matches" / unquote(link))).exists() for link in links)
+    assert PlaceMap(tmp_path / "here/map.npz").root == str(photos / "database")
 
 
 def test_a_map_finds_its_photos_through_links(made, photos, tmp_path):
@@ -180,7 +200,8 @@ def test_recall_counts_the_queries_that_have_a_position(made, photos, run, tmp_p
     assert "12 of 15 queries have no position" in shown and "15 queries, 3 of them with a position): R@1" in shown
     first = [row for row in rows_of(folder) if row["rank"] == "1"]
     hits = [int(row["correct"]) for row in first if row["correct"]]
-    assert len(first) == 15 and len(hits) == 3 and recalls_of(folder)["1"] == pytest.approx(100 * np.mean(hits))
+    assert len(first) == 15 and len(hits) == 3
+    assert results_of(folder)["recalls"]["1"] == pytest.approx(100 * np.mean(hits))
     for path in queries[:3]:
         path.unlink()
     folder = run(*ask)
@@ -188,18 +209,17 @@ def test_recall_counts_the_queries_that_have_a_position(made, photos, run, tmp_p
     assert "no recall: none of the 12 queries has a position in the names" in shown
     rows = rows_of(folder)
     assert len(rows) == 12 * 15 and not any(row["correct"] or row["metres"] for row in rows)
-    assert all(row["database_east"] for row in rows) and recalls_of(folder) is None
-    shutil.copy(next((photos / "database").iterdir()), photos / "queries" / "known.jpg")
+    assert all(row["database_east"] for row in rows) and "recalls" not in results_of(folder)
     os.link(next((photos / "database").iterdir()), photos / "queries" / "same.jpg")
     run(*ask, "--no_labels")
-    assert "WARNING: 1 of the 14 queries are photos of the map, so they find themselves" in capsys.readouterr().err
+    assert "WARNING: 1 of the 13 queries are photos of the map, so they find themselves" in capsys.readouterr().err
 
 
 def test_a_program_asks_with_an_array(made, photos, run, weights):
     """As eval.py answers for the file, without its modules in the way of the program's own."""
     queries = sorted((photos / "queries").iterdir())[:6]
     first = {Path(row["query"]).name: row for row in rows_of(run(*plain(photos))) if row["rank"] == "1"}
-    asked = hubconf.place_map(made, weights / "plain.pth", accept=float(np.median([0.1, 0.2])))
+    asked = hubconf.place_map(made, weights / "plain.pth", accept=0.15)
     for path in queries:
         photo = np.asarray(Image.open(path).convert("RGB"))
         row = first[path.name]
@@ -209,127 +229,75 @@ def test_a_program_asks_with_an_array(made, photos, run, weights):
         assert accepted == (distance <= 0.15)
     assert asked.locate(np.ascontiguousarray(photo[..., ::-1])[..., ::-1]) == asked.locate(photo)  # OpenCV's
     assert hubconf.place_map(made, weights / "plain.pth").locate(photo).accepted is None
-    for wrong, told in (
-        (photo[..., 0], "uint8 of shape"),
-        (photo / 255, "float64 of shape"),
-        (str(path), "not str"),
-        (photo[:0], "has no pixel"),
-        (np.concatenate([photo, photo[..., :1]], axis=2), "4)"),
+    for call, problem in (
+        (lambda: asked.locate(photo / 255), "float64 of shape"),
+        (lambda: asked.locate(photo[:0]), r"uint8 of shape \(0,"),
+        (lambda: asked.locate(np.zeros((2, 2, 4), dtype=np.uint8)), r"4\)"),
+        (lambda: hubconf.place_map(made, weights / "other.pth"), "plain.pth, but .*other.pth"),
+        (lambda: hubconf.place_map(made, weights / "plain.pth", accept=-1), "accept -1"),
+        (lambda: PlaceMap(made).locate(photo), "place_map of hubconf.py"),
     ):
-        with pytest.raises(ValueError, match="a photo ") as error:
-            asked.locate(wrong)
-        assert told in str(error.value)
-    with pytest.raises(ValueError, match="with the weights of plain.pth, but .*other.pth has others"):
-        hubconf.place_map(made, weights / "other.pth")
-    with pytest.raises(ValueError, match="accept -1 is not a squared distance; use 0 or above"):
-        hubconf.place_map(made, weights / "plain.pth", accept=-1)
-    with pytest.raises(ValueError, match="no model to describe a photo with; load it with place_map of hubconf.py"):
-        PlaceMap(made).locate(photo)
+        with pytest.raises(ValueError, match=problem):
+            call()
 
 
-def test_the_accepted_distance_travels_with_the_map(city, photos, run, weights, tmp_path):
-    """As `auto@` finds it, to the digits that files are written with: a distance accepts its own row."""
-    dataset = [f"--eval_datasets_folder={city}", *"--eval_dataset_name=toy_city --backbone=dino_tiny".split()]
-    made = run(*dataset, *"--resize 56 56 --accept=auto@5".split(), f"--save_map={tmp_path}/city.npz")
-    distance = json.loads((made / "results.json").read_text())["accepted"]["distance"]
+def test_the_accepted_distance_travels_with_the_map(dataset, photos, run, weights, tmp_path):
+    """To the digits that files are written with: a distance accepts its own row."""
+    ask = [f"--map={tmp_path}/city.npz", f"--queries_folder={photos}/queries"]
+    dataset += "--resize 56 56".split()
+    row = rows_of(run(*dataset))[5]
+    distance = float(row["squared_descriptor_distance"])
+    made = run(*dataset, f"--accept={distance}", f"--save_map={tmp_path}/city.npz")
     assert PlaceMap(tmp_path / "city.npz").accept == distance
-    asked = run(f"--map={tmp_path}/city.npz", f"--queries_folder={photos}/queries")
-    column = [row["accepted"] for row in rows_of(asked)]
-    assert column == [row["accepted"] for row in rows_of(made)] and set(column) == {"0", "1"}
-    assert f"the map's accepted distance, {distance:.6g}: " in (asked / "info.log").read_text()
-    assert "--accept None" not in (asked / "info.log").read_text()
-    row = rows_of(asked)[0]
-    own = run(f"--map={tmp_path}/city.npz", f"--queries_folder={photos}/queries", "--accept=1e-9")
-    assert {row["accepted"] for row in rows_of(own)} == {"0"}
-    for accept, accepted in ((float(row["squared_descriptor_distance"]), True), (1e-9, False), (None, None)):
-        told = hubconf.place_map(tmp_path / "city.npz", weights / "plain.pth", accept=accept)
-        place = told.locate(np.asarray(Image.open(row["query"])))
-        assert place.accepted == (row["accepted"] == "1" if accepted is None else accepted)
+    asked = rows_of(run(*ask))
+    column = [row["accepted"] for row in asked]
+    assert column == [row["accepted"] for row in rows_of(made)] and asked[5]["accepted"] == "1" and "0" in column
+    assert {row["accepted"] for row in rows_of(run(*ask, "--accept=1e-9"))} == {"0"}
+    place_map = hubconf.place_map(tmp_path / "city.npz", weights / "plain.pth")
+    assert place_map.locate(np.asarray(Image.open(asked[0]["query"]))).accepted == (asked[0]["accepted"] == "1")
 
 
 def test_a_map_of_fewer_blocks_of_a_dinov3(city, photos, run, tmp_path, capsys):
     """Its patches are of 16 pixels."""
     torch.manual_seed(3)
-    written = {"backbone": "dinov3_tiny", "backbone_blocks": 3, "clusters": 2, "ghost_clusters": 1}
-    state = build_model(**written, crossimage_encoder=False).state_dict()
+    written = MODEL | {"backbone": "dinov3_tiny", "backbone_blocks": 3, "clusters": 2}
     file = tmp_path / "cut.pth"
-    torch.save({"model_state_dict": state, "model": {**written, "crossimage_encoder": False}}, file)
+    torch.save({"model_state_dict": build_model(**written).state_dict(), "model": written}, file)
     flags = [f"--resume={file}", f"--queries_folder={photos}/queries"]
-    made = run(*flags, f"--database_folder={photos}/database", "--resize", 64, 64, f"--save_map={tmp_path}/city.npz")
+    run(*flags, f"--database_folder={photos}/database", "--resize", 64, 64, f"--save_map={tmp_path}/city.npz")
     asked = run(*flags, f"--map={tmp_path}/city.npz")
-    distances = [[float(row["squared_descriptor_distance"]) for row in rows_of(of)] for of in (made, asked)]
-    np.testing.assert_allclose(*distances, atol=1e-5)
     row = rows_of(asked)[0]
     place = hubconf.place_map(tmp_path / "city.npz", file).locate(np.asarray(Image.open(row["query"])))
     assert place.distance == pytest.approx(float(row["squared_descriptor_distance"]), abs=1e-4)
-    told = refusal(capsys, lambda: run(*flags, f"--map={tmp_path}/city.npz", "--backbone_blocks=4"))
-    assert "--backbone_blocks 3, not 4" in told
-    told = refusal(capsys, lambda: run(*flags, f"--map={tmp_path}/city.npz", "--backbone_blocks=12"))
-    assert "--backbone_blocks 3, not all" in told
-
-
-def test_a_distance_that_a_map_does_not_give_is_told(city, run, tmp_path, capsys):
-    flags = [f"--eval_datasets_folder={city}", *"--eval_dataset_name=toy_city --backbone=dino_tiny".split()]
-    flags += [*"--resize 56 56 --accept=auto@5".split(), f"--save_map={tmp_path}/city.npz"]
-    for other in ("--test_method=central_crop", "--index=IVF2,Flat"):
-        run(*flags, other)
-        shown = capsys.readouterr().err
-        assert f"--save_map keeps the distance of --accept auto@5, found by {other.replace('=', ' ')}; a map" in shown
-    run(*flags, "--index=binary")
-    assert "--save_map keeps" not in capsys.readouterr().err
+    flags.append(f"--map={tmp_path}/city.npz")
+    assert "backbone_blocks 3, not all" in refusal(capsys, lambda: run(*flags, "--backbone_blocks=12"))
 
 
 def test_what_does_not_fit_a_map_is_refused_with_its_reason(made, photos, run, capsys):
     ask = [f"--map={made}", f"--queries_folder={photos}/queries"]
-    for flags, model, told in (
-        ((), "other", "map.npz was made with the weights of plain.pth, but .*/other.pth has others: .* give the"),
-        (
-            (),
-            "encoder",
-            "command line: it was made with --crossimage_encoder False, not True; query it with what it was",
-        ),
-        ((), "says", "says.pth: it was made with --crossimage_encoder False, not True"),
-        (("--resize", "70", "56"), "plain", "command line: it was made with --resize 56 56, not 70 56"),
-        (("--no-antialias",), "plain", "with --antialias True, not False"),
-        (("--backbone=dino_small",), "plain", "with --backbone dino_tiny, not dino_small"),
+    for flags, model, problem in (
+        ((), "other", "plain.pth, but .*/other.pth.*save_map"),
+        ((), "encoder", "command line.*crossimage_encoder False, not True.*save_map"),
+        ((), "says", "says.pth.*crossimage_encoder False, not True"),
         (("--supervlad_clusters=2", "--ghost_clusters=3"), "plain", "clusters 4, not 2, --ghost_clusters 1, not 3"),
     ):
         message = refusal(capsys, lambda flags=flags, model=model: run(*ask, *flags, model=model))
-        assert re.search(told, message), message
-    run(*ask, *"--resize 56 56 --backbone=dino_tiny --antialias".split())  # what the map says anyway
+        assert str(made) in message and re.search(problem, message), message
     torch.save(build_model(backbone="dino_tiny", clusters=2).state_dict(), photos / "two.pth")
     message = refusal(capsys, lambda: run(*ask, f"--resume={photos}/two.pth"))
-    assert "map.npz was made with plain.pth, a model with --backbone dino_tiny --supervlad_clusters 4" in message
-
-
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        ("--map=m.npz", "--map needs a folder of query photos; give --queries_folder"),
-        ("--map=m.npz --queries_folder=q --database_folder=d", "--database_folder does not apply to --map: the map"),
-        ("--map=m.npz --queries_folder=q --index=Flat --pca_dim=3", "--index and --pca_dim do not apply to --map"),
-        ("--map=m.npz --queries_folder=q --save_map=n.npz", "--save_map does not apply to --map: the map"),
-        ("--map=m.npz --queries_folder=q --encoder_context file_order", "--encoder_context does not apply to --map"),
-        ("--eval_datasets_folder=d --eval_dataset_name a b --save_map=m.npz", "--save_map writes the map of one"),
-    ],
-)
-def test_options_that_go_with_no_map(capsys, flags, told):
-    assert told in refusal(capsys, lambda: eval_script.main(["--resume=file.pth", *flags.split()]))
+    assert "was made with plain.pth, a model with backbone dino_tiny, clusters 4" in message
 
 
 def test_a_map_that_cannot_be_written_is_refused_before_the_extraction(photos, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("test.extract", lambda *_: pytest.fail("extracted"))
-    for path, told in (
-        ("city.pth", "is not a .npz file; name one, e.g. "),
-        ("nowhere/city.npz", f"there is no folder {tmp_path}/nowhere; create it first"),
-        ("photos", "is not a .npz file"),
-    ):
-        assert told in refusal(capsys, lambda path=path: run(*plain(photos), f"--save_map={tmp_path}/{path}"))
+    for path in ("city.pth", "nowhere/city.npz", "photos"):
+        line = refusal(capsys, lambda path=path: run(*plain(photos), f"--save_map={tmp_path}/{path}"))
+        assert f"--save_map {tmp_path}/{path}" in line
     flags = [*plain(photos), f"--save_map={tmp_path}/city.npz", "--encoder_context=file_order"]
-    message = refusal(capsys, lambda: run(*flags, model="encoder"))
-    assert "--encoder_context file_order batches the database's photos; give --encoder_context inde" in message
-    message = refusal(capsys, lambda: run(f"--map={tmp_path}/none.npz", f"--queries_folder={photos}/queries"))
-    assert f"no map at {tmp_path}/none.npz" in message
+    line = refusal(capsys, lambda: run(*flags, model="encoder"))
+    assert "encoder_context file_order" in line and "encoder_context independent" in line
+    line = refusal(capsys, lambda: run(f"--map={tmp_path}/none.npz", f"--queries_folder={photos}/queries"))
+    assert f"no map at {tmp_path}/none.npz" in line
 
 
 def test_a_map_is_written_whole_or_not_at_all(made, photos, run, capsys, monkeypatch):
@@ -340,10 +308,9 @@ def test_a_map_is_written_whole_or_not_at_all(made, photos, run, capsys, monkeyp
             yield indices[:7], rows[:7]
             raise OSError(28, "No space left on device")
 
-    real = evaluation.write_map
-    monkeypatch.setattr("test.write_map", lambda path, chunks, **given: real(path, half(chunks), **given))
-    message = refusal(capsys, lambda: run(*plain(photos), f"--save_map={made}"), status=1)
-    assert f"{made} could not be written: [Errno 28] No space left on device" in message
+    monkeypatch.setattr("eval.write_map", lambda path, chunks, **given: write_map(path, half(chunks), **given))
+    line = refusal(capsys, lambda: run(*plain(photos), f"--save_map={made}"), status=1)
+    assert f"{made} could not be written: [Errno 28]" in line
     assert made.read_bytes() == before and [*made.parent.glob("*.tmp*")] == []
     newest = max(made.parent.parent.glob("run*/*/predictions.csv"), key=os.path.getmtime)
     assert newest.with_name("results.json").exists(), "the rest is there"
@@ -353,9 +320,8 @@ def test_a_map_is_written_whole_or_not_at_all(made, photos, run, capsys, monkeyp
 
 
 def settings(**changes):
-    model = {"backbone": "dino_tiny", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": False}
     return {
-        "model": model, "checkpoint": "a.pth", "weights": "0", "resize": [56, 56], "antialias": True, "upright": True,
+        "model": MODEL, "checkpoint": "a.pth", "weights": "0", "resize": [56, 56], "antialias": True, "upright": True,
         "precision": "fp32", "geographic": False, "accept": None, **changes,
     }  # fmt: skip
 
@@ -374,47 +340,28 @@ def unit(rows):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(("count", "dim"), [(3000, 384), (1500, 30), (2000, 1), (9, 384), (1, 4)])
+@pytest.mark.parametrize(("count", "dim"), [(900, 384), (1, 4)])
 def test_the_nearest_is_that_of_an_exact_search(tmp_path, count, dim, dtype):
-    """Whether a match is clear, one of many, or there is none; of equal ones the first."""
+    """Of equal ones the first."""
     rng = np.random.default_rng(count)
-    rows = rng.standard_normal((count, dim)) * (1 + 5 * (np.arange(dim) % 7 == 0)) + 2
-    rows = unit(rows) if dim > 1 else rows.astype(np.float32)
+    rows = unit(rng.standard_normal((count, dim)))
     rows[count // 2 :] = rows[: count - count // 2]  # each is there twice
     asked = written(tmp_path / "map.npz", rows, dtype=dtype)
     kept = rows.astype(dtype).astype(np.float32)
-    far = rng.standard_normal((20, dim)).astype(np.float32)
-    heavy = rng.standard_t(2, (20, dim)).astype(np.float32)
-    near = rows[rng.integers(count, size=20)] + 0.01 * far
-    for query in np.concatenate([near, unit(far), 9 * far, heavy, np.zeros((1, dim), np.float32), rows[-1:]]):
+    far = unit(rng.standard_normal((20, dim)))
+    for query in np.concatenate([rows[rng.integers(count, size=20)] + 0.01 * far, 9 * far, kept[-1:]]):
         distances = ((kept.astype(np.float64) - query) ** 2).sum(axis=1)
         index, distance = asked.nearest(query)
         assert distance == pytest.approx(distances.min(), rel=1e-5, abs=1e-6)
-        assert distances[index] <= distances.min() * (1 + 1e-5) + 1e-6
-        assert index == np.flatnonzero((kept == kept[index]).all(axis=1))[0]
-    with pytest.raises(ValueError, match=f"the descriptor must have {dim} finite numbers; this one has"):
+        assert distances[index] == distances.min() and index == np.argmin(distances)
+    assert distance == 0, "to itself"
+    with pytest.raises(ValueError, match=f"must have {dim} finite numbers"):
         asked.nearest(np.full(dim, np.nan))
 
 
-def test_most_descriptors_are_told_from_the_nearest_by_their_codes(tmp_path, monkeypatch):
-    """The floats of a few are gone over, not of all: that is where the time went."""
-    rows = unit(np.random.default_rng(0).standard_normal((4000, 512)))
-    asked = written(tmp_path / "map.npz", rows, together=1000)
-    compared = []
-    real = faiss.knn
-    monkeypatch.setattr(faiss, "knn", lambda query, some, k: compared.append(len(some)) or real(query, some, k))
-    asked.nearest(unit(rows[7:8] + 0.02)[0])
-    assert sum(compared) <= place_map.FIRST
-    compared.clear()
-    asked.nearest(unit(np.random.default_rng(1).standard_normal((1, 512)))[0])  # of a place that is not there
-    assert sum(compared) <= CANDIDATES
-
-
 def test_descriptors_that_are_not_finite_are_refused(tmp_path):
-    rows = np.ones((4, 8), dtype=np.float32)
-    rows[2, 3] = np.inf
-    with pytest.raises(ValueError, match="the map's descriptors are not finite"):
-        written(tmp_path / "map.npz", rows).load()
+    with pytest.raises(ValueError, match="descriptors are not finite"):
+        written(tmp_path / "map.npz", np.full((4, 8), np.inf, dtype=np.float32)).load()
 
 
 def test_names_of_any_bytes_and_unknown_positions_come_back(tmp_path):
@@ -449,10 +396,7 @@ def test_what_is_damaged_or_no_map_is_one_line(tmp_path):
             asked = PlaceMap(path)
             found = np.concatenate([chunk for _, chunk in asked.chunks()])
         except ValueError as error:
-            assert re.fullmatch(
-                r".*map.npz is damaged or not a map of this version \(.*\); copy it again, or make .*", str(error)
-            )
-            assert len(str(error)) < 400
+            assert re.search(r"map.npz is damaged .*--save_map", str(error)) and len(str(error)) < 400
             return "refused"
         assert np.array_equal(found, rows) and asked.positions is not None and asked.resize == (56, 56)
         return "the same"  # a bit of a date, say
@@ -475,7 +419,12 @@ def test_what_is_damaged_or_no_map_is_one_line(tmp_path):
     }.items():
         np.savez(path, **arrays)
         assert outcome(path.read_bytes()) == "refused", name
-    path.write_bytes(good)
-    with np.load(path) as arrays:
-        np.savez_compressed(tmp_path / "packed.npz", **arrays)
-    assert outcome((tmp_path / "packed.npz").read_bytes()) == "refused", "what unpacks to any size"
+
+
+def test_a_model_that_this_version_does_not_know_is_named(tmp_path):
+    """A later version's option; one that this version has left out is the default."""
+    rows = np.eye(3, dtype="f")
+    with pytest.raises(ValueError, match="map.npz.*knows no model with layer, tokens"):
+        written(tmp_path / "map.npz", rows, model={**MODEL, "tokens": 3, "layer": "gem"})
+    assert written(tmp_path / "map.npz", rows, model={**MODEL, "backbone_blocks": 5}).model["backbone_blocks"] == 5
+    assert written(tmp_path / "map.npz", rows, more=[1]).model == {**MODEL, "backbone_blocks": None}

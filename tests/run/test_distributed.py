@@ -1,6 +1,5 @@
 """Two processes (torchrun, Gloo) compute what one does."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import warm
+from helpers import SMALL, only_run, results_of
 from recorded import record
 from test_resume import assert_same, outcome
 
-FLAGS = (
-    "--eval_dataset_name=toy_city --backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56 "
-    "--train_resize 56 56 --lr=0.0001 --epochs_num=2"
-).split()
+pytestmark = pytest.mark.slow
+
+FLAGS = SMALL + "--eval_dataset_name=toy_city --train_resize 56 56 --lr=0.0001 --epochs_num=2".split()
 
 
 def torchrun(script, *arguments, restarts=0):
@@ -52,13 +51,9 @@ def test_several_processes_take_the_steps_of_one(city, tmp_path, processes, plac
             difference = gathered(step, "gradients") - gathered(expected, "gradients")
             assert difference.norm() < 1e-4 * gathered(expected, "gradients").norm()
     # Only one process wrote, and validation and test came to the same.
-    (a,), (b,) = (tmp_path / "several").iterdir(), (tmp_path / "one").iterdir()
+    a, b = only_run(tmp_path / "several"), only_run(tmp_path / "one")
     assert {path.name for path in a.iterdir()} == {path.name for path in b.iterdir()}
-    assert (
-        json.loads((a / "results.json").read_text())["recalls"]
-        == json.loads((b / "results.json").read_text())["recalls"]
-    )
-    assert recalls_of(a) == recalls_of(b)
+    assert results_of(a)["recalls"] == results_of(b)["recalls"] and recalls_of(a) == recalls_of(b)
     assert run.stderr.count("epoch=01") == 1
 
 

@@ -6,40 +6,33 @@ import subprocess
 import sys
 from pathlib import Path
 from subprocess import PIPE
-from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
 import torch
+from helpers import SMALL, refusal
 
 import eval as eval_script
 import train as train_script
 from model import build_model
-from utils.system import reading
 
-SMALL = "--eval_dataset_name=toy_city --backbone=dino_tiny --device cpu --num_workers 0 --resize 56 56".split()
+SMALL = [*SMALL, "--eval_dataset_name=toy_city"]
 
 
 @pytest.fixture
 def fails(tmp_path, capsys):
     """Runs a script and returns what it says when it refuses."""
-
-    def run(script, *flags):
-        with pytest.raises(SystemExit) as exit_:
-            script.main([*SMALL, f"--save_dir={tmp_path}/run", *map(str, flags)])
-        assert exit_.value.code == 2
-        shown = capsys.readouterr().err
-        assert "Traceback" not in shown
-        (message,) = [line for line in shown.splitlines() if "ERROR" in line or "error:" in line]
-        return message
-
-    return run
+    return lambda script, *flags: refusal(
+        capsys, lambda: script.main([*SMALL, f"--save_dir={tmp_path}/run", *map(str, flags)])
+    )
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
-    torch.save(build_model(backbone="dino_tiny").state_dict(), tmp_path / "model.pth")
-    return f"--resume={tmp_path}/model.pth"
+def evaluation_fails(fails, weights, city):
+    """Runs eval.py with weights."""
+    return lambda *flags, data=city: fails(
+        eval_script, f"--eval_datasets_folder={data}", f"--resume={weights}/plain.pth", *flags
+    )
 
 
 @pytest.fixture
@@ -48,71 +41,47 @@ def copied_city(city, tmp_path):
     return tmp_path / "data"
 
 
-def test_missing_folder(fails, checkpoint, city):
-    message = fails(eval_script, "--eval_datasets_folder=/nowhere", checkpoint)
+def test_missing_folder(fails, evaluation_fails, city):
+    message = evaluation_fails(data="/nowhere")
     assert "no folder /nowhere/toy_city/images/test/database: / has no nowhere, only " in message
     message = fails(train_script, f"--eval_datasets_folder={city}", "--train_dataset_folder=/nowhere")
     assert "no GSV-Cities in /nowhere: / has no nowhere, only " in message
+    message = fails(train_script, f"--eval_datasets_folder={city}", f"--train_dataset_folder={city}")
+    assert f"give {city}/gsv_cities with --train_dataset_folder" in message
 
 
-def test_empty_split(fails, checkpoint, copied_city):
+def test_empty_split(evaluation_fails, copied_city):
     for path in (copied_city / "toy_city/images/test/queries").iterdir():
         path.unlink()
-    assert "no image" in fails(eval_script, f"--eval_datasets_folder={copied_city}", checkpoint)
+    assert "no image" in evaluation_fails(data=copied_city)
 
 
-def test_name_without_utm(fails, checkpoint, copied_city):
-    shutil.copy(
-        next((copied_city / "toy_city/images/test/queries").iterdir()),
-        copied_city / "toy_city/images/test/queries/me.jpg",
-    )
-    message = fails(eval_script, f"--eval_datasets_folder={copied_city}", checkpoint)
-    assert "file names have no UTM coordinates" in message and "me.jpg; name photos @<UTM east>" in message
-
-
-def test_no_name_of_a_side_with_utm(fails, checkpoint, copied_city):
+def test_names_without_utm(evaluation_fails, copied_city):
     """Where a side has no position at all, counting where they are known counts nothing."""
-    queries = list((copied_city / "toy_city/images/test/queries").iterdir())
+    queries = sorted((copied_city / "toy_city/images/test/queries").iterdir())
     total = len(queries) + len(list((copied_city / "toy_city/images/test/database").iterdir()))
+    shutil.copy(queries[0], queries[0].with_name("me.jpg"))
+    message = evaluation_fails(data=copied_city)
+    assert f"1 of {total + 1} file names have no UTM coordinates" in message and "me.jpg; name photos @" in message
+    queries[0].with_name("me.jpg").unlink()
     for n, path in enumerate(queries):
         path.rename(path.with_name(f"{n:04d}.jpg"))
-    message = fails(eval_script, f"--eval_datasets_folder={copied_city}", checkpoint)
-    assert f"{len(queries)} of {total} file names have no UTM coordinates, e.g. " in message
-    assert "0000.jpg; name photos @<UTM east>@<UTM north>@...@.jpg, or " in message
+    message = evaluation_fails(data=copied_city)
+    assert f"{len(queries)} of {total} file names have no UTM coordinates, e.g. " in message and "0000.jpg" in message
     assert "--positives_file" in message and "--no_labels" in message and "--labels_where_known" not in message
 
 
-def test_checkpoint_of_other_options(fails, checkpoint, city):
-    message = fails(eval_script, f"--eval_datasets_folder={city}", checkpoint, "--supervlad_clusters=1")
+def test_checkpoint_of_other_options(evaluation_fails):
+    message = evaluation_fails("--supervlad_clusters=1")
     assert "has 5 clusters" in message and "use --supervlad_clusters=4" in message
-    message = fails(eval_script, f"--eval_datasets_folder={city}", checkpoint, "--backbone=dino_small")
-    assert "use --backbone=dino_tiny" in message
+    assert "use --backbone=dino_tiny" in evaluation_fails("--backbone=dino_small")
 
 
-def test_a_file_that_is_no_checkpoint(fails, city, tmp_path):
+def test_files_that_are_no_checkpoints(evaluation_fails, tmp_path):
     (tmp_path / "note.pth").write_text("Just a note")
-    message = fails(eval_script, f"--eval_datasets_folder={city}", f"--resume={tmp_path}/note.pth")
-    assert "note.pth is damaged or not a PyTorch weight file" in message
-
-
-def test_a_backbone_file_where_a_checkpoint_is_expected(fails, city, tmp_path):
+    assert "note.pth is damaged or not a" in evaluation_fails(f"--resume={tmp_path}/note.pth")
     torch.save(build_model(backbone="dino_tiny").backbone.state_dict(), tmp_path / "dinov2.pth")
-    message = fails(eval_script, f"--eval_datasets_folder={city}", f"--resume={tmp_path}/dinov2.pth")
-    assert "the official files go to train.py's --foundation_model_path" in message
-
-
-def test_resize_off_the_patch_grid(fails, checkpoint, city):
-    message = fails(eval_script, f"--eval_datasets_folder={city}", checkpoint, "--resize", "320", "320")
-    assert "320 is not a multiple of the 14-pixel patch; use e.g. 322" in message
-
-
-def test_freezing_above_the_depth(fails, city):
-    message = fails(train_script, f"--eval_datasets_folder={city}", "--freeze_te=13")
-    assert "--freeze_te 13 freezes more than the 12 blocks of this backbone; use 0 to 12, or none" in message
-
-
-def test_evaluation_without_a_checkpoint(fails, city):
-    assert "--resume is missing" in fails(eval_script, f"--eval_datasets_folder={city}")
+    assert "--foundation_model_path" in evaluation_fails(f"--resume={tmp_path}/dinov2.pth")
 
 
 def test_no_foundation_weights_and_no_network(fails, city, tmp_path, monkeypatch):
@@ -136,11 +105,21 @@ def test_unreadable_training_image(fails, copied_city):
         assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite(fails, city):
     flags = ["--train_resize", "56", "56", "--epochs_num=3", "--train_batch_size=8", "--freeze_te=none", "--lr=1e30"]
     for workers in (0, 2):
         message = fails(train_script, f"--eval_datasets_folder={city}", *flags, f"--num_workers={workers}")
         assert "the loss became nan" in message and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_in_which_nothing_can_be_found(fails, copied_city, tmp_path, split):
+    for path in (copied_city / f"toy_city/images/{split}/queries").iterdir():
+        path.rename(path.with_name(path.name.replace("@5", "@8", 1)))  # 300 km to the east
+    message = fails(train_script, f"--eval_datasets_folder={copied_city}", "--train_resize", "56", "56")
+    assert f"toy_city {split}" in message and "25 m" in message and "--val_positive_dist_threshold" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_released_encoder_training_without_adam(fails, city):
@@ -150,12 +129,12 @@ def test_released_encoder_training_without_adam(fails, city):
 
 def test_nothing_to_tell_a_place_from(fails, city, copied_city):
     message = fails(train_script, f"--eval_datasets_folder={city}", "--train_batch_size=1")
-    assert "--train_batch_size 1 leaves the loss no negatives (the other places of a batch); use 2" in message
+    assert "--train_batch_size 1 leaves" in message and "use 2" in message
     table = copied_city / "gsv_cities/Dataframes/London.csv"
     lines = table.read_text().splitlines()
     table.write_text("\n".join(line for line in lines if line.split(",")[0] in ("place_id", lines[1].split(",")[0])))
     message = fails(train_script, f"--eval_datasets_folder={copied_city}", "--cities", "London")
-    assert "1 places (5 images, London): training needs at least two places; add cities" in message
+    assert "1 places (5 images, London)" in message and "add cities" in message
 
 
 @pytest.mark.parametrize("flags", [["--resume=auto"], []])
@@ -167,8 +146,7 @@ def test_a_run_that_another_process_has(fails, city, tmp_path, flags):
     flags = flags or [f"--resume={folder}/last_model.pth"]
     held = folder if "auto" not in flags[0] else tmp_path / "run"
     code = "from pathlib import Path; from utils.system.lock import FolderLock; "
-    code += f"l = FolderLock(Path({str(held)!r}), ''); "
-    code += "print(flush=True); input()"
+    code += f"l = FolderLock(Path({str(held)!r}), ''); print(flush=True); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, cwd=Path(train_script.__file__).parent
     )
@@ -180,13 +158,3 @@ def test_a_run_that_another_process_has(fails, city, tmp_path, flags):
     assert f"{held} is in use by process {other.pid} on " in message and "name another --save_dir" in message
     assert {path: path.read_bytes() for path in folder.glob("[!.]*")} == before
     train_script.main([*SMALL, f"--save_dir={tmp_path}/run", *training, *flags])
-
-
-def test_shared_memory_too_small(fails, city, monkeypatch):
-    flags = [f"--eval_datasets_folder={city}", "--train_resize", "56", "56", "--num_workers=2"]
-    monkeypatch.setattr(reading.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
-    message = fails(train_script, *flags)
-    assert message.endswith(
-        "/dev/shm has 0.1 MB free, but 2 processes that read images need 0.19 MB; give a container more with docker "
-        "run --shm-size=8g or --ipc=host, or read with fewer processes or none (--num_workers=0)"
-    )

@@ -5,19 +5,20 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers import SMALL
 from sklearn.decomposition import PCA
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2 import functional as TF
 
 import train as train_script
-from datasets.evaluation.database_queries import DatabaseQueries
+from datasets.evaluation.tree import DatabaseQueries
 from datasets.photos import transforms
 from datasets.photos.batches import image_batches
 from datasets.photos.transforms import CROPS, evaluation_transform, open_image, transform_sizes
 from model import build_model
-from parser import TrainOptions, parse
-from test import evaluate, format_recalls
+from parser import Machine, Protocol, TrainOptions, parse
+from test import evaluate_split, format_recalls
 from utils.retrieval import extraction, search
 from utils.retrieval.contexts import Search
 from utils.retrieval.descriptor_store import DescriptorStore
@@ -25,6 +26,7 @@ from utils.retrieval.extraction import EncoderContext, descriptors, extract
 
 CPU = torch.device("cpu")
 SIZE = (56, 56)
+TRAIN = [*SMALL, *"--eval_dataset_name=toy_city --train_resize 56 56 --train_batch_size=4 --epochs_num=1".split()]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,19 @@ def stored(model, tmp_path):
     return run
 
 
+@pytest.fixture
+def both(dataset, stored):
+    """Stores of the database and, prepared by a test method, of the queries; and of others by name."""
+
+    def make(test_method="hard_resize", **others):
+        batch = 1 if test_method == "single_query" else 8
+        stores = {"database": stored(dataset.database_paths, name="database")}
+        stores["queries"] = stored(dataset.queries_paths, batch, 0, test_method, name="queries")
+        return stores | {name: stored(paths, name=name) for name, paths in others.items()}
+
+    return make
+
+
 def described(model, store, context):
     """In the order of the images, whatever the order of the chunks."""
     indices, rows = zip(*descriptors(model, store, context, device=CPU), strict=True)
@@ -75,15 +90,15 @@ def distances_between(queries, database):
     return ((queries[:, None] - database[None]) ** 2).sum(axis=2)
 
 
-@pytest.mark.parametrize("infer_batch_size", [4, 16])
+@pytest.mark.parametrize("infer_batch_size", [1, 4, 16])
 @pytest.mark.parametrize(("extraction_batch_size", "num_workers"), [(1, 0), (7, 2), (15, 0)])
 def test_descriptors_are_those_of_the_released_batching(
     model, dataset, stored, infer_batch_size, extraction_batch_size, num_workers
 ):
     store = stored(dataset.database_paths, extraction_batch_size, num_workers)
     assert store.shape == (15, 1, 2, 96)
-    found = described(model, store, EncoderContext(infer_batch_size))
-    np.testing.assert_allclose(found, by_hand(model, dataset.database_paths, infer_batch_size), atol=1e-6)
+    rows = described(model, store, EncoderContext(infer_batch_size))
+    np.testing.assert_allclose(rows, by_hand(model, dataset.database_paths, infer_batch_size), atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 5000])
@@ -92,45 +107,25 @@ def test_chunks_do_not_change_who_shares_a_batch(model, dataset, stored, monkeyp
     monkeypatch.setattr("utils.retrieval.extraction.ENCODED_TOGETHER", 1)
     store = stored(dataset.database_paths)
     assert len(list(descriptors(model, store, EncoderContext(4), device=CPU))) > 1
-    found = described(model, store, EncoderContext(4))
-    np.testing.assert_allclose(found, by_hand(model, dataset.database_paths, 4), atol=1e-6)
-
-
-def test_the_encoder_does_look_across_its_batch(model, dataset):
-    """So that the tests above can fail."""
     few, many = (by_hand(model, dataset.database_paths, size) for size in (4, 16))
-    assert np.abs(few - many).max() > 1e-3
-
-
-def test_independent_is_a_batch_of_one(model, dataset, stored):
-    found = described(model, stored(dataset.database_paths), EncoderContext(1))
-    np.testing.assert_allclose(found, by_hand(model, dataset.database_paths, 1), atol=1e-6)
+    np.testing.assert_allclose(described(model, store, EncoderContext(4)), few, atol=1e-6)
+    assert np.abs(few - many).max() > 1e-3, "the encoder does look across its batch"
 
 
 def test_shuffled_is_any_order(model, dataset, stored):
     context = EncoderContext(4, seed=(3, 1))
     order = context.order(15)
     assert sorted(order) == list(range(15)) and order.tolist() != list(range(15))
-    found = described(model, stored(dataset.database_paths), context)
+    rows = described(model, stored(dataset.database_paths), context)
     expected = by_hand(model, [dataset.database_paths[index] for index in order], 4)
-    np.testing.assert_allclose(found[order], expected, atol=1e-6)
-
-
-def searched(model, dataset, stored, test_method, *, context="file_order", batch=4, k=15, **settings):
-    stores = {
-        "database": stored(dataset.database_paths, name="database"),
-        "queries": stored(
-            dataset.queries_paths, 1 if test_method == "single_query" else 8, 0, test_method, name="queries"
-        ),
-    }
-    run = Search(model, stores, test_method=test_method, context=context, infer_batch_size=batch, device=CPU)
-    return run.run(k, **settings)[0]
+    np.testing.assert_allclose(rows[order], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("context", ["file_order", "independent"])
 @pytest.mark.parametrize("test_method", CROPS)
-def test_test_methods_by_hand(model, dataset, stored, test_method, context):
-    distances, predictions = searched(model, dataset, stored, test_method, context=context, k=4)
+def test_test_methods_by_hand(model, dataset, both, test_method, context):
+    run = Search(model, both(test_method), test_method=test_method, context=context, infer_batch_size=4, device=CPU)
+    ((distances, predictions),) = run.run(4)
     batch = 4 if context == "file_order" else 1
     database = by_hand(model, dataset.database_paths, batch)
     queries = by_hand(model, dataset.queries_paths, 1 if test_method == "single_query" else batch, test_method)
@@ -147,79 +142,67 @@ def test_test_methods_by_hand(model, dataset, stored, test_method, context):
     np.testing.assert_allclose(distances, lengths, atol=1e-5)
 
 
-def test_database_and_queries_are_shuffled_apart(model, dataset, stored):
+def test_database_and_queries_are_shuffled_apart(model, both):
     """They have the same number of images here, and would get the same order from the same seed."""
-    stores = {
-        name: stored(paths, name=name)
-        for name, paths in (("database", dataset.database_paths), ("queries", dataset.queries_paths))
-    }
-    run = Search(model, stores, context="shuffled", infer_batch_size=4, seed=(0, 1), device=CPU)
+    stores = both()
+    run, again, other = (
+        Search(model, stores, context="shuffled", infer_batch_size=4, seed=(0, order), device=CPU)
+        for order in (1, 1, 2)
+    )
     first, second = (next(iter(run.chunks(name)))[0] for name in stores)
     assert sorted(first) == sorted(second) == list(range(15)) and first.tolist() != second.tolist()
-    again = Search(model, stores, context="shuffled", infer_batch_size=4, seed=(0, 1), device=CPU)
-    other = Search(model, stores, context="shuffled", infer_batch_size=4, seed=(0, 2), device=CPU)
     np.testing.assert_array_equal(run.rows("queries"), again.rows("queries"))
     assert np.abs(run.rows("queries") - other.rows("queries")).max() > 1e-4
 
 
-def test_pca_by_hand(model, dataset, stored):
-    stores = {
-        name: stored(paths, name=name)
-        for name, paths in (
-            ("database", dataset.database_paths),
-            ("queries", dataset.queries_paths),
-            ("pca", dataset.database_paths[::-1]),
-        )
-    }
-    run = Search(model, stores, infer_batch_size=4, pca_dim=5, device=CPU)
+@pytest.mark.parametrize("whiten", [False, True])
+def test_pca_by_hand(model, dataset, both, whiten):
+    """Whitened components vary alike, and descriptors are normalised again; an exported file carries the linear map."""
+    fitted_on = dataset.database_paths[::-1]
+    run = Search(model, both(pca=fitted_on), infer_batch_size=4, pca_dim=5, pca_whiten=whiten, device=CPU)
+    pca = PCA(5, whiten=whiten, random_state=0).fit(by_hand(model, fitted_on, 4))
+    sides = [by_hand(model, paths, 4) for paths in (dataset.database_paths, dataset.queries_paths)]
+    database, queries = (pca.transform(rows) for rows in sides)
+    projection = run.projection()
+    mapped = (torch.from_numpy(sides[0]) - projection["mean"]) @ projection["components"].T
+    np.testing.assert_allclose(mapped, database, atol=1e-3)
+    if whiten:
+        assert pca.transform(by_hand(model, fitted_on, 4)).std(axis=0, ddof=1) == pytest.approx(1, rel=1e-3)
+        database, queries = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (database, queries))
     assert run.rows("queries").shape == (15, 5)
-    database, queries, fitted = (
-        by_hand(model, paths, 4)
-        for paths in (dataset.database_paths, dataset.queries_paths, dataset.database_paths[::-1])
-    )
-    pca = PCA(5, random_state=0).fit(fitted)
-    expected = distances_between(pca.transform(queries), pca.transform(database))
+    np.testing.assert_allclose(run.rows("queries"), queries, atol=1e-3)
+    expected = distances_between(queries, database)
     ((distances, predictions),) = run.run(3)
-    np.testing.assert_allclose(distances, np.sort(expected, axis=1)[:, :3], rtol=1e-3)
+    np.testing.assert_allclose(distances, np.sort(expected, axis=1)[:, :3], rtol=1e-3, atol=1e-5)
     np.testing.assert_array_equal(predictions, np.argsort(expected, axis=1)[:, :3])
 
 
-def test_whitened_numbers_vary_alike_and_are_normalised_again(model, dataset, stored):
-    stores = {name: stored(dataset.database_paths, name=name) for name in ("database", "queries", "pca")}
-    run = Search(model, stores, infer_batch_size=4, pca_dim=5, pca_whiten=True, device=CPU)
-    rows, database = run.rows("queries"), by_hand(model, dataset.database_paths, 4)
-    whitened = PCA(5, whiten=True, random_state=0).fit_transform(database)
-    np.testing.assert_allclose(whitened.std(axis=0, ddof=1), 1, rtol=1e-3)
-    np.testing.assert_allclose(rows, whitened / np.linalg.norm(whitened, axis=1, keepdims=True), atol=1e-3)
-    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
-    # As one linear map, which an exported file carries.
-    found = run.projection()
-    mapped = (torch.from_numpy(database) - found["mean"]) @ found["components"].T
-    np.testing.assert_allclose(mapped, whitened, atol=1e-3)
+def test_whitening_what_does_not_vary_is_refused(model, dataset, both):
+    few = dataset.database_paths[:4] * 2
+    with pytest.raises(ValueError, match="pca_whiten .* of 5 dimensions only 3 .* pca_dim 3"):
+        Search(model, both(pca=few), infer_batch_size=1, pca_dim=5, pca_whiten=True, device=CPU)
 
 
-def test_whitening_what_does_not_vary_is_refused(model, dataset, stored):
-    paths = dataset.database_paths
-    stores = {name: stored(paths, name=name) for name in ("database", "queries")} | {"pca": stored(paths[:4] * 2)}
-    with pytest.raises(ValueError, match="of 5 dimensions only 3 vary over the images; use --pca_dim 3 at most"):
-        Search(model, stores, infer_batch_size=1, pca_dim=5, pca_whiten=True, device=CPU)
+SETTINGS = {"positive_distance": 25.0, "recall_values": [1, 5, 10], "device": CPU, "machine": Machine(num_workers=0)}
+SETTINGS["protocol"] = Protocol(resize=SIZE, infer_batch_size=8)
 
 
 def test_database_and_queries_share_no_batch(model, dataset, tmp_path):
-    recalls = evaluate(
-        model,
-        dataset,
-        read_images=reader(4),
-        recall_values=[1, 5, 10],
-        positive_distance=25.0,
-        infer_batch_size=8,
-        device=CPU,
-        folder=tmp_path / "descriptors",
-    )
+    """The recall of a validation, which removes its descriptors, and nothing else."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
     database, queries = (by_hand(model, paths, 8) for paths in (dataset.database_paths, dataset.queries_paths))
     predictions = np.argsort(distances_between(queries, database), axis=1)
-    assert recalls == search.recall_at(predictions, dataset.positives(25.0), [1, 5, 10])
-    assert not (tmp_path / "descriptors").exists()
+    expected = search.recall_at(predictions, dataset.positives(25.0), [1, 5, 10])
+    for folder in (tmp_path / "descriptors", tmp_path / "mine"):
+        assert evaluate_split(model, dataset, folder=folder, **SETTINGS) == expected
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
+def test_a_validation_can_be_stopped(model, dataset, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        evaluate_split(model, dataset, folder=tmp_path / "some", stop=lambda: 1 / 0, **SETTINGS)
+    assert not (tmp_path / "some").exists()
 
 
 def test_evaluating_moves_no_random_numbers_and_switches_dropout_off(model, dataset, stored):
@@ -232,19 +215,13 @@ def test_evaluating_moves_no_random_numbers_and_switches_dropout_off(model, data
 
 def test_only_what_is_missing_is_computed(model, dataset, stored):
     store = stored(dataset.queries_paths, 4)
-    expected = store.read(np.arange(15))
-    np.lib.format.open_memmap(store.path, mode="r+")[[3, 9, 10]] = 0
-    done = bytearray(store.path.with_suffix(".done").read_bytes())
-    done[3] = done[9] = done[10] = 0
-    store.path.with_suffix(".done").write_bytes(done)
-    asked = []
-
-    def read_images(paths):
-        asked.extend(paths)
-        return reader(2)(paths, progress="")
-
-    extract(model, dataset.queries_paths, store, read_images)
-    assert asked == [dataset.queries_paths[index] for index in (3, 9, 10)]
+    expected, missing = store.read(np.arange(15)), [3, 9, 10]
+    np.lib.format.open_memmap(store.path, mode="r+")[missing] = 0
+    done = store.path.with_suffix(".done")
+    done.write_bytes(bytes(index not in missing for index in range(15)))
+    batches = []
+    extract(model, dataset.queries_paths, store, lambda paths: batches.append(paths) or reader(2)(paths, progress=""))
+    assert batches == [[dataset.queries_paths[index] for index in missing]]
     np.testing.assert_allclose(store.read(np.arange(15)), expected, atol=1e-6)
 
 
@@ -284,24 +261,13 @@ def test_normalising_is_torchvisions_and_can_overwrite(shape):
     assert torch.equal(again, expected) and again.data_ptr() == overwritten.data_ptr()
 
 
-def test_the_mean_goes_to_a_device_once(monkeypatch):
-    transforms.normalize(torch.rand(1, 3, 4, 4))
-    monkeypatch.setattr(transforms.torch, "tensor", None)
-    with torch.inference_mode():
-        transforms.normalize(torch.rand(2, 3, 5, 5), inplace=True)
-    mean, std = transforms._statistics(CPU, torch.float32)
-    assert not mean.is_inference() and mean.shape == std.shape == (3, 1, 1)
-
-
 def test_a_training_step_holds_its_images_once(city, tmp_path, monkeypatch):
     """As real numbers, beside the bytes that came: 289 MB for the recipe's 480 images."""
     counted = []
     to_unit, normalize = train_script.to_unit, train_script.normalize
 
     def unit(pixels):
-        memory = Memory(pixels.numel())
-        memory.__enter__()
-        counted.append(memory)
+        counted.append(Memory(pixels.numel()).__enter__())
         return to_unit(pixels)
 
     def normal(*values, **settings):
@@ -311,9 +277,7 @@ def test_a_training_step_holds_its_images_once(city, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_script, "to_unit", unit)
     monkeypatch.setattr(train_script, "normalize", normal)
-    flags = "--eval_dataset_name=toy_city --backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56".split()
-    flags += "--train_resize 56 56 --train_batch_size=4 --epochs_num=1".split()
-    train_script.main([*flags, f"--eval_datasets_folder={city}", f"--save_dir={tmp_path}"])
+    train_script.main([*TRAIN, f"--eval_datasets_folder={city}", f"--save_dir={tmp_path}"])
     assert counted and all(len(memory.seen) == 1 for memory in counted)
 
 
@@ -330,9 +294,7 @@ def test_the_precision_of_validation(city, tmp_path, monkeypatch):
     """It is taken for the validation split alone."""
     taken, real = [], extraction.autocast
     monkeypatch.setattr(extraction, "autocast", lambda device, name: taken.append(name) or real(device, name))
-    flags = "--eval_dataset_name=toy_city --backbone=dino_tiny --device=cpu --num_workers=0 --resize 56 56".split()
-    flags += "--train_resize 56 56 --train_batch_size=4 --epochs_num=1 --extraction_batch_size=16".split()
-    flags += [f"--eval_datasets_folder={city}", f"--save_dir={tmp_path}"]
+    flags = [*TRAIN, "--extraction_batch_size=16", f"--eval_datasets_folder={city}", f"--save_dir={tmp_path}"]
     recalls = {}
     for precision in ("fp32", "bf16"):
         taken.clear()
@@ -344,6 +306,7 @@ def test_the_precision_of_validation(city, tmp_path, monkeypatch):
 
 def test_validation_precision_decides_and_is_a_known_one():
     argv = ["--eval_datasets_folder=data"]
-    assert parse(TrainOptions, argv).decisive["--val_precision"] == "fp32"
+    assert parse(TrainOptions, argv).machine.val_precision == "fp32"
+    assert "val_precision" not in train_script.MAY_CHANGE
     with pytest.raises(SystemExit):
         parse(TrainOptions, [*argv, "--val_precision=int8"])

@@ -1,24 +1,21 @@
 """The way to the device and back, and what needs a CUDA GPU."""
 
-import csv
 import shutil
 
 import pytest
 import torch
+from helpers import SMALL, only_run, results_of, rows_of
 from PIL import Image
 
-import eval as eval_script
 import train as train_script
 from datasets.photos.batches import image_batches
 from datasets.photos.transforms import evaluation_transform
 from model import build_model
-from parser import EvalOptions, parse
 from utils.system import device as device_module
 from utils.system.device import reading_workers, to_cpu, to_device
 
 CPU = torch.device("cpu")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
-TOY = "--eval_dataset_name=toy_city --backbone=dino_tiny --num_workers=0 --resize 56 56".split()
 
 
 def test_batches_arrive_in_order():
@@ -36,30 +33,46 @@ def test_reading_workers_leave_the_cores_to_a_model_on_the_cpu(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_weights_cast_once_give_what_autocast_gives(precision):
-    torch.manual_seed(0)
     model = build_model(backbone="dino_tiny").eval()
-    images, found = torch.randn(3, 3, 56, 56), []
-    for cast in (False, True):
-        if cast:
-            device_module.cast_products(model.backbone, precision)
-        with torch.inference_mode(), device_module.autocast(CPU, precision):
-            found.append(model.cluster_vectors(images))
-    assert torch.equal(*found)
+    images = torch.randn(3, 3, 56, 56)
+    with torch.inference_mode(), device_module.autocast(CPU, precision):
+        expected = model.cluster_vectors(images)
+        device_module.cast_weights(model.backbone, precision)
+        assert torch.equal(model.cluster_vectors(images), expected)
     assert model.backbone.blocks[0].mlp.fc1.weight.dtype == device_module.AUTOCAST.get(precision, torch.float32)
     assert model.backbone.norm.weight.dtype == model.aggregation.conv.weight.dtype == torch.float32
 
 
-def test_a_containers_quota_of_cores_counts(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [(None, 64), ("max 100000", 64), ("150000 100000", 2), ("50000 100000", 1), ("9900000 100000", 64), ("?", 64)],
+)
+def test_a_containers_quota_of_cores_counts(monkeypatch, tmp_path, quota, cores):
     monkeypatch.setattr(device_module, "CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(device_module.os, "sched_getaffinity", lambda _: set(range(64)))
-    found = []
-    for text in (None, "max 100000", "150000 100000", "50000 100000", "9900000 100000", "?"):
-        if text is not None:
-            (tmp_path / "cpu.max").write_text(text)
-        found.append(device_module.usable_cores())
-    assert found == [64, 64, 2, 1, 64, 64]
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    assert device_module.usable_cores() == cores
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert device_module.usable_cores() == 16
+    assert device_module.usable_cores() == max(1, cores // 4) and device_module.usable_cores(alone=True) == cores
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, 2),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, 4),
+        ({"WORLD_SIZE": "1", "SLURM_NTASKS": "1"}, 0),
+        ({"WORLD_SIZE": "2", "SLURM_NTASKS": "2", "TORCHELASTIC_RUN_ID": "x"}, 0),
+    ],
+)
+def test_processes_that_are_no_run_together_are_told(monkeypatch, caplog, variables, count):
+    for name in ("WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert device_module.pick_device("cpu") == CPU
+    assert [f"--nproc_per_node={count}" in message for message in caplog.messages] == [True] * bool(count)
 
 
 def test_a_gpu_that_cannot_be_used_is_told(monkeypatch, caplog):
@@ -67,21 +80,17 @@ def test_a_gpu_that_cannot_be_used_is_told(monkeypatch, caplog):
     real = device_module.Path.exists
     monkeypatch.setattr(device_module.Path, "exists", lambda path: str(path) == "/dev/nvidiactl" or real(path))
     assert device_module.pick_device("cpu") == CPU and not caplog.text
-    assert device_module.pick_device("auto") == CPU and "has an NVIDIA GPU, but PyTorch" in caplog.text
+    assert device_module.pick_device("auto") == CPU and "--gpus all" in caplog.text
+    with pytest.raises(ValueError, match="--device cuda: .* --device cpu"):
+        device_module.pick_device("cuda")
 
 
-def test_peak_memory_on_a_mac_is_in_bytes(monkeypatch):
-    on_linux = device_module.peak_memory(CPU)
-    monkeypatch.setattr(device_module.sys, "platform", "darwin")
-    assert on_linux == pytest.approx(1024 * device_module.peak_memory(CPU), rel=0.1)
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize(
     "settings", [{"backbone": "dino_tiny"}, {"backbone": "dinov3_tiny", "backbone_blocks": 2}], ids=["2", "3"]
 )
 def test_compiled_blocks_compute_the_same(settings):
-    torch.manual_seed(0)
     model = build_model(**settings).eval()
     names = list(model.state_dict())
     batches = [torch.randn(count, 3, 112, 112) for count in (3, 2)]
@@ -126,15 +135,11 @@ def test_grey_photos_reach_a_gpu(tmp_path):
 
 @on_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_evaluation_on_a_gpu_finds_what_the_cpu_finds(city, tmp_path, precision):
-    torch.save(build_model(backbone="dino_tiny").state_dict(), tmp_path / "weights.pth")
-    flags = [*TOY, f"--eval_datasets_folder={city}", f"--resume={tmp_path}/weights.pth", f"--save_dir={tmp_path}/run"]
-    found = []
-    for device in (["--device=cpu"], ["--device=cuda", f"--precision={precision}"]):
-        found += eval_script.run(parse(EvalOptions, [*flags, *device])).values()
+def test_evaluation_on_a_gpu_finds_what_the_cpu_finds(evaluated, precision):
+    expected = results_of(evaluated())["recalls"]
+    recalls = results_of(evaluated("--device=cuda", f"--precision={precision}"))["recalls"]
     one_query = 100 / 15 + 0.1
-    for n, recall in found[0]["file_order"].items():
-        assert found[1]["file_order"][n] == pytest.approx(recall, abs=one_query)
+    assert recalls == pytest.approx(expected, abs=one_query)
 
 
 @on_gpu
@@ -144,10 +149,9 @@ def test_training_on_a_gpu_ends_near_the_cpu(city, tmp_path, flags):
     for device, extra in (("cpu", []), ("cuda", flags.split())):
         folder = tmp_path / device
         train_script.main(
-            [*TOY, f"--eval_datasets_folder={city}", "--train_resize", "56", "56", "--epochs_num=2", "--lr=0.0005"]
-            + ["--train_batch_size=4", f"--device={device}", f"--save_dir={folder}", "--randaugment_ops=0", *extra]
+            [*SMALL, "--eval_dataset_name=toy_city", f"--eval_datasets_folder={city}", "--train_resize", "56", "56"]
+            + ["--epochs_num=2", "--lr=0.0005", "--train_batch_size=4", "--randaugment_ops=0"]
+            + [f"--device={device}", f"--save_dir={folder}", *extra]
         )
-        (run,) = folder.iterdir()
-        with open(run / "metrics.csv", newline="") as file:
-            losses[device] = float(list(csv.DictReader(file))[-1]["loss"])
+        losses[device] = float(rows_of(only_run(folder), "metrics.csv")[-1]["loss"])
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05)

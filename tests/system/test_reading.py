@@ -1,11 +1,8 @@
 """Images for evaluation are read in threads of this process: in order, a little ahead, and with nothing left behind."""
 
-import logging
 import multiprocessing
-import resource
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +81,19 @@ def test_batches_come_in_order_and_not_far_ahead(threads):
 
 
 def test_single_images_keep_all_threads_reading():
-    """Two batches of one are not enough for eight threads."""
-    together = threading.Barrier(8, timeout=20)
-    assert [*read_batches(lambda key: together.wait() >= 0, all, [[key] for key in range(16)], threads=8)] == [
-        True
-    ] * 16
+    """Two batches of one are not enough for eight threads; each computes in itself, and the caller as before."""
+    together, before = threading.Barrier(8, timeout=20), torch.get_num_threads()
+
+    def read(key):
+        together.wait()
+        return torch.get_num_threads()
+
+    torch.set_num_threads(2)
+    try:
+        assert [*read_batches(read, sum, [[key] for key in range(16)], threads=8)] == [1] * 16
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -120,34 +125,16 @@ def test_threads_end_with_the_generator_and_begin_nothing_more(photos):
     assert not reading_threads() and count < 16
     time.sleep(0.05)
     assert len(read) == count
-
-
-def test_stop_is_asked_before_each_batch(photos):
-    asked = []
-
-    def stop():
-        asked.append(None)
-        if len(asked) == 2:
-            raise SystemExit(143)
-
-    batches = batches_of(photos, stop=stop)
+    batches = batches_of(photos, stop=[None].pop)  # called before each batch, the second time in vain
     next(batches)
-    with pytest.raises(SystemExit):
+    with pytest.raises(IndexError):
         next(batches)
     assert not reading_threads()
 
 
-def test_the_callers_number_of_threads_stays():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        inside = [*read_batches(lambda key: torch.get_num_threads(), list, [[0], [1]], threads=2)]
-        assert inside == [[1], [1]] and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_threads_read_the_same_bits(photos):
+def test_threads_read_the_same_bits_without_a_process_or_shared_memory(photos, monkeypatch):
+    monkeypatch.setattr(reading, "_fits_in_shared_memory", None)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", None)
     with torch.inference_mode():
         one, many = (list(batches_of(photos, threads=threads)) for threads in (0, 3))
     expected = [TRANSFORM(read_pixels(path)[None]) for path in photos]
@@ -159,10 +146,14 @@ def test_a_gpu_gets_one_pinned_tensor_a_batch_and_the_same_bits(photos, a_gpu, t
     cuda = torch.device("cuda")
     got = list(batches_of(photos, threads=threads, device=cuda))
     assert [len(batch) for batch in got] == [3, 3, 1] and len(a_gpu) == 3
+    expected = [read_pixels(path) for path in photos]
     for start, batch, ((pixels, shapes, pinned), device) in zip((0, 3, 6), got, a_gpu, strict=True):
         assert pinned and device == cuda and pixels.dtype == torch.uint8 and pixels.dim() == 1
         assert [tuple(shape) for shape in shapes] == [(3, *size) for size in SIZES[start : start + 3]]
-        assert torch.equal(batch, transform_sizes(TRANSFORM, [read_pixels(p) for p in photos[start : start + 3]]))
+        assert torch.equal(batch, transform_sizes(TRANSFORM, expected[start : start + 3]))
+        for image, again in zip(expected[start : start + 3], unpacked(pixels, shapes), strict=True):
+            assert torch.equal(image, again) and again.stride(0) == 1  # side by side, as decoders leave them
+            assert again.untyped_storage().data_ptr() == pixels.data_ptr()
 
 
 def test_photos_that_are_turned_reach_a_gpu_resized_and_pinned(photos, monkeypatch):
@@ -172,39 +163,3 @@ def test_photos_that_are_turned_reach_a_gpu_resized_and_pinned(photos, monkeypat
     got = list(batches_of(photos, device=torch.device("cuda"), upright=True))
     assert [tuple(of.shape) for (of,) in sent] == [(3, 3, 56, 56), (3, 3, 56, 56), (1, 3, 56, 56)]
     assert len(pinned) == 3 and torch.equal(torch.cat(got), torch.cat(list(batches_of(photos, upright=True))))
-
-
-def test_packing_keeps_what_decoders_leave_side_by_side(photos):
-    images = [read_pixels(path) for path in photos]
-    pixels, shapes = packed(images, pinned=False)
-    assert pixels.numel() == sum(image.numel() for image in images)
-    for image, again in zip(images, unpacked(pixels, shapes), strict=True):
-        assert torch.equal(image, again) and again.stride(0) == 1
-        assert again.untyped_storage().data_ptr() == pixels.data_ptr()
-
-
-def test_four_hundred_photos_a_batch_open_few_files(photos, a_gpu):
-    """A tensor a photo from worker processes is a file each: 1,024 are not enough for two batches of 400."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    paths = photos[:1] * 1200
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 24, hard))
-    try:
-        batches = list(batches_of(paths, batch_size=400, device=torch.device("cuda")))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert [len(batch) for batch in batches] == [400] * 3
-
-
-def test_evaluation_takes_no_process_and_no_shared_memory(photos, monkeypatch, caplog):
-    monkeypatch.setattr(reading, "_fits_in_shared_memory", None)
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", None)
-    with caplog.at_level(logging.WARNING):
-        assert len(list(batches_of(photos, threads=4))) == 3
-    assert not caplog.text
-
-
-def test_two_extractions_at_once_do_not_mix(photos):
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda size: torch.cat(list(batches_of(photos, batch_size=size))), (2, 5))
-        first, second = found
-    assert torch.equal(first, second)

@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import parser
-from datasets import check, to_gsv_cities
-from model import export
 from utils.run import log as run_log
 from utils.system import version
 
@@ -29,19 +26,14 @@ def run(*command):
 @pytest.mark.parametrize(
     ("command", "status", "message"),
     [
-        ("train.py --epoch_num=3", 2, "unknown option --epoch_num, did you mean --epochs_num?"),
-        ("eval.py --resum=x", 2, "unknown option --resum, did you mean --resume?"),
-        ("eval.py", 2, "--eval_datasets_folder is missing"),
-        ("train.py --eval_datasets_folder=D --patience=0", 2, "--patience 0 is not above 0"),
+        ("train.py --epoch_num=3", 2, "did you mean --epochs_num?"),
+        ("eval.py", 2, "--eval_datasets_folder"),
+        ("train.py --eval_datasets_folder=D --patience=0", 2, "--patience: 0"),
         ("eval.py --help", 0, ""),
-        ("-m model.export --outptu=x.onnx", 2, "unknown option --outptu=x.onnx, did you mean --output?"),
-        ("-m model.export --resume=x --output=y --backbone=dino_tyni", 2, "invalid choice: 'dino_tyni'"),
-        ("-m model.export", 2, "--resume and --output missing"),
-        ("-m model.export --resume=x --output=model.pt", 2, "neither .onnx nor .safetensors"),
-        ("-m model.export --resume=x --output=y.onnx --resize 56 57", 2, "--resize 56 57 is not a multiple of the 14"),
-        ("-m datasets.check data --treshold=3", 2, "unknown option --treshold=3, did you mean --threshold?"),
+        ("-m model.export --outptu=x.onnx", 2, "did you mean --output?"),
+        ("-m datasets.check data --treshold=3", 2, "did you mean --threshold?"),
         ("-m datasets.check --help", 0, ""),
-        ("-m datasets.toy_city --ouput=x", 2, "unknown option --ouput=x, did you mean --output?"),
+        ("-m datasets.toy_city --ouput=x", 2, "did you mean --output?"),
     ],
 )
 def test_a_mistake_is_answered_before_anything_slow_is_imported(command, status, message):
@@ -62,15 +54,6 @@ def test_the_version_is_printed_before_anything_slow_is_imported(program):
     assert done.stdout == f"{program.replace('-m', 'python -m')} {(ROOT / 'VERSION').read_text()}"
 
 
-@pytest.mark.parametrize("command_line", [check.command_line, to_gsv_cities.command_line])
-def test_programs_of_the_data_have_the_version_too(command_line, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        command_line().parse(["--version"])
-    program, number = capsys.readouterr().out.rsplit(maxsplit=1)
-    assert exit_.value.code == 0 and program.startswith("python -m datasets.")
-    assert number == (ROOT / "VERSION").read_text().strip()
-
-
 def test_every_place_has_the_same_version(monkeypatch, tmp_path):
     """The citation, the first heading of the changelog, the programs, the log and results.json."""
     number = (ROOT / "VERSION").read_text().strip()
@@ -78,15 +61,9 @@ def test_every_place_has_the_same_version(monkeypatch, tmp_path):
     assert re.findall(r"^version: (.*)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [number]
     changes = (ROOT / "CHANGELOG.md").read_text()
     assert re.findall(r"^## \[?([\d.]+)\]? - \d{4}-\d\d-\d\d$", changes, re.MULTILINE)[0] == number
-    assert parser.version() == version.version() == export.version() == number
-    assert run_log.environment(torch.device("cpu"))["version"] == number
-    for module, path in (
-        (parser, "parser.py"),
-        (version, "utils/system/version.py"),
-        (export, "model/export.py"),
-    ):  # copied without the file
-        monkeypatch.setattr(module, "__file__", str(tmp_path / path))
-        assert module.version() == "unknown"
+    assert version.version() == run_log.environment(torch.device("cpu"))["version"] == number
+    monkeypatch.setattr(version, "__file__", str(tmp_path / "utils/system/version.py"))  # copied without the file
+    assert version.version() == "unknown"
 
 
 def test_the_scripts_start_without_what_only_some_runs_need():
@@ -95,10 +72,8 @@ def test_the_scripts_start_without_what_only_some_runs_need():
     assert not imported & {"sklearn", "scipy", "matplotlib", "pytorch_metric_learning", "onnx", "safetensors"}
 
 
-def test_the_models_of_torch_hub_take_no_metric_learning():
-    """Nor anything else that only training and evaluation need: hubconf.py declares torch and numpy alone."""
+def test_the_models_of_torch_hub_take_what_it_declares():
     load = "import torch; torch.hub.load('.', 'supervlad', source='local', pretrained=False, backbone='dino_tiny')"
-    done, imported = run("-c", f"{load}; from model import build_model; build_model(backbone='dino_tiny')")
-    assert done.returncode == 0, done.stderr
-    assert {"torch", "_supervlad_model", "model"} <= imported
+    done, imported = run("-c", load)
+    assert done.returncode == 0 and any(name.startswith("_supervlad_") for name in imported), done.stderr
     assert not imported & {"pytorch_metric_learning", "faiss", "sklearn", "matplotlib"}

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..retrieval.place_map import common_root, relative_to
 from ..retrieval.search import Chunk
-from ..system.files import whole
+from ..system.files import atomic_write, common_root, relative_to
 
 logger = logging.getLogger(__name__)
 
@@ -23,29 +22,20 @@ DATASET = "global_descriptor"  # hloc's name for an image's descriptor
 
 
 def require_names(queries: Sequence[str], database: Sequence[str], *, flag: str, there: bool = True) -> None:
-    """Checks that the photos' names can be written to a list.
-
-    Args:
-        queries: Q paths.
-        database: N paths.
-        flag: the option that writes the list.
-        there: whether the photos exist; those of a map may be missing.
+    """Checks that the photos' names can be written to a list, by the option `flag`; `there`: the photos of a map exist.
 
     Raises:
         ValueError: hloc and COLMAP would read a name as two, as a comment, or not at all; or photos are missing.
     """
     if not there:
-        raise ValueError(
-            f"{flag} is for programs that read the photos, but those of the map are missing; put them where the map "
-            "says, or leave the option out"
-        )
+        raise ValueError(f"{flag} is for programs that read the photos, but those of the map are missing; leave it out")
     paths = [*queries, *database]
     root = common_root(paths)
-    lost = [name for name in relative_to(root, paths) if not _listable(name)]
-    if lost:
+    refused = [name for name in relative_to(root, paths) if not _listable(name)]
+    if refused:
         raise ValueError(
-            f"{flag}: {len(lost)} of {len(paths)} photo names below {root} have spaces, a leading #, or bytes that "
-            f"are not UTF-8, e.g. {lost[0]!r}; hloc and COLMAP cannot read these from a list: rename them"
+            f"{flag}: hloc and COLMAP read no names with spaces, a leading #, or bytes that are not UTF-8 from a list, "
+            f"which {len(refused)} of {len(paths)} below {root} have, e.g. {refused[0]!r}; rename them"
         )
 
 
@@ -54,11 +44,7 @@ def _listable(name: str) -> bool:
 
 
 def require_h5py() -> Any:
-    """The package h5py.
-
-    Raises:
-        ValueError: it is missing.
-    """
+    """The package h5py, or a ValueError that says how to get it."""
     try:
         return importlib.import_module("h5py")
     except ImportError as error:
@@ -66,65 +52,43 @@ def require_h5py() -> Any:
 
 
 def require_one_each(test_method: str, pca_dim: int) -> None:
-    """Checks that `write_h5` can write what hloc reads; warns if hloc will rank differently.
-
-    Args:
-        test_method: how queries are prepared.
-        pca_dim: dimensions that a PCA reduces descriptors to; 0 for no PCA.
+    """Checks that `write_h5` can write what hloc reads; warns if hloc will rank differently, after a PCA.
 
     Raises:
         ValueError: h5py is missing, or a query has several descriptors.
     """
     require_h5py()
     if test_method in ("nearest_crop", "maj_voting"):
-        raise ValueError(
-            f"--save_h5 writes one descriptor per photo, but --test_method {test_method} has one per crop; use "
-            "another, e.g. hard_resize"
-        )
+        raise ValueError(f"--save_h5 writes one descriptor per photo, --test_method {test_method} has one per crop")
     if pca_dim:
         logger.warning("--save_h5: hloc ranks by dot product, which differs from the order of distances after a PCA")
 
 
 def write_pairs(folder: Path, queries: Sequence[str], database: Sequence[str], predictions: NDArray[np.int64]) -> None:
-    """Writes `pairs.txt`, a line `query database` for each prediction.
+    """Writes the run's `pairs.txt`, a line `query database` for each of the predictions, Q x k; -1 is left out.
 
-    Args:
-        folder: the run's folder.
-        queries: Q paths, with names that `require_names` accepts.
-        database: N paths, likewise.
-        predictions: Q x k database indices, best first; -1 is left out.
+    `require_names` must have accepted the paths.
     """
     root = common_root([*queries, *database])
-    asked, known = relative_to(root, queries), relative_to(root, database)
-    with whole(folder / PAIRS) as path, open(path, "w", encoding="utf-8", newline="\n") as file:
-        for query, row in zip(asked, predictions, strict=True):
-            file.writelines(f"{query} {known[image]}\n" for image in row[row >= 0])
+    query_names, database_names = relative_to(root, queries), relative_to(root, database)
+    with atomic_write(folder / PAIRS) as path, open(path, "w", encoding="utf-8", newline="\n") as file:
+        for query, row in zip(query_names, predictions, strict=True):
+            file.writelines(f"{query} {database_names[image]}\n" for image in row[row >= 0])
     missing = int((predictions < 0).sum())
-    logger.info(
-        "%d pairs of %d queries, names relative to %s%s: %s",
-        predictions.size - missing,
-        len(queries),
-        root,
-        f", {missing} matches fewer than requested, which the index did not find" if missing else "",
-        folder / PAIRS,
-    )
+    fewer = f", {missing} matches fewer than requested, which the index did not find" if missing else ""
+    count = predictions.size - missing
+    logger.info(f"{count} pairs of {len(queries)} queries, names relative to {root}{fewer}: {folder / PAIRS}")
 
 
 def write_h5(folder: Path, sides: Mapping[str, tuple[Sequence[str], Iterable[Chunk]]]) -> None:
-    """Writes `global_descriptors.h5`: the descriptor of each photo at `/<its name>/global_descriptor`.
+    """Writes the run's `global_descriptors.h5`: the descriptor of each photo at `/<its name>/global_descriptor`.
 
-    Args:
-        folder: the run's folder.
-        sides: paths of database and queries, and their descriptors as indices and n x D, in chunks.
-
-    Raises:
-        ValueError: h5py is missing.
-        OSError: the file cannot be written.
+    `sides` has the paths of database and queries, and their descriptors as indices and n x D, in chunks.
     """
     h5py = require_h5py()
     root = common_root([path for paths, _ in sides.values() for path in paths])
     count = 0
-    with whole(folder / DESCRIPTORS) as path, h5py.File(path, "w") as file:
+    with atomic_write(folder / DESCRIPTORS) as path, h5py.File(path, "w") as file:
         for paths, chunks in sides.values():
             names = relative_to(root, paths)
             for indices, rows in chunks:

@@ -1,17 +1,15 @@
 """Searches by the signs of descriptors, one bit per number, and ranks the first images found exactly."""
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .faiss_index import refusals
-from .search import CPU, Chunk, checked_queries, first, log_agreement, nearest, parts_of, require_finite
-
-logger = logging.getLogger(__name__)
+from .faiss_index import fill, log_agreement, refusals
+from .search import CPU, Chunk, first, parts_of, require_finite
 
 PAIRS_TOGETHER = 4096  # pairs of a query and an image whose exact distances are computed at a time
 
@@ -31,49 +29,26 @@ def nearest_by_codes(
     device: torch.device = CPU,
     sets: Sequence[int] = (),
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], list[dict[str, float]]]:
-    """Nearest neighbours by L2 distance among those with the smallest Hamming distance of the signs.
+    """Nearest neighbours by L2 distance among the `rerank` with the smallest Hamming distance of the signs.
 
-    Nothing is trained. The database is read twice: for its codes, which stay in memory, D / 8 bytes per image, and for
-    the exact distances of the images that these find. SelaVPR++ (Lu et al. 2025) has two such stages, with trained
-    codes.
+    Nothing is trained. The database is read twice, in the same order: for its codes, which stay in memory, D / 8 bytes
+    per image, and for the exact distances of the images that these find; k is at most `rerank`. SelaVPR++ (Lu et al.
+    2025) has two such stages, with trained codes.
 
-    Args:
-        queries: Q x D.
-        chunks: returns the database at each call, as for `nearest`, always in the same order.
-        count: number of its descriptors, N.
-        k: neighbours per query, at most N and `rerank`.
-        rerank: images per query whose exact distance is computed.
-        device: device of the exact search that the result is compared with, on some queries.
-        sets: as in `nearest`.
-
-    Returns:
-        Like `nearest_by_index`, without -1.
-
-    Raises:
-        ValueError: see `nearest`.
+    Other arguments and what is returned are those of `nearest_by_index`, without -1.
     """
     require_finite(queries)  # `nearest` sees only some of them
     dim = queries.shape[1]
-    index = faiss.IndexBinaryFlat(8 * codes_of(queries[:1]).shape[1])
-    order: list[NDArray[np.int64]] = []
-
-    def added() -> Iterable[Chunk]:
-        for indices, descriptors in chunks():
-            index.add(codes_of(descriptors))  # type: ignore[call-arg]
-            order.append(indices)
-            yield indices, descriptors
-
+    index: Any = faiss.IndexBinaryFlat(8 * codes_of(queries[:1]).shape[1])
     parts = parts_of(sets or [len(queries)])
-    checked = [checked_queries(queries[part]) for part in parts]
-    _, exact = nearest(np.concatenate(checked), added(), k, device, [len(rows) for rows in checked])
-    with refusals("search --index binary"):
-        _, rows = index.search(codes_of(queries), min(rerank, count))  # type: ignore[call-arg]
+    order, exact = fill(lambda rows: index.add(codes_of(rows)), queries, chunks, k, device, parts)
+    _, rows = refusals("binary")(index.search)(codes_of(queries), min(rerank, count))
     distances = exact_distances(queries, rows, chunks)
     # Equal distances in the order of the images, as in exact search.
     by_row = np.argsort(rows, axis=1)
     rows, distances = np.take_along_axis(rows, by_row, 1), np.take_along_axis(distances, by_row, 1)
     distances, rows = first(distances, rows, k)
-    predictions = np.concatenate(order)[rows]
+    predictions = order[rows]
     name = f"binary ({-(-dim // 8)} bytes per image, the first {min(rerank, count)} ranked exactly)"
     return distances, predictions, log_agreement(name, [predictions[part] for part in parts], exact)
 

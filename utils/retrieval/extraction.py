@@ -23,7 +23,7 @@ CHUNK_BYTES = 2**26  # of descriptors in memory at a time, roughly
 ENCODED_TOGETHER = 256  # images, roughly
 
 
-class PlaceDescriber(Protocol):
+class DescriptorModel(Protocol):
     """A model to evaluate, in two parts; only the second looks across the images of a batch."""
 
     @property
@@ -42,17 +42,11 @@ class PlaceDescriber(Protocol):
 
 @dataclass(frozen=True)
 class EncoderContext:
-    """Which images share a batch in the cross-image encoder: part of the protocol, since descriptors depend on it.
+    """Which images share a batch in the cross-image encoder: part of the protocol, since descriptors depend on it."""
 
-    Attributes:
-        batch_size: images that share a batch; 1 encodes each photo by itself.
-        seed: seed of a random order of the images; None for the order of their file names.
-        shift: images in a short first batch; 0 for a full one.
-    """
-
-    batch_size: int
-    seed: tuple[int, ...] | None = None
-    shift: int = 0
+    batch_size: int  # 1 encodes each photo by itself
+    seed: tuple[int, ...] | None = None  # of a random order of the images; None for the order of their file names
+    shift: int = 0  # images in a short first batch; 0 for a full one
 
     def order(self, count: int) -> NDArray[np.int64]:
         """The indices 0 to count - 1 in the order of encoding."""
@@ -63,7 +57,7 @@ class EncoderContext:
 
 @torch.inference_mode()
 def extract(
-    model: PlaceDescriber,
+    model: DescriptorModel,
     paths: Sequence[str],
     store: DescriptorStore,
     read_images: Callable[[Sequence[str]], Iterable[Tensor]],
@@ -71,14 +65,8 @@ def extract(
 ) -> None:
     """Runs backbone and aggregation, in evaluation mode, on the images that the store does not have yet.
 
-    With several processes, each takes its share.
-
-    Args:
-        model: the model to evaluate.
-        paths: N images.
-        store: receives N x crops x K x D.
-        read_images: turns paths into batches, B x (crops x) 3 x H x W.
-        precision: precision of the arithmetic, a name from `utils.system.device.autocast`.
+    With several processes, each takes its share. The store is N x crops x K x D for N paths; `read_images` turns paths
+    into batches, B x (crops x) 3 x H x W; `precision` is a name from `utils.system.device.autocast`.
     """
     model.eval()
     missing = store.missing()
@@ -99,54 +87,39 @@ def extract(
 
 
 def images_at_a_time(shape: tuple[int, ...], batch: int) -> tuple[int, int]:
-    """How many images of a store N x crops x K x D are encoded together, and how many form a chunk; both are whole
-    batches."""
+    """How many images of a store are encoded together, and how many form a chunk; both are whole batches."""
     together = max(batch, ENCODED_TOGETHER // batch * batch)
     return together, max(together, CHUNK_BYTES // (int(np.prod(shape[1:])) * 4) // together * together)
 
 
 @torch.inference_mode()
 def descriptors(
-    model: PlaceDescriber,
-    store: DescriptorStore,
-    context: EncoderContext,
-    *,
-    device: torch.device,
-    shared: bool = False,
+    model: DescriptorModel, store: DescriptorStore, context: EncoderContext, *, device: torch.device
 ) -> Iterator[Chunk]:
-    """Turns cluster vectors into descriptors, a chunk in the context's order at a time.
+    """Turns cluster vectors into descriptors by the model, which is in evaluation mode on the device.
 
-    Args:
-        model: the model to evaluate, in evaluation mode.
-        store: cluster vectors, N x crops x K x D.
-        context: which images share a batch; all crops in a batch attend to each other.
-        device: device of the model.
-        shared: only this process's share of the images, in the same chunks as one process alone would use.
+    All crops in a batch attend to each other.
 
     Yields:
-        Indices (n) and descriptors (n*crops rows, the crops of an image together), on the CPU.
+        A chunk in the context's order: indices (n) and descriptors (n*crops rows, the crops of an image together).
     """
     _, crops, K, D = store.shape
     batch = context.batch_size
     order = context.order(len(store))
     together, in_chunk = images_at_a_time(store.shape, batch)
-    part = distributed.shares(len(order), in_chunk)[distributed.rank()] if shared else slice(0, len(order))
-    starts = [part.start, *range(part.start + (context.shift or in_chunk), part.stop, in_chunk)]
-    for start, end in pairwise([*starts, part.stop]):
+    for start, end in pairwise([0, *range(context.shift or in_chunk, len(order), in_chunk), len(order)]):
         if start == end:
             continue
         indices = order[start:end]
         vectors = store.read(indices).reshape(-1, K, D)
         described = np.empty((0, 0), dtype=np.float32)
-        whole = len(indices) // batch * batch
-        # All whole batches, then the rest.
-        bounds = [*range(0, whole, together), whole, len(indices)]
-        for first, last in pairwise(bounds):
+        whole = len(indices) // batch * batch  # images in whole batches, before the rest
+        for first, last in pairwise([*range(0, whole, together), whole, len(indices)]):
             if first < last:
                 rows = slice(first * crops, last * crops)
                 group = min(batch, last - first) * crops
-                found = model.describe(torch.from_numpy(vectors[rows]).to(device), group).cpu().numpy()
+                encoded = model.describe(torch.from_numpy(vectors[rows]).to(device), group).cpu().numpy()
                 if not len(described):
-                    described = np.empty((len(vectors), found.shape[1]), dtype=np.float32)
-                described[rows] = found
+                    described = np.empty((len(vectors), encoded.shape[1]), dtype=np.float32)
+                described[rows] = encoded
         yield indices, described

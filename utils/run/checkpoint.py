@@ -1,7 +1,10 @@
 """Checkpoints: written completely or not at all, and found again."""
 
+import errno
 import logging
 import os
+import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -11,19 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .metrics import FILE
+
 logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last_model.pth", "previous_model.pth", "best_model.pth"
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes tensors and plain values to a temporary file beside `path`, then moves it into place.
-
-    If a run dies while writing, or the disk is full, the previous file remains.
-
-    Raises:
-        OSError: it could not be written; the message names the file.
-    """
+    """Writes tensors and plain values to a temporary file, then moves it into place: a failure leaves the old one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -40,44 +39,71 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def newest(folders: Iterable[Path], *, read: Callable[[Path], object]) -> Path | None:
-    """The most advanced intact checkpoint in the folders; None if there is none.
+    """The most advanced intact checkpoint of the run that was started last; None if there is none.
 
-    The run that was written to last counts, and within it the epoch and step in the files, since clocks can go back.
-
-    Args:
-        folders: folders of runs.
-        read: reads a file, raising ValueError if it is damaged.
+    Files and names of folders say when a run was started and how far it has come: clocks can go back, and a copy is
+    new. Only folders of other names, whose files do not say, are ordered by the time of the last change. `read` raises
+    ValueError for a damaged file.
     """
-    runs = [[path for name in (LAST, PREVIOUS) if (path := folder / name).is_file()] for folder in folders]
-    for paths in sorted(filter(None, runs), key=lambda paths: max(p.stat().st_mtime_ns for p in paths), reverse=True):
-        for path in sorted(paths, key=_position, reverse=True):
-            try:
-                read(path)
-                return path
-            except ValueError as error:
-                logger.warning("%s: trying the one before", error)
+    paths = [path for folder in folders for name in (LAST, PREVIOUS) if (path := folder / name).is_file()]
+    ordered = sorted(paths, key=_started_and_position, reverse=True)
+    for path in ordered:
+        try:
+            read(path)
+        except ValueError as error:
+            logger.warning("%s: trying the one before", error)
+            continue
+        if others := sorted({str(other.parent) for other in paths if other.parent != path.parent}):
+            logger.info("%s is of the run that was started last; there are also %s", path, ", ".join(others))
+        return path
     return None
 
 
-def _position(path: Path) -> tuple[int, int]:
-    """Epochs and steps of a checkpoint, without its tensors; damaged ones sort first, so that `read` reports them."""
+def _started_and_position(path: Path) -> tuple[Any, ...]:
+    """When the run of a checkpoint was started, how far it has come, and whether it is in its first folder."""
+    try:
+        content = _load(path)
+        position, start = (content["epoch_num"], len(content["losses"])), content.get("started", "")
+    except Exception:  # damaged files fail in many ways; they come first in their folder, so that `read` reports them
+        position, start = (sys.maxsize, 0), ""
+    stamp = re.match(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:_(\d+))?", start or path.parent.name)
+    if stamp is None:
+        files = [path.with_name(name) for name in (LAST, PREVIOUS)]
+        return "", max(file.stat().st_mtime_ns for file in files if file.exists()), position
+    return stamp[1], int(stamp[2] or 1), position, path.parent.name == stamp[0]
+
+
+def _load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return content["epoch_num"], len(content["losses"])
-    except Exception:  # damaged files fail in many ways
-        return sys.maxsize, 0
+    except RuntimeError:  # some network mounts cannot map files into memory
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return dict(content)
 
 
 def is_whole(path: Path, like: Mapping[str, Tensor]) -> bool:
-    """Whether a file from `save` exists and is intact, with weights of these names and shapes."""
+    """Whether a file from `save` is intact, with these weights' shapes; OSError if it cannot be read now."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 return False
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model_state_dict"]
+        state = _load(path)["model_state_dict"]
         return {name: value.shape for name, value in state.items()} == {name: v.shape for name, v in like.items()}
+    except FileNotFoundError:
+        return False
+    except OSError as error:  # a damaged file with offsets before its start gives EINVAL, or no errno at all
+        if error.errno in (None, errno.EINVAL):
+            return False
+        raise OSError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
     except Exception:  # damaged files fail in many ways
         return False
+
+
+def copy_run(resumed: Path, folder: Path) -> None:
+    """Copies what a run needs to go on in another folder: the checkpoint it resumes from, the best one, the table."""
+    for source, name in ((resumed, LAST), (resumed.with_name(BEST), BEST), (resumed.with_name(FILE), FILE)):
+        if source.exists():
+            shutil.copyfile(source, folder / name)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -87,19 +113,14 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def require_same(asked: dict[str, Any], written: dict[str, Any]) -> None:
-    """Compares the options of a run with those of its checkpoint.
-
-    Raises:
-        ValueError: some differ; the message names each, with both values.
-    """
+def require_same(now: dict[str, Any], written: dict[str, Any]) -> None:
+    """Raises ValueError, which names options with both values, if those of a run and its checkpoint differ."""
     differing = [
         f"{name} was {written[name]} and is now {value}"
-        for name, value in asked.items()
+        for name, value in now.items()
         if name in written and written[name] != value
     ]
     if differing:
         raise ValueError(
-            f"the checkpoint was written with other options: {'; '.join(differing)}; "
-            "give the same ones to resume, or start a new run without --resume"
+            f"the checkpoint has other options: {'; '.join(differing)}; give the same ones, or leave out --resume"
         )

@@ -13,11 +13,7 @@ FILE = "metrics.csv"
 
 
 def append_row(folder: Path, row: dict[str, Any]) -> None:
-    """Adds a row to `metrics.csv`, completely or not at all; the first row defines the columns.
-
-    Raises:
-        OSError: it could not be written; the message names the file.
-    """
+    """Adds a row to `metrics.csv`, completely or not at all; the first row defines the columns."""
     path = folder / FILE
     text = io.StringIO()
     writer = csv.DictWriter(text, list(row))
@@ -38,11 +34,7 @@ def append_row(folder: Path, row: dict[str, Any]) -> None:
 
 
 def cut_rows(folder: Path, epochs: int) -> None:
-    """Keeps one row for each of the first epochs, for a run that resumes from an older checkpoint.
-
-    Raises:
-        OSError: it could not be written; the message names the file, which is unchanged.
-    """
+    """Keeps one row for each of the first epochs, for a run that resumes from an older checkpoint."""
     path = folder / FILE
     if not path.exists():
         return

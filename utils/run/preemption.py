@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..system import distributed
-from ..system.signals import SIGNALS
+from ..system.signals import SIGNALS, set_handlers
 
 logger = logging.getLogger(__name__)
 
@@ -22,26 +22,23 @@ class Preemption:
 
     In the block, call `agreed` or `stop` wherever the program can end. It reports the signal at once and, when it ends,
     what to do next. A second Ctrl-C ends it immediately (but not the copy that torchrun or `timeout` passes on, which
-    comes with the first). A SIGHUP that was ignored before, as with `nohup`, stays ignored.
+    comes with the first). A SIGHUP that was ignored before, as with `nohup`, stays ignored. In another thread than the
+    main one, as of a notebook or a server, signals stay with the program.
 
     Args:
         at_once: raise SystemExit when the signal comes, for a program that can stop anywhere.
-
-    Attributes:
-        advice: what happened to the work so far, for the last line.
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
-        self.advice = "nothing was finished; run the same command to start again"
+        self.advice = "nothing was finished; run the same command to start again"  # the last line, of the work so far
         self.signum: int | None = None
         self._at_once = at_once
         self._interrupted = math.inf  # time of the first Ctrl-C
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
-        for signum in SIGNALS:
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                self._previous[signum] = signal.signal(signum, self._note)
+        signums = [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+        self._previous = set_handlers(signums, self._note)
         return self
 
     def __exit__(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,10 @@ logger = logging.getLogger(__name__)
 class Progress:
     """A run's progress, best score and files; only the main process writes them.
 
-    Attributes:
-        epoch: epochs finished, including validation.
-        losses: losses of the steps in the current epoch that have been read.
-        lr: learning rate of the newest step.
-        best_score: the highest validation score so far.
-        not_improved: epochs since then.
-        order: order of the places in the current epoch, if the model decided it at its start.
-
     Args:
-        folder: the run's folder.
-        model: the model to train.
-        optimization: its optimiser and schedule.
         facts: plain values to store in every checkpoint.
-        decisive: values that decide the result, by the name to show; a run resumes only under the same values.
-        unless_said: values of `decisive` for older checkpoints, written before an option existed.
+        must_match: values that decide the result, by the name to show; a run resumes only under the same values.
+        unless_said: values of `must_match` for older checkpoints, written before an option existed.
         read_every: steps between two readings of the losses, since reading one waits for the GPU; they are also read
             before anything is written.
     """
@@ -47,25 +37,25 @@ class Progress:
         optimization: Optimization,
         *,
         facts: dict[str, Any],
-        decisive: dict[str, Any],
-        unless_said: dict[str, Any] | None = None,
-        read_every: int = 1,
+        must_match: dict[str, Any],
+        unless_said: dict[str, Any],
+        read_every: int,
     ):
         self.folder = folder
         self.model = model
         self.optimization = optimization
         self.facts = facts
-        self.decisive = decisive
-        self.unless_said = unless_said or {}
+        self.must_match = must_match
+        self.unless_said = unless_said
         self.read_every = read_every
-        self.epoch = 0
-        self.losses: list[float] = []
+        self.epoch = 0  # finished ones, including validation
+        self.losses: list[float] = []  # of the steps in the current epoch that have been read
         self._unread: list[Tensor] = []
-        self.lr = 0.0
+        self.lr = 0.0  # of the newest step
         self.recalls: dict[int, float] = {}
         self.best_score = -1.0
-        self.not_improved = 0
-        self.order: NDArray[np.int64] | None = None
+        self.not_improved = 0  # epochs since the best score
+        self.order: NDArray[np.int64] | None = None  # of the current epoch's places, if the model decided it
 
     @property
     def steps(self) -> int:
@@ -77,34 +67,39 @@ class Progress:
         return self.epoch >= epochs or self.not_improved >= patience
 
     def record_step(self, loss: Tensor) -> None:
-        """Records a step by its scalar loss.
-
-        Raises:
-            ValueError: see `read_losses`.
-        """
+        """Records a step by its scalar loss; see `read_losses`."""
         self._unread.append(loss.detach())
         self.lr = self.optimization.lr
         if len(self._unread) == self.read_every:
             self.read_losses()
 
     def read_losses(self) -> None:
-        """Reads the losses that are still on the device.
-
-        Raises:
-            ValueError: one is not finite; nothing was written since its step.
-        """
+        """Reads the losses that are still on the device; ValueError if one is infinite, before anything is written."""
         unread, self._unread = self._unread, []
         for loss in torch.stack(unread).tolist() if unread else []:
             if not math.isfinite(loss):
                 raise ValueError(f"the loss became {loss} in {self._place()}")
             self.losses.append(loss)
 
-    def record_epoch(self, recalls: dict[int, float], score: float) -> bool:
-        """Ends the epoch: writes metrics.csv, last_model.pth, and best_model.pth if the score is strictly better.
+    def saving(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yields batches; if a process cannot read one, all save the finished steps before they end."""
+        iterator = iter(batches)
+        while True:
+            batch, problem = None, None
+            try:
+                batch = next(iterator, None)
+            except Exception as error:  # a photo that cannot be read, a reading process that was killed
+                problem = error
+            if distributed.maximum(problem is not None):
+                self.save_last()
+                logger.warning("%d steps of epoch %d are saved, to resume from", self.steps, self.epoch + 1)
+                raise problem or SystemExit(1)
+            if batch is None:
+                return
+            yield batch
 
-        Returns:
-            Whether the score is better.
-        """
+    def record_epoch(self, recalls: dict[int, float], score: float) -> bool:
+        """Ends the epoch: writes its files, and best_model.pth if the score is strictly better, which is returned."""
         self.read_losses()
         self.epoch, self.recalls = self.epoch + 1, recalls
         row = {"epoch": self.epoch, "steps": len(self.losses), "loss": self.mean_loss, "lr": self.lr}
@@ -154,14 +149,14 @@ class Progress:
 
     def save_last(self) -> None:
         """Writes last_model.pth: everything needed to resume; the one before becomes previous_model.pth."""
-        state = {
+        content = self._content() | {
             "optimization": self.optimization.state_dict(),
             "generators": distributed.gather_objects(generator_states()),
-            "decisive": self.decisive,
+            "decisive": self.must_match,
         }
         if self.order is not None:
-            state["order"] = torch.from_numpy(self.order)
-        self._save(checkpoint.LAST, {**self._content(), **state})
+            content["order"] = torch.from_numpy(self.order)
+        self._save(checkpoint.LAST, content)
 
     def _save(self, name: str, content: dict[str, Any]) -> None:
         if distributed.is_main():
@@ -181,20 +176,14 @@ class Progress:
     def _best_is_gone(self) -> ValueError:
         best, last = self.folder / checkpoint.BEST, self.folder / checkpoint.LAST
         return ValueError(
-            f"{best} is missing or damaged, and {last} is from later steps; restore it, or start a new run from the "
-            f"latter's weights: python3 -m model.export --resume={last} --output=weights.safetensors, then "
-            "--resume=weights.safetensors"
+            f"{best} is missing or damaged, and {last} is from later steps; restore it, or start a new run with its "
+            f"weights: python3 -m model.export --resume={last} --output=w.safetensors, then --resume=w.safetensors"
         )
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Resumes from a `last_model.pth`, whose weights the model already has.
-
-        Raises:
-            ValueError: it was written with other decisive options, or the run's best model is missing.
-        """
-        checkpoint.require_same(self.decisive, {**self.unless_said, **content["decisive"]})
-        self.epoch, self.losses = content["epoch_num"], content["losses"]
-        self.lr = content["lr"]
+        """Resumes from a `last_model.pth`, whose weights the model already has, if options are the same."""
+        checkpoint.require_same(self.must_match, {**self.unless_said, **content["decisive"]})
+        self.epoch, self.losses, self.lr = content["epoch_num"], content["losses"], content["lr"]
         self.recalls, self.best_score = content["recalls"], content["best_score"]
         self.not_improved = content["not_improved_num"]
         self.order = content["order"].numpy() if "order" in content else None
@@ -202,20 +191,15 @@ class Progress:
         self.optimization.load_state_dict(content["optimization"])
         if distributed.is_main():
             metrics.cut_rows(self.folder, self.epoch)
-        states = content["generators"]
-        if len(states) == distributed.world_size():
-            if not restore_generators(states[distributed.rank()]):
-                logger.warning(
-                    "the checkpoint was written on another kind of device: random numbers there (the encoder's "
-                    "dropout) differ from those of an uninterrupted run"
-                )
-        else:
-            consequence = (
-                ": dropout differs from an uninterrupted run, and the cross-image encoder attends across other images"
-            )
+        states, processes = content["generators"], distributed.world_size()
+        if len(states) != processes:
+            consequence = ": dropout differs, and the cross-image encoder attends across other images"
+            consequence *= self.optimization.encoder is not None
             logger.warning(
                 "the checkpoint was written by %d processes, but there are now %d%s",
                 len(states),
-                distributed.world_size(),
-                consequence if self.optimization.encoder is not None else "",
+                processes,
+                consequence,
             )
+        elif not restore_generators(states[distributed.rank()]):
+            logger.warning("the checkpoint was written on another kind of device: the encoder's dropout differs")

@@ -29,45 +29,36 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ValueError: it is not available.
     """
-    asked = name
+    distributed.warn_of_separate_runs()
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA GPU; use --device cpu or auto")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: PyTorch sees no MPS device; use --device cpu or auto")
-    if name == "cuda":
-        gpu = distributed.local_rank()
-        if gpu >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {gpu + 1} of this machine has no GPU: PyTorch sees {torch.cuda.device_count()}; "
-                "start torchrun with --nproc_per_node at most that"
+        name = "cuda" if available["cuda"] else "cpu"
+        if name == "cpu" and Path("/dev/nvidiactl").exists():
+            logger.warning(
+                "PyTorch %s cannot use this machine's NVIDIA GPU, so the run uses the CPU; the driver may be too old, "
+                "or the container was started without --gpus all",
+                torch.__version__,
             )
+    if not available[name]:
+        raise ValueError(f"--device {name}: PyTorch sees no such device; use --device cpu or auto")
+    if name == "cuda":
+        gpu, count = distributed.local_rank(), torch.cuda.device_count()
+        if gpu >= count:
+            raise ValueError(f"process {gpu + 1} has no GPU: use torchrun --nproc_per_node={count} at most")
         torch.cuda.set_device(gpu)
-    if name == "cpu" and asked == "auto" and Path("/dev/nvidiactl").exists():
-        logger.warning(
-            "this machine has an NVIDIA GPU, but PyTorch (%s) cannot use it, so the run uses the CPU; the driver may "
-            "be too old, or the container was started without --gpus all",
-            torch.__version__,
-        )
     return torch.device(name)
 
 
 def extraction_batch_size(device: torch.device) -> int:
-    """Default batch size of the backbone in evaluation.
-
-    On two CPU cores, ViT-B/14 at 322 x 322 was measured to be 7% faster with 4, and with 1, than with 16.
-    """
-    return 4 if device.type == "cpu" else 16
+    """Default batch size of the backbone in evaluation."""
+    return 4 if device.type == "cpu" else 16  # on two CPU cores ViT-B/14 at 322 x 322 is 7% faster with 4 than with 16
 
 
 def usable_cores(*, alone: bool = False) -> int:
     """Cores for this process: its share of the usable ones, among the processes that torchrun started here.
 
-    A container may see more cores than its quota lets it use (docker run --cpus).
-
-    Args:
-        alone: the other processes wait, so this one uses all the cores.
+    With `alone`, the other processes wait, and this one uses all of them. A container may see more cores than its quota
+    lets it use (docker run --cpus).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):
@@ -76,24 +67,20 @@ def usable_cores(*, alone: bool = False) -> int:
     return max(1, cores // (1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def reading_workers(device: torch.device, asked: int | None = None) -> int:
-    """Number of threads (evaluation) or processes (training) that read images; 0 reads in the main thread.
+def reading_workers(device: torch.device, workers: int | None = None) -> int:
+    """Number of threads (evaluation) or processes (training) that read images, `workers` if given; 0: the main thread.
 
-    It is `asked`, or if that is None a default for the device.
-
-    With a GPU, every core can read. On a CPU the model needs the cores: on two, ViT-S/14 at 322 x 322 was measured to
-    be 7% faster without a reading process than with two.
+    On a CPU the model needs the cores: ViT-S/14 at 322 x 322 on two is 7% faster without a reading process than with 2.
     """
-    if asked is not None:
-        return asked
+    if workers is not None:
+        return workers
     return usable_cores() // 4 if device.type == "cpu" else min(16, usable_cores())
 
 
 def to_device(batches: Iterable[Sequence[Any]], device: torch.device) -> Iterator[list[Any]]:
     """Moves the tensors of each batch to the device; other items stay as they are.
 
-    On a CUDA GPU, the copy has its own stream, so it overlaps with the computation on the previous batch. This requires
-    tensors in pinned memory.
+    The copy to a CUDA GPU, from pinned memory, overlaps with the computation on the previous batch.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -117,10 +104,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def to_cpu(results: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Moves tensors to the CPU, in order.
-
-    From a CUDA GPU, each is yielded once the next has started, so that the GPU is busy while the caller handles it.
-    """
+    """Moves tensors to the CPU; from a CUDA GPU each is yielded once the next has started, so that the GPU is busy."""
     under_way: tuple[Tensor, torch.cuda.Event] | None = None
     for result in results:
         if not result.is_cuda:
@@ -138,10 +122,7 @@ def to_cpu(results: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def estimated_hours(backbone: nn.Module, *, size: Sequence[int], images: int) -> float:
-    """Hours to train a backbone on `images` images of `size` (height, width), estimated from one timed forward pass.
-
-    The backward pass counts as twice the forward pass of the trained parameters.
-    """
+    """Hours to train a backbone on `images` images of `size` (height, width), estimated from one timed forward pass."""
     parameters = [(p.numel(), p.requires_grad) for p in backbone.parameters()]
     trained = sum(n for n, trainable in parameters if trainable) / sum(n for n, _ in parameters)
     image = torch.zeros(1, 3, *size, device=next(backbone.parameters()).device)
@@ -149,7 +130,7 @@ def estimated_hours(backbone: nn.Module, *, size: Sequence[int], images: int) ->
         backbone(image)  # the first call also allocates memory
         started = time.perf_counter()
         backbone(image)
-    return (time.perf_counter() - started) * (1 + 2 * trained) * images / 3600
+    return (time.perf_counter() - started) * (1 + 2 * trained) * images / 3600  # the backward pass takes twice as long
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -157,11 +138,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
 
-def cast_products(module: nn.Module, precision: str) -> None:
-    """Casts the weights of linear layers and convolutions once, as `autocast` does for every batch: the same results.
-
-    For inference only: training needs them in fp32.
-    """
+def cast_weights(module: nn.Module, precision: str) -> None:
+    """Casts the weights of linear layers and convolutions once, as `autocast` does for every batch; for inference."""
     if precision in AUTOCAST:
         for part in module.modules():
             if isinstance(part, (nn.Linear, nn.Conv2d)):
@@ -169,12 +147,9 @@ def cast_products(module: nn.Module, precision: str) -> None:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Sets whether CUDA may round factors of fp32 matrix products and convolutions to 10 bits, which is much faster.
-
-    By default PyTorch allows it for convolutions, and the patch embedding is one.
-    """
+    """Sets whether CUDA may round factors of fp32 matrix products and convolutions to 10 bits, which is much faster."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed  # PyTorch's default is True, and the patch embedding is a convolution
 
 
 @contextmanager
@@ -189,12 +164,9 @@ def without_tf32() -> Iterator[None]:
 
 
 def require_determinism(required: bool) -> None:
-    """Sets whether a GPU computes the same bits every time, which is slower; a CPU does so anyway.
-
-    Call it before anything runs on the GPU: cuBLAS reads its setting once.
-    """
+    """Sets whether a GPU computes the same bits every time, which is slower; a CPU does so anyway."""
     if required:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it is first used
     torch.use_deterministic_algorithms(required)
     torch.backends.cudnn.benchmark = False
 

@@ -1,8 +1,10 @@
 """Several processes as one run, started by torchrun. In a single process, all of this has no effect.
 
-Every function but `rank`, `world_size`, `is_main` and `shares` is collective: all processes call it at the same point.
+Every function but `rank`, `world_size`, `is_main`, `shares` and the warning is collective: all processes call it at the
+same point.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 Number = TypeVar("Number", bound=np.number[Any])
@@ -36,6 +40,21 @@ def processes() -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(days=1))
     yield
     dist.destroy_process_group()  # not after an error: it would wait for a process that has died
+
+
+def warn_of_separate_runs() -> None:
+    """Warns if another launcher than torchrun started several processes: they do not join, so each is a run of its own.
+
+    SLURM tells a job script of its tasks too, of which there may be one process yet.
+    """
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1 and not dist.is_torchelastic_launched():
+            logger.warning(
+                f"{name} is {count}, but torchrun did not start this process: each of them makes the whole run by "
+                f"itself; for one run use torchrun --standalone --nproc_per_node={count}, with srun one task a machine"
+            )
+            return
 
 
 def is_of_a_lost_process(error: RuntimeError) -> bool:
@@ -86,11 +105,16 @@ def on_main(call: Callable[[], Value]) -> Value:
 
 def gather_objects(value: Value) -> list[Value]:
     """Each process's value, in order, for all."""
-    values: list[Any] = [None] * world_size()
     if world_size() == 1:
         return [value]
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def barrier() -> None:
+    """Waits until all processes are here."""
+    gather_objects(None)
 
 
 def maximum(value: int) -> int:
@@ -102,17 +126,8 @@ def maximum(value: int) -> int:
     return int(shared)
 
 
-def barrier() -> None:
-    """Waits until all processes are here."""
-    gather_objects(None)
-
-
 def gather_rows(rows: NDArray[Number]) -> NDArray[Number]:
-    """All processes' rows concatenated, for the main process; the others get their own back.
-
-    Args:
-        rows: any number of rows, of the same shape in all processes.
-    """
+    """All processes' rows, any number each, concatenated for the main process; the others get their own back."""
     shapes = gather_objects(rows.shape)
     if len(shapes) == 1:
         return rows
@@ -132,26 +147,16 @@ def gather_rows(rows: NDArray[Number]) -> NDArray[Number]:
 
 
 def gather_shares(count: int, rows_of: Callable[[slice], NDArray[Number]], unit: int = 1) -> NDArray[Number]:
-    """The rows of `count` items, each process computing its share; gathered like `gather_rows`.
-
-    Args:
-        count: number of items.
-        rows_of: computes the rows of the items in a slice, which may be empty.
-        unit: number of items that stay together, see `shares`.
-    """
+    """The rows of `count` items, gathered like `gather_rows`; `rows_of` computes those of a share, perhaps none."""
     return gather_rows(rows_of(shares(count, unit)[rank()]))
 
 
 def gather_with_gradient(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """All processes' rows concatenated, for all; in each process the gradient flows into its own rows.
 
-    A loss of the result is the same in each process, and its gradient for the parameters is the SUM over the processes,
+    The first `counts[rank()]` rows count; others are of a process without any, whose backward pass must still run. A
+    loss of the result is the same in each process, and its gradient for the parameters is the SUM over the processes,
     while DistributedDataParallel takes the mean: multiply the loss by `world_size()` before `backward`.
-
-    Args:
-        rows: N x ..., of which the first `counts[rank()]` count. Others are placeholders for a process without any,
-            whose backward pass must still run; their gradient is zero.
-        counts: number of rows of each process.
     """
     own = rows[: counts[rank()]]
     if world_size() == 1:

@@ -1,8 +1,9 @@
-"""Writes outputs completely or not at all; one that fails does not affect the others."""
+"""Writes outputs completely or not at all, where one that fails does not affect the others; and reads text."""
 
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -10,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path for a file or folder, which is moved to `path` at the end, or removed on failure."""
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")  # some writers go by the suffix
     try:
@@ -24,14 +25,10 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 class Outputs:
-    """The outputs of a finished evaluation. One that fails gives one log line; the results and other outputs remain.
-
-    Attributes:
-        missing: names of the outputs that failed.
-    """
+    """The outputs of a finished evaluation. One that fails gives one log line; the results and other outputs remain."""
 
     def __init__(self) -> None:
-        self.missing: list[str] = []
+        self.missing: list[str] = []  # names of those that failed
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
@@ -42,3 +39,51 @@ class Outputs:
             logger.debug("%s failed here", name, exc_info=error)
             logger.error("%s could not be written: %s", name, " ".join(str(error).split()) or type(error).__name__)
             self.missing.append(name)
+
+
+def write_paths(path: Path, images: Sequence[str]) -> None:
+    """Writes a list of paths, one per line; a line break in a path is written as \\n, so that line n is image n."""
+    lines = [image.replace("\n", "\\n").replace("\r", "\\r") for image in images]
+    broken = [image for image, line in zip(images, lines, strict=True) if image != line]
+    if broken:
+        logger.warning("%s: line breaks in %d paths are written as \\n, e.g. %r", path.name, len(broken), broken[0])
+    path.write_bytes(os.fsencode("".join(f"{line}\n" for line in lines)))
+
+
+def read_text(path: Path) -> str:
+    """Reads text with file names or keys, without byte order mark; bytes that are not UTF-8 are read as in file names.
+
+    Raises:
+        ValueError: it is not text.
+    """
+    content = path.read_bytes()
+    if b"\0" in content:
+        line = 1 + content.count(b"\n", 0, content.index(b"\0"))
+        raise ValueError(f"{path}, line {line}: not text in UTF-8, but perhaps UTF-16; save it as UTF-8")
+    return content.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
+
+
+def absolute(path: str) -> str:
+    """The absolute path without `..` to write down: of `link/..` the folder above the one that the link leads to, as
+    the file system reads it. Other links keep their names."""
+    if os.pardir not in path.split(os.sep):
+        return os.path.abspath(path)
+    reached = os.sep
+    for part in os.path.join(os.getcwd(), path).split(os.sep):
+        if part == os.pardir:
+            reached = os.path.dirname(os.path.realpath(reached) if os.path.islink(reached) else reached)
+        elif part not in ("", os.curdir):
+            reached = os.path.join(reached, part)
+    return reached
+
+
+def common_root(paths: Sequence[str]) -> str:
+    """The deepest folder that contains all the files, see `absolute`."""
+    return os.path.commonpath({absolute(folder) for folder in set(map(os.path.dirname, paths))})
+
+
+def relative_to(root: str, paths: Sequence[str]) -> list[str]:
+    """The paths of files relative to their `common_root`."""
+    folders = {folder: absolute(folder) for folder in set(map(os.path.dirname, paths))}
+    above = len(os.path.join(root, ""))
+    return [os.path.join(folders[os.path.dirname(path)], os.path.basename(path))[above:] for path in paths]

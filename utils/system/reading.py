@@ -5,7 +5,6 @@ RandAugment does not: training needs processes, shielded from signals and within
 """
 
 import atexit
-import copy
 import logging
 import multiprocessing
 import os
@@ -14,14 +13,12 @@ import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .signals import signals_held_back
 
@@ -29,10 +26,7 @@ logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")  # where worker processes put what they have read
 PREFETCHED = 2  # batches per worker, PyTorch's default
-REMEDIES = (
-    "give a container more with docker run --shm-size=8g or --ipc=host, or read with fewer processes or none "
-    "(--num_workers=0)"
-)
+REMEDIES = "give a container more with docker run --shm-size=8g or --ipc=host, or use fewer with --num_workers"
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
@@ -41,19 +35,16 @@ Batch = TypeVar("Batch")
 def read_batches(
     read: Callable[[int], Item], pack: Callable[[list[Item]], Batch], batches: Iterable[Sequence[int]], *, threads: int
 ) -> Generator[Batch, None, None]:
-    """Reads items and packs them into batches in threads of this process, in order and a little ahead.
+    """Reads items by their keys and packs them into batches in threads of this process, in order and a little ahead.
 
-    Besides the batch yielded, at least two batches and two items per thread are in progress. The threads end with the
-    generator; items not started by then are not read.
+    Besides the batch yielded, at least two batches and two items per thread are in progress; an error of `read` is
+    raised in place of the batch. The threads end with the generator; items not started by then are not read.
 
     Args:
-        read: reads an item by its key; it should release the interpreter lock meanwhile.
+        read: reads an item; it should release the interpreter lock meanwhile.
         pack: makes a batch from its items.
         batches: sequences of keys, one per batch.
         threads: threads that read, besides one that packs; 0 does both in the caller's thread, on demand.
-
-    Raises:
-        Exception: what `read` raised for the first item that failed, in place of its batch.
     """
     if not threads:
         for keys in batches:
@@ -81,14 +72,11 @@ def read_batches(
 
 
 def packed(images: Sequence[Tensor], *, pinned: bool) -> tuple[Tensor, list[torch.Size]]:
-    """Packs images of any sizes into one tensor, for one copy to the device; `unpacked` reverses it there.
-
-    Args:
-        images: bytes, 3 x H x W each.
-        pinned: use pinned memory, from which a CUDA GPU copies asynchronously.
+    """Packs images, bytes of 3 x H x W, into one tensor for one copy to the device; `unpacked` reverses it there.
 
     Returns:
-        The pixels of all images, one after another, channels last, as decoders store them; and the shapes.
+        The pixels of all images, one after another, channels last, as decoders store them; and the shapes. From pinned
+        memory a CUDA GPU copies asynchronously.
     """
     pixels = torch.empty(sum(image.numel() for image in images), dtype=torch.uint8, pin_memory=pinned)
     shapes = [image.shape for image in images]
@@ -103,41 +91,17 @@ def unpacked(pixels: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     return [part.view(*shape[1:], shape[0]).permute(2, 0, 1) for part, shape in zip(parts, shapes, strict=True)]
 
 
-class _Singly(Sampler[Any]):
-    """The keys of batches one by one; `lengths` has the number of keys of each batch in progress."""
-
-    def __init__(self, batches: Sampler[list[Any]]):
-        self.batches = batches
-        self.lengths: deque[int] = deque()
-
-    def __iter__(self) -> Iterator[Any]:
-        self.lengths.clear()
-        for batch in self.batches:
-            self.lengths.append(len(batch))
-            yield from batch
-
-
 class ImageLoader(DataLoader[Any]):
     """A DataLoader for long runs: its workers survive signals that ask the run to stop, and fit in shared memory.
 
     A scheduler, Ctrl-C or torchrun signals all processes of a job. If that killed the workers, the main process could
-    not finish its step; so they never receive the signals, and end with the main process.
-
-    They end with the `with` block of the loader.
-
-    Workers pass whole batches. If shared memory is too small for that (Docker's default is 64 MB), they pass single
-    items, which the main process collates: the same batches, but slower.
+    not finish its step; so they never receive the signals, and end with the main process or the `with` block.
 
     Args:
         dataset: items by key.
-        batches: lists of keys, one per batch.
-        batch_size: keys in the longest of them.
-        item_bytes: size of an item.
-        num_workers: processes that read; 0 reads in this one.
-        device: device of the batches; for a CUDA GPU they are put in pinned memory.
-
-    Raises:
-        ValueError: shared memory is too small even for single items.
+        batches: lists of keys, one per batch; `batch_bytes` is the size of the longest.
+        num_workers: processes that read. None do if shared memory is too small (Docker's default is 64 MB).
+        device: for a CUDA GPU the batches are put in pinned memory.
     """
 
     def __init__(
@@ -145,18 +109,17 @@ class ImageLoader(DataLoader[Any]):
         dataset: Dataset[Any],
         batches: Sampler[list[Any]],
         *,
-        batch_size: int,
-        item_bytes: int,
+        batch_bytes: int,
         num_workers: int,
         device: torch.device,
     ):
-        whole = _fits_in_shared_memory(num_workers, batch_size * item_bytes, item_bytes)
-        self._singly = None if whole else _Singly(batches)
+        if not _fits_in_shared_memory(num_workers, batch_bytes):
+            num_workers = 0
         super().__init__(
             dataset,
-            **({"batch_sampler": batches} if whole else {"sampler": self._singly, "batch_size": None}),  # type: ignore
+            batch_sampler=batches,
             num_workers=num_workers,
-            pin_memory=whole and device.type == "cuda",
+            pin_memory=device.type == "cuda",
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # its own, since how often it draws depends on workers and resumes
         )
@@ -166,13 +129,12 @@ class ImageLoader(DataLoader[Any]):
             atexit.unregister(_kill_children)
             atexit.register(_kill_children)
         with signals_held_back():
-            read = super().__iter__()
-        return self._batches(read)
+            return super().__iter__()
 
     def __enter__(self) -> "ImageLoader":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Ends the workers, unless the program ends, which kills them.
 
         The error of a failed run holds on to the iterator. When both are collected as garbage, its queues may go first;
@@ -182,42 +144,19 @@ class ImageLoader(DataLoader[Any]):
         if iterator is not None and (kind is None or issubclass(kind, Exception)):
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
-    def _batches(self, read: Iterator[Any]) -> Iterator[Any]:
-        if self._singly is None:
-            yield from read
-            return
-        items = []
-        for item in read:
-            items.append(copy.deepcopy(item))  # out of shared memory
-            if len(items) == self._singly.lengths[0]:
-                self._singly.lengths.popleft()
-                yield default_collate(items)
-                items = []
 
-
-def _fits_in_shared_memory(num_workers: int, batch_bytes: int, item_bytes: int) -> bool:
-    """Whether whole batches fit; warns if only single items do, and raises ValueError if not even those."""
+def _fits_in_shared_memory(num_workers: int, batch_bytes: int) -> bool:
+    """Whether the batches of all workers fit in shared memory at once; warns if not."""
     if not num_workers or not SHARED_MEMORY.is_dir():
         return True
     free = shutil.disk_usage(SHARED_MEMORY).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes
-    in_flight = PREFETCHED * num_workers + 1  # plus one in the main process
-    if in_flight * batch_bytes <= free:
-        return True
-    if in_flight * item_bytes > free:
-        raise ValueError(
-            f"{SHARED_MEMORY} has {free / 1e6:.2g} MB free, but {num_workers} processes that read images need "
-            f"{in_flight * item_bytes / 1e6:.2g} MB; {REMEDIES}"
+    needed = (PREFETCHED * num_workers + 1) * batch_bytes  # one more is in the main process
+    if needed > free:
+        logger.warning(
+            f"{SHARED_MEMORY} has {free / 1e6:.2g} MB free, but {num_workers} reading processes need "
+            f"{needed / 1e6:.2g} MB: the main process reads the images, which is slower; {REMEDIES}"
         )
-    _warn_once(
-        f"{SHARED_MEMORY} is too small for {num_workers} processes that read batches of {batch_bytes / 1e6:.1f} MB: "
-        f"they pass single items, which is slower; {REMEDIES}"
-    )
-    return False
-
-
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning("%s", message)
+    return needed <= free
 
 
 def end_of_a_worker(error: RuntimeError) -> str:
@@ -226,15 +165,13 @@ def end_of_a_worker(error: RuntimeError) -> str:
     if "unable to allocate shared memory" in message or "killed by signal: Bus error" in message:
         return f"{SHARED_MEMORY}, through which reading processes pass images, is full; {REMEDIES}"
     if "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
-        return (
-            "a reading process was killed, as the kernel does when memory runs out; use fewer with --num_workers "
-            f"({message.splitlines()[0]})"
-        )
+        advice = "a reading process was killed, as the kernel does when memory runs out; use fewer with --num_workers"
+        return f"{advice} ({message.splitlines()[0]})"
     return ""
 
 
 def _kill_children() -> None:
-    """Kills workers left at the end of the program: multiprocessing would wait for them for ever."""
+    """Kills workers left at the program's end, for which multiprocessing would wait for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would complain
     for child in multiprocessing.active_children():
         child.kill()

@@ -28,11 +28,7 @@ def generator_states() -> dict[str, Any]:
 
 
 def restore_generators(states: dict[str, Any]) -> bool:
-    """Restores the states from `generator_states`.
-
-    Returns:
-        Whether all were restored: there is no GPU state from a process without a GPU, and vice versa.
-    """
+    """Restores `generator_states`; false if one of the processes, then or now, has a GPU and the other has none."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

@@ -4,11 +4,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,18 +33,31 @@ def quiet_ctrl_c() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def set_handlers(signums: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Sets a handler, and returns those before by signal; none outside of the main thread, where Python runs none."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {signum: signal.signal(signum, handler) for signum in signums}
+
+
 @contextmanager
 def left_on_signals() -> Iterator[None]:
     """Within the block, Ctrl-C, SIGTERM and SIGHUP end the program by SystemExit with status 128 + signal: temporary
     files are removed, and no traceback is shown."""
+    received: list[int] = []
 
     def leave(signum: int, _: FrameType | None) -> None:
+        received.append(signum)
         raise SystemExit(128 + signum)
 
     signums = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-    previous = {signum: signal.signal(signum, leave) for signum in signums}
+    previous = set_handlers(signums, leave)
     try:
         yield
+    except Exception:
+        if received:  # a library turned SystemExit into its own error, as PyTorch does while it imports its parts
+            raise SystemExit(128 + received[0]) from None
+        raise
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
@@ -54,9 +67,9 @@ def left_on_signals() -> Iterator[None]:
 def mapped(
     pool: Executor, call: Callable[[Item], Result], items: Sequence[Item], *, chunksize: int = 1
 ) -> Iterator[Iterator[Result]]:
-    """Yields the results of a call for each item, in order, from a new process pool, which ends with the block.
+    """Yields the results of a call for each item, in order, from a new pool, whose processes never receive `SIGNALS`.
 
-    The processes never receive `SIGNALS`. Calls not started when the block ends are dropped.
+    With the block the pool ends, and calls not started are dropped.
     """
     with pool:
         try:

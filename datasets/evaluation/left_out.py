@@ -1,0 +1,77 @@
+"""Which of the listed photos take part in an evaluation."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.system import distributed
+from utils.system.files import read_text
+
+from ..photos.listing import identity, unreadable
+from ..photos.positions import image_key
+from ..photos.transforms import read_pixels
+
+logger = logging.getLogger(__name__)
+
+LISTED = 20  # photos named in one line of the log, at most; debug.log has all
+
+
+def other_than_queries(
+    database: Sequence[str], queries: Sequence[str], folder: Path, *, keep: bool
+) -> NDArray[np.bool_]:
+    """Which database images stay: all but those that are also queries, under any path, or all with `keep`. The log
+    counts them either way."""
+    files = set(map(identity, queries))
+    shared = np.array([identity(path) in files for path in database])
+    if shared.any():
+        what = "they find themselves, and stay, as is usual" if keep else "they are left out of the database"
+        logger.warning("%d of the %d photos in %s are also queries: %s", shared.sum(), len(shared), folder, what)
+    return np.ones_like(shared) if keep else ~shared
+
+
+def readable(paths: Sequence[str], folder: Path, *, upright: bool) -> NDArray[np.bool_]:
+    """Which photos can be read, with `upright` or without, at least one; the log counts and names the others."""
+    reasons = distributed.on_main(
+        lambda: unreadable(paths, partial(read_pixels, upright=upright), progress=f"reading {folder.name}")
+    )
+    if reasons:
+        for reason in reasons.values():
+            logger.debug("%s", reason)
+        shown = ", ".join([*reasons][:LISTED]) + ", ... (see debug.log)" * (len(reasons) > LISTED)
+        counts = len(reasons), len(paths)
+        logger.warning("%d of %d photos in %s cannot be read and are left out: %s", *counts, folder, shown)
+    if len(reasons) == len(paths):
+        raise ValueError(f"none of the {len(paths)} photos in {folder} can be read; replace them")
+    return np.array([path not in reasons for path in paths])
+
+
+def with_keys(queries: Sequence[str], keys_file: Path) -> list[str]:
+    """The queries whose `image_key` stands in a text file, at least one; the log counts the keys without one."""
+    if not keys_file.is_file():
+        raise FileNotFoundError(f"no file {keys_file}; check query_keys")
+    keys = set(read_text(keys_file).replace(",", " ").replace(";", " ").split())
+    kept = [path for path in queries if image_key(path) in keys]
+    if not kept:
+        key = image_key(queries[0])
+        raise ValueError(f"none of the {len(keys)} keys in {keys_file} is a query's, e.g. {key!r}; check query_keys")
+    if len(kept) < len(keys):
+        logger.warning("%d of the %d keys in %s match no query", len(keys) - len(kept), len(keys), keys_file)
+    return kept
+
+
+def renumbered(positives: Sequence[NDArray[np.int64]], stay: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+    """The correct images of each query, as indices of the database images that stay; the log counts the queries that
+    lose all theirs."""
+    if stay.all():
+        return list(positives)
+    number = np.cumsum(stay) - 1
+    kept = [number[images[stay[images]]] for images in positives]
+    lost = sum(len(images) > 0 and not len(left) for images, left in zip(positives, kept, strict=True))
+    if lost:
+        why = "all correct photos are also queries or cannot be read, so they are not in the database"
+        logger.warning("for %d of %d queries, %s; they count as missed", lost, len(positives), why)
+    return kept
