@@ -14,6 +14,7 @@ MAY_IMPORT = {  # each room and what lies below it
     "utils.run": {"utils.system"},
     "utils.retrieval": {"utils.system"},
     "utils.outputs": {"utils.system", "utils.run", "utils.retrieval"},
+    "utils.compare": {"utils.system", "utils.retrieval", "utils.outputs"},
     "datasets.photos": {"utils.system"},
     "datasets.evaluation": {"utils.system", "datasets.photos"},
     "datasets.training": {"utils.system", "datasets.photos"},
