@@ -32,7 +32,7 @@ from test import Evaluation, evaluate, extract_images
 from utils.outputs import match_page, pairs
 from utils.outputs.results import write_outputs
 from utils.outputs.tables import recall_table
-from utils.retrieval.descriptor_store import EXTRACTED, DescriptorStore, digest, kept_in, warn_of_leftovers
+from utils.retrieval.descriptor_store import EXTRACTED, DescriptorStore, kept_in, warn_of_leftovers
 from utils.retrieval.faiss_index import require_index
 from utils.retrieval.place_map import PlaceMap, require_place_for, write_map
 from utils.run import log as run_log
@@ -108,7 +108,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         preemption.advice = f"the same command{go_on} resumes from the descriptors computed so far"
 
         # Extract, search, judge, record; all results come before the first output that can fail.
-        weights = digest({**model.backbone.state_dict(), **model.aggregation.state_dict()})
+        weights = weight_files.state_digest({**model.backbone.state_dict(), **model.aggregation.state_dict()})
         failures = Outputs()
 
         def record(folder: Path, results: dict[str, Any]) -> None:
@@ -248,7 +248,7 @@ def load(options: EvalOptions, place_map: PlaceMap | None) -> tuple[SuperVLADNet
             problem = f"pca_dim {protocol.pca_dim}: {path} already ends with a PCA to {model.descriptor_dim} dimensions"
             raise ValueError(f"{problem}; leave the option out, or evaluate the checkpoint without its PCA")
         logger.info("from the checkpoint: a PCA to %d dimensions, normalised again", model.descriptor_dim)
-    weights = weight_files.state_digest(model)
+    weights = weight_files.state_digest(model.state_dict())
     if place_map is not None:
         place_map.require_weights(weights, str(resume))
     alone = plain or place_map is not None

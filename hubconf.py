@@ -120,7 +120,7 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
     model = _ours("model").build_model(**places.model)
     with places.fitting(str(resume)):
         weights.load_checkpoint(model, file, content)
-    places.require_weights(weights.state_digest(model), str(resume))
+    places.require_weights(weights.state_digest(model.state_dict()), str(resume))
     _ours("model.sizes").require_patches("resize", places.resize, model.backbone.size)
     places.load()
     model.to(device).eval()

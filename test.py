@@ -15,6 +15,7 @@ from datasets.evaluation.query_sets import QuerySet
 from datasets.evaluation.tree import DatabaseQueries
 from datasets.photos.batches import image_batches
 from datasets.photos.transforms import CROPS, evaluation_transform
+from utils.outputs.tables import format_recalls
 from utils.retrieval import first_matches
 from utils.retrieval.comparison import wilson_interval
 from utils.retrieval.contexts import DRAWN_CONTEXTS, ORDERS, Search, Stores
@@ -29,11 +30,6 @@ from utils.system.device import reading_workers
 logger = logging.getLogger(__name__)
 
 Images = Mapping[str, tuple[Sequence[str], str]]  # paths and test method, by name
-
-
-def format_recalls(recalls: Mapping[int, float]) -> str:
-    """`R@1: 27.0, R@5: 42.3, ...`"""
-    return ", ".join(f"R@{n}: {recall:.1f}" for n, recall in recalls.items())
 
 
 def evaluate_split(
@@ -307,7 +303,7 @@ def _lines_on_first_matches(evaluation: Evaluation, accept: float | None) -> lis
     """The log's lines on which first matches to believe, and what `accept` accepts, which is added to the results."""
     query_set, lines = evaluation.query_set, []
     if evaluation.first_order is not None:
-        summary = evaluation.first_matches[evaluation.search.context].summary()
+        summary = evaluation.results["contexts"][evaluation.search.context]["first_match"]
         line = f"first match of {query_set.dataset.name}: {first_matches.in_words(summary)}"
         lines.append(line + "; optimistic, since its queries are also the test split's" * query_set.tested)
     if accept is None:

@@ -36,8 +36,9 @@ from model.initialization import initialize_layer, sample_local_features
 from model.loss import MinedMultiSimilarity
 from model.sizes import fitted
 from model.weights import FOUNDATION_FILES, GATED_FILES, fetch_foundation, load_checkpoint, load_foundation, read_file
-from test import evaluate_split, format_recalls
+from test import evaluate_split
 from utils.outputs import figures
+from utils.outputs.tables import format_recalls
 from utils.retrieval import search
 from utils.retrieval.descriptor_store import digest, warn_of_leftovers
 from utils.run import checkpoint

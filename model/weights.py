@@ -7,6 +7,7 @@ import hashlib
 import logging
 import re
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,10 @@ def preparation_of(content: dict[str, Any]) -> dict[str, bool]:
     return {name: content[name] for name in ("antialias", "upright") if isinstance(content.get(name), bool)}
 
 
-def state_digest(model: SuperVLADNet) -> str:
-    """A digest that identifies a model's weights; PCAs and maps store it, since they fit one model's descriptors."""
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """A digest that identifies weights; PCAs, maps and kept descriptors store it, since they fit one model."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -138,7 +139,7 @@ def load_projection(model: SuperVLADNet, path: Path) -> dict[str, Any]:
     if model.projection is not None:
         raise ValueError("the checkpoint already ends with a PCA; leave out --pca, or give the checkpoint without it")
     projection = _projection_for(model, components, path)
-    if facts.get("weights", own := state_digest(model)) != own:
+    if facts.get("weights", own := state_digest(model.state_dict())) != own:
         raise ValueError(f"{path} was fitted on another checkpoint's descriptors; give that one as --resume")
     _load(projection, {"mean": mean, "components": components}, path)
     model.projection = projection

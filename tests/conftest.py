@@ -7,6 +7,7 @@ import torch
 from helpers import MODEL, SMALL, only_run, save_weights
 
 import eval as eval_script
+import test as evaluation
 from datasets.toy_city import write_toy_city
 from utils.outputs import assignments, figures
 
@@ -65,6 +66,14 @@ def evaluated(city, weights, tmp_path):
         return only_run(save_dir)
 
     return run
+
+
+@pytest.fixture
+def passed(monkeypatch):
+    """The photos that pass the backbone."""
+    seen, real = [], evaluation.image_batches
+    monkeypatch.setattr(evaluation, "image_batches", lambda paths, **given: seen.extend(paths) or real(paths, **given))
+    return seen
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.weights import state_digest
 from utils.retrieval.descriptor_store import DescriptorStore, digest
 
 
@@ -59,6 +60,6 @@ def test_what_changed_since_descriptors_were_kept_is_said_in_words(tmp_path, nam
 
 def test_digests_tell_weights_and_paths_apart():
     state = {"a": torch.ones(2), "b": torch.zeros(1, dtype=torch.int64)}
-    assert digest(state) == digest({name: value.clone() for name, value in state.items()})
-    others = [{**state, "a": torch.tensor([1.0, 2.0])}, ["x", "y"], ["xy"]]
-    assert len({digest(content) for content in (state, *others)}) == 4
+    assert state_digest(state) == state_digest({name: value.clone() for name, value in state.items()})
+    weights = [state_digest(each) for each in (state, {**state, "a": torch.tensor([1.0, 2.0])})]
+    assert len({*weights, digest(["x", "y"]), digest(["xy"])}) == 4

@@ -12,7 +12,6 @@ from helpers import SMALL
 from PIL import ExifTags, Image
 
 import eval as eval_script
-import test as evaluation
 from datasets.evaluation.tree import DatabaseQueries
 from utils.retrieval import descriptor_store
 from utils.retrieval.descriptor_store import DescriptorStore, RowFile
@@ -51,14 +50,6 @@ def evaluate(photos, weights, tmp_path, capsys):
         return status, said
 
     return run
-
-
-@pytest.fixture
-def passed(monkeypatch):
-    """The photos that pass the backbone."""
-    seen, real = [], evaluation.image_batches
-    monkeypatch.setattr(evaluation, "image_batches", lambda paths, **given: seen.extend(paths) or real(paths, **given))
-    return seen
 
 
 def files_of(tmp_path):

@@ -14,7 +14,6 @@ import warm
 from helpers import SMALL
 
 import eval as eval_script
-import test as evaluation
 from utils.retrieval import contexts as retrieval
 from utils.retrieval import faiss_index, search
 from utils.retrieval.search import CPU, knn_by_torch, nearest
@@ -186,14 +185,6 @@ def evaluate(flags, tmp_path, capsys):
         return status, capsys.readouterr().err, folder
 
     return run
-
-
-@pytest.fixture
-def passed(monkeypatch):
-    """The photos that pass the backbone."""
-    seen, real = [], evaluation.image_batches
-    monkeypatch.setattr(evaluation, "image_batches", lambda paths, **given: seen.extend(paths) or real(paths, **given))
-    return seen
 
 
 @pytest.mark.parametrize(

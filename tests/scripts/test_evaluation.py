@@ -18,7 +18,8 @@ from datasets.photos.batches import image_batches
 from datasets.photos.transforms import CROPS, evaluation_transform, open_image, transform_sizes
 from model import build_model
 from parser import Machine, Protocol, TrainOptions, parse
-from test import evaluate_split, format_recalls
+from test import evaluate_split
+from utils.outputs.tables import format_recalls
 from utils.retrieval import extraction, search
 from utils.retrieval.contexts import Search
 from utils.retrieval.descriptor_store import DescriptorStore

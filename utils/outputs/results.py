@@ -129,7 +129,7 @@ def _title(evaluation: Any) -> str:
     title, context = str(evaluation.query_set.dataset), evaluation.search.context
     if recalls := evaluation.recalls.get(context):
         encoder = "alignment" in evaluation.results  # without one, all contexts are the same
-        title += f", {context}" * encoder + ", " + ", ".join(f"R@{n}: {recall:.1f}" for n, recall in recalls.items())
+        title += f", {context}" * encoder + f", {tables.format_recalls(recalls)}"
     return title
 
 

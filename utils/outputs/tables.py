@@ -13,6 +13,11 @@ from ..retrieval import first_matches
 from ..system.files import atomic_write
 
 
+def format_recalls(recalls: Mapping[int, float]) -> str:
+    """`R@1: 27.0, R@5: 42.3, ...`"""
+    return ", ".join(f"R@{n}: {recall:.1f}" for n, recall in recalls.items())
+
+
 def recall_table(table: Mapping[str, Mapping[str, Mapping[int, float]]]) -> str:
     """A text table of recalls by dataset and encoder context; a dataset without labels has no row."""
     rows = [(dataset, context, recalls) for dataset, by in table.items() for context, recalls in by.items()]

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from ..system import distributed
@@ -306,14 +304,9 @@ def kept_in(descriptors_folder: Path, dataset: str) -> Path:
     return descriptors_folder / dataset.replace(" ", "_")
 
 
-def digest(content: Iterable[str] | Mapping[str, Tensor]) -> str:
-    """A short digest of lines, or of a state dict."""
+def digest(lines: Iterable[str]) -> str:
+    """A short digest of lines."""
     sha = hashlib.sha256()
-    if isinstance(content, Mapping):
-        for name, value in content.items():
-            sha.update(name.encode())
-            sha.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    else:
-        for line in content:
-            sha.update(line.encode() + b"\n")
+    for line in lines:
+        sha.update(line.encode() + b"\n")
     return sha.hexdigest()[:16]
