@@ -9,7 +9,7 @@ EPOCHS := 8
 DEMO_OPTIONS := --eval_datasets_folder=$(DEMO) --eval_dataset_name=toy_city --backbone=dino_tiny --crossimage_encoder \
 	--resize 112 112 --extraction_batch_size=16 --seed=$(SEED)
 DEMO_TRAINING := $(DEMO_OPTIONS) --train_resize 112 112 --freeze_te none --randaugment_ops 0
-NEWEST = $$(ls -d logs/demo/$(1)/* | tail -n 1)
+NEWEST = logs/demo/$(1)/latest
 
 .PHONY: help demo test test-fast lint bench
 

@@ -102,7 +102,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         temporary = outputs.descriptors_folder is None
         if temporary and distributed.is_main():  # with the option, this run may go on from another's
             with suppress(OSError):  # folders that vanish meanwhile, or belong to another user
-                warn_of_leftovers(run for run in run_log.runs_of(outputs.save_dir) if run != folder)
+                warn_of_leftovers(run_log.runs_of(outputs.save_dir))
         kept = outputs.descriptors_folder or folder / EXTRACTED
         go_on = f" with --descriptors_folder={shlex.quote(str(kept.absolute()))}" if temporary else ""
         preemption.advice = f"the same command{go_on} resumes from the descriptors computed so far"
@@ -219,9 +219,8 @@ def load(options: EvalOptions, place_map: PlaceMap | None) -> tuple[SuperVLADNet
         own_size = weight_files.size_of(content, arguments["backbone"])
         resize = fitted(protocol.resize or own_size, size)
         validated_at = weight_files.validated_size_of(content, arguments["backbone"])
-        what, at = ("validated at", validated_at) if validated_at else ("exported for", own_size)
-        if at not in (None, resize):
-            logger.warning("the model was %s %d %d, but --resize is %d %d", what, *at, *resize)
+        if validated_at not in (None, resize):
+            logger.warning("the model was validated at %d %d, but --resize is %d %d", *validated_at, *resize)
         preparation: dict[str, Any] = {"resize": resize, "antialias": plain, "upright": plain}
         if plain:
             preparation |= weight_files.preparation_of(content)
@@ -292,11 +291,9 @@ def log_model(model: SuperVLADNet, options: EvalOptions, facts: Mapping[str, Any
     """Logs what the model is, which options it leaves without effect, and how plain folders depart from benchmarks."""
     contexts = options.protocol.encoder_context or ()
     logger.info("parameters: %d", sum(parameter.numel() for parameter in model.parameters()))
-    alone = model.encoder is not None and {*contexts} == {"independent"}
-    idle = ["infer_batch_size"] * (model.encoder is None or alone) + ["encoder_context"] * (model.encoder is None)
-    if idle := [name for name in idle if name in options.given]:
-        why = "with encoder_context independent" if alone else "without the cross-image encoder"
-        logger.warning("--%s: no effect %s", ", --".join(idle), why)
+    idle = [f"--{name}" for name in ("infer_batch_size", "encoder_context") if name in options.given]
+    if idle and model.encoder is None:
+        logger.warning("%s: no effect without the cross-image encoder", ", ".join(idle))
     if "encoder_training" in facts["checkpoint"]:
         logger.info("the checkpoint's encoder_training: %s", facts["checkpoint"]["encoder_training"])
     elif model.encoder is not None:
@@ -306,8 +303,7 @@ def log_model(model: SuperVLADNet, options: EvalOptions, facts: Mapping[str, Any
             model.encoder.layer_difference(),
         )
     if options.data.plain_folders:
-        turned = "photos are turned as EXIF says"
-        changes = [turned if facts["upright"] else "as the checkpoint says, photos are not turned as EXIF says"]
+        changes = ["photos are turned as EXIF says" if facts["upright"] else "photos are not turned as EXIF says"]
         changes += ["the resize is antialiased (--no-antialias turns this off)"] * facts["antialias"]
         if model.encoder is not None and contexts[0] == "independent":
             changes.append("the encoder sees each photo by itself (--encoder_context file_order: neighbours by name)")
@@ -335,20 +331,14 @@ def check_before_extraction(
     outputs, search = options.outputs, options.search
     database = group[0].dataset.database_paths
     warn_before_extraction(group, contexts if model.encoder is not None else ())
-    for name in ("save_predictions", "save_pairs"):
-        if getattr(outputs, name) > len(database):
-            logger.warning("--%s %d: there are %d database images", name, getattr(outputs, name), len(database))
     if outputs.save_map is not None:
         require_place_for(outputs.save_map, contexts[0] if model.encoder is not None else None)
     for query_set in group:
         queries = query_set.dataset.queries_paths
-        if outputs.save_submission:
-            if len(database) < SUBMITTED:
-                logger.warning("--save_submission: %d images are scored, but there are %d", SUBMITTED, len(database))
-            keyless = [path for path in (*queries, *database) if len(image_key(path).split()) != 1]
-            if keyless:
-                problem = f"save_submission: {keyless[0]} has no image key without spaces, the seventh field of"
-                raise ValueError(f"{problem} @east@north@zone@letter@lat@lon@key@...; use a dataset with such names")
+        scored = (*queries, *database) if outputs.save_submission else ()
+        if keyless := [path for path in scored if len(image_key(path).split()) != 1]:
+            remedy = "use a dataset with names like @east@north@zone@letter@lat@lon@key@..."
+            raise ValueError(f"save_submission: {keyless[0]} has no image key without spaces; {remedy}")
         if outputs.save_pairs or outputs.save_h5:
             there = place_map is None or place_map.photos_there
             flag = "--save_pairs" if outputs.save_pairs else "--save_h5"

@@ -9,10 +9,7 @@ images in the batch.
 
 import importlib
 import os
-import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -38,16 +35,6 @@ def _ours(module: str) -> ModuleType:
     return importlib.import_module(f"{package}.{module}")
 
 
-@contextmanager
-def _naming_parameters() -> Iterator[None]:
-    """Errors within name parameters instead of the command line's options."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(re.sub(r"(?<!\S)--(?=[a-z])", "", str(error))) from error
-
-
-@_naming_parameters()
 def _released(name: str, pretrained: bool, **settings: Any) -> Any:
     published = _ours("model.published")
     model = _ours("model").build_model(**settings, **published.RELEASED[name].model)
@@ -64,7 +51,6 @@ def _read(name: str | Path) -> tuple[Path, Any, Any]:
     return file, content, weights.model_of(path, content)
 
 
-@_naming_parameters()
 def prepare(
     resize: tuple[int, int] | None = None,
     antialias: bool | None = None,
@@ -84,22 +70,19 @@ def prepare(
         backbone: a name from `model.BACKBONES`, if there is no checkpoint, or it does not say.
         resume: the model's checkpoint, or the name of a released one.
     """
-    transforms, sizes = _ours("datasets.photos.transforms"), _ours("model.sizes")
+    transforms, sizes, weights = _ours("datasets.photos.transforms"), _ours("model.sizes"), _ours("model.weights")
     said = {"antialias": True, "upright": True}
     if resume is not None:
         _, content, settings = _read(resume)
-        weights = _ours("model.weights")
         backbone = settings.get("backbone", backbone)
         resize, said = resize or weights.size_of(content, backbone), said | weights.preparation_of(content)
-    if backbone not in sizes.BACKBONES:
-        raise ValueError(f"unknown backbone {backbone!r}; use one of {', '.join(sizes.BACKBONES)}")
-    resize = resize or (sizes.BACKBONES[backbone].side,) * 2
-    sizes.require_patches("resize", resize, sizes.BACKBONES[backbone])
+    size = sizes.size_named(backbone)
+    resize = resize or (size.side, size.side)
+    sizes.require_patches("resize", resize, size)
     transform = transforms.evaluation_transform(resize, said["antialias"] if antialias is None else antialias)
     return partial(transforms.prepare, transform=transform, upright=said["upright"] if upright is None else upright)
 
 
-@_naming_parameters()
 def place_map(path: str | Path, resume: str | Path, accept: float | None = None, device: str = "cpu") -> Any:
     """Loads a map that eval.py wrote with --save_map, and the model that it was made with: `map.locate(photo)`.
 
@@ -135,7 +118,6 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
     return places
 
 
-@_naming_parameters()
 def checkpoint(path: str | Path) -> Any:
     """The model of a file that train.py or `model.export` wrote, or of a released one by its name.
 

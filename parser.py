@@ -32,7 +32,6 @@ REMOVED = {
     "lr_end_factor": "leave it out; linear and cosine schedules end at 0",
     "options": "repeat a run with @logs/.../options.txt as the first word",
     "labels_where_known": "leave it out; plain folders are searched like this",
-    "accept auto@": "give --accept one of the distances that the log of --eval_split val names",
 }
 
 
@@ -42,7 +41,7 @@ def freeze_te(text: str) -> int | None:
 
 
 def queries_name(text: str) -> str:
-    """The same for a folder of queries, with an optional `<dataset>:` in front."""
+    """A folder of queries, with an optional `<dataset>:` in front."""
     dataset, colon, queries = text.rpartition(":")
     return (folder_name(dataset) if colon else "") + colon + folder_name(queries)
 
@@ -50,7 +49,8 @@ def queries_name(text: str) -> str:
 def accepted_distance(text: str) -> float:
     """A squared descriptor distance."""
     if text.startswith("auto@"):
-        raise argparse.ArgumentTypeError(f"auto@ was removed in 2.0.0: {REMOVED['accept auto@']}")
+        remedy = "give one of the distances that the log of --eval_split val names"
+        raise argparse.ArgumentTypeError(f"auto@ was removed in 2.0.0: {remedy}")
     return float(text)
 
 
@@ -277,9 +277,7 @@ class Options:
     """What the options of both scripts share; each adds its groups."""
 
     given: tuple[str, ...] = field(default=(), compare=False)  # names of the options set, here or in @FILE
-    notes: tuple[str, ...] = field(
-        default=(), compare=False
-    )  # for the log: options without effect, and what was left out
+    notes: tuple[str, ...] = field(default=(), compare=False)  # for the log: what has no effect or was left out
 
     @classmethod
     def groups(cls) -> dict[str, Any]:
@@ -316,8 +314,6 @@ class EvalOptions(Options):
             yield f"{' and '.join(foreign)} cannot be used with --map, which has its own database; leave one out"
         if folders != (data.queries_folder is not None):
             yield "--queries_folder and --database_folder (or --map) go together; give both"
-        if folders and "eval_dataset_name" in self.given:
-            yield "--eval_dataset_name and --database_folder both say what to search; give one of the two"
         labels = {"no_labels", "positives_file", "val_positive_dist_threshold"} & {*self.given}
         if len(labels) > 1:
             yield f"--{' and --'.join(sorted(labels))} each define what is correct; give one of them"
@@ -348,8 +344,6 @@ class EvalOptions(Options):
             yield f"--rerank {search.rerank} is less than the {max(depth, shown)} images asked for; use more"
         if outputs.save_submission and (data.skip_unreadable or search.index is not None):
             yield "--save_submission needs all images of all queries; leave out --skip_unreadable and --index"
-        if "backbone" in self.given:  # else the checkpoint's may be another
-            yield from _misfits(self.model, resize=protocol.resize)
 
     def unmet_needs(self) -> dict[str, str]:
         """What options would need to have an effect; "" where it is given."""
@@ -360,7 +354,7 @@ class EvalOptions(Options):
             "majority_weight": "" if protocol.test_method == "maj_voting" else "--test_method maj_voting",
             "rerank": "" if index == "binary" else "--index binary",
             "index_parameters": "" if index not in (None, "binary") else "a FAISS --index",
-            "queries_names eval_split": "" if trees else "a dataset",
+            "eval_dataset_name queries_names eval_split": "" if trees else "a dataset",
             "eval_datasets_folder": "" if trees or protocol.pca_dim else "a dataset",
         }
 
@@ -378,17 +372,13 @@ class TrainOptions(Options):
 
     def contradictions(self) -> Iterator[str]:
         """What cannot be done, each with a remedy."""
-        machine, freeze = self.machine, self.recipe.freeze_te
+        machine = self.machine
         if self.data.eval_datasets_folder is None:
             yield "--eval_datasets_folder is missing; name the folder that holds the evaluation datasets"
         if len({*self.data.cities}) < len(self.data.cities):
             yield f"--cities {' '.join(self.data.cities)} names one twice; name each once"
-        yield from _misfits(self.model, resize=self.protocol.resize, train_resize=self.recipe.train_resize)
         if machine.mixed_precision and machine.precision not in ("fp32", "fp16"):
             yield f"--mixed_precision means --precision fp16, not {machine.precision}; give only one of them"
-        blocks = self.model.backbone_blocks or BACKBONES[self.model.backbone].depth
-        if freeze is not None and freeze > blocks:
-            yield f"--freeze_te {freeze}: the backbone has {blocks} blocks; use 0 to {blocks}, or none to train all"
 
     def unmet_needs(self) -> dict[str, str]:
         """What options would need to have an effect; "" where it is given."""
@@ -400,18 +390,6 @@ class TrainOptions(Options):
 
 
 AnyOptions = TypeVar("AnyOptions", EvalOptions, TrainOptions)
-
-
-def _misfits(model: ModelOptions, **sizes: tuple[int, int] | None) -> Iterator[str]:
-    """Blocks that the backbone does not have, and images that are not whole patches."""
-    backbone = BACKBONES[model.backbone]
-    if (model.backbone_blocks or 1) > backbone.depth:
-        yield f"--backbone_blocks {model.backbone_blocks}: {model.backbone} has {backbone.depth} blocks; use 1 to that"
-    for name, size in sizes.items():
-        exact = name == "train_resize" or size is not None and size[0] == size[1]  # others are rounded to whole patches
-        if size is not None and exact and any(side % backbone.patch_size for side in size):
-            sides, side = f"{size[0]} {size[1]}", backbone.side
-            yield f"--{name} {sides} is not a multiple of the {backbone.patch_size}-pixel patch; use e.g. {side} {side}"
 
 
 def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) -> AnyOptions:
@@ -435,12 +413,11 @@ def parse(options_class: type[AnyOptions], argv: Sequence[str] | None = None) ->
     given |= vars(parser.parse(words))
     if find_spec("torch") is None:
         parser.error(f"{sys.executable} has no PyTorch; run `make .venv/ready` once, then `source .venv/bin/activate`")
-    groups = {}
-    for name, group in options_class.groups().items():
-        values = {entry.name: given[entry.name] for entry in fields(group) if entry.name in given}
-        groups[name] = group(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    groups = {
+        name: group(**{entry.name: values[entry.name] for entry in fields(group) if entry.name in values})
+        for name, group in options_class.groups().items()
+    }
     options = options_class(**groups, given=tuple(given))
     for contradiction in options.contradictions():
         parser.error(contradiction)

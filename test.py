@@ -190,24 +190,22 @@ def evaluate(
     """
     evaluations: list[Evaluation] = []
     for context in contexts:
-        searches: list[Search] = []  # one for each order
-        matches_by_order: list[list[tuple[NDArray[np.float32], NDArray[np.int64]]]] = []  # of the query sets
         drawn = context in DRAWN_CONTEXTS and query_sets[0].dataset.labelled
-        for order in range(ORDERS if drawn else 1):
-            searches.append(
-                Search(
-                    model,
-                    stores,
-                    test_method=query_sets[0].test_method,
-                    context=context,
-                    infer_batch_size=protocol.infer_batch_size,
-                    seed=(seed, order),
-                    pca_dim=protocol.pca_dim,
-                    pca_whiten=protocol.pca_whiten,
-                    device=device,
-                )
+        searches = [
+            Search(
+                model,
+                stores,
+                test_method=query_sets[0].test_method,
+                context=context,
+                infer_batch_size=protocol.infer_batch_size,
+                seed=(seed, order),
+                pca_dim=protocol.pca_dim,
+                pca_whiten=protocol.pca_whiten,
+                device=device,
             )
-            matches_by_order.append(searches[-1].run(depth, search, majority_weight=protocol.majority_weight))
+            for order in range(ORDERS if drawn else 1)
+        ]
+        matches_by_order = [each.run(depth, search, majority_weight=protocol.majority_weight) for each in searches]
         for number, query_set in enumerate(query_sets):
             matches = [matches_of_sets[number] for matches_of_sets in matches_by_order]
             correct = [

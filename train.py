@@ -34,7 +34,7 @@ from datasets.training.randaugment import TrainingTransform
 from model import BACKBONES, SuperVLADNet, build_model
 from model.initialization import initialize_layer, sample_local_features
 from model.loss import MinedMultiSimilarity
-from model.sizes import fitted
+from model.sizes import fitted, require_patches
 from model.weights import FOUNDATION_FILES, GATED_FILES, fetch_foundation, load_checkpoint, load_foundation, read_file
 from test import evaluate_split
 from utils.outputs import figures
@@ -51,7 +51,6 @@ from utils.system import distributed
 from utils.system.device import (
     allow_tf32,
     autocast,
-    estimated_hours,
     extraction_batch_size,
     peak_memory,
     pick_device,
@@ -93,6 +92,7 @@ def run(options: TrainOptions) -> dict[int, float]:
         require_determinism(machine.deterministic)
         size = BACKBONES[options.model.backbone]
         resize = fitted(options.protocol.resize, size)
+        require_patches("train_resize", recipe.train_resize, size)
         protocol = replace(options.protocol, resize=resize)
 
         # Data: places to train on, a validation split to choose the best model, a test split to evaluate it.
@@ -108,8 +108,6 @@ def run(options: TrainOptions) -> dict[int, float]:
             seed=machine.seed,
         )
         batches = PlaceBatches(places, batch_size=recipe.train_batch_size, place_order=recipe.place_order)
-        if recipe.place_order == "similar" and not batches.by_similarity:
-            logger.warning("--place_order similar has no effect: all %d places share a batch", len(places))
         workers = reading_workers(device, machine.num_workers)
         loader = ImageLoader(
             places,
@@ -150,7 +148,7 @@ def run(options: TrainOptions) -> dict[int, float]:
             if model.projection is not None:
                 logger.warning("%s ends with a PCA, which training leaves out", path)
                 model.projection = None
-        elif foundation is not None or is_published(options.model.backbone):
+        elif foundation is not None or options.model.backbone in FOUNDATION_FILES | GATED_FILES:
             foundation = foundation or distributed.on_main(lambda: fetch_foundation(options.model.backbone))
             load_foundation(model.backbone, foundation)
         resumed = "optimization" in content  # a last_model.pth; any other file only gives a new run its weights
@@ -160,8 +158,6 @@ def run(options: TrainOptions) -> dict[int, float]:
                 "finish that run with version 1.0.0, or start a new one from its best_model.pth"
             )
         model.backbone.freeze(recipe.freeze_te)
-        if not any(parameter.requires_grad for parameter in model.backbone.parameters()):
-            logger.warning("--freeze_te %d freezes all blocks, so the backbone is not trained", recipe.freeze_te)
         model.backbone.activation_checkpointing = machine.activation_checkpointing
         model.grad_cache_chunk = machine.grad_cache_chunk
         model.to(device)
@@ -194,10 +190,6 @@ def run(options: TrainOptions) -> dict[int, float]:
         preemption.advice = f"nothing was trained yet; run the same command to start again ({folder} can be removed)"
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info("parameters: %d trainable of %d", trained, sum(p.numel() for p in model.parameters()))
-        if device.type == "cpu" and is_published(options.model.backbone) and recipe.epochs_num:
-            seen = recipe.epochs_num * len(places) * recipe.images_per_place
-            hours = estimated_hours(model.backbone, size=recipe.train_resize, images=seen)
-            logger.warning("training %s on a CPU takes about %.0f hours; use a CUDA GPU", options.model.backbone, hours)
         values = options.flat | {
             "resize": resize,
             "backbone_blocks": options.model.backbone_blocks or size.depth,
@@ -293,11 +285,6 @@ def run(options: TrainOptions) -> dict[int, float]:
 
 def step_precision(options: TrainOptions) -> str:
     return "fp16" if options.machine.mixed_precision else options.machine.precision
-
-
-def is_published(backbone: str) -> bool:
-    """Whether the backbone has pretrained weights, as all but the tiny ones do."""
-    return backbone in FOUNDATION_FILES or backbone in GATED_FILES
 
 
 def initialization_images(data: TrainData, places: GSVCities) -> list[str]:

@@ -1,5 +1,7 @@
 """How the released code does each stage, written out to compare with: not used by anything but the benchmarks."""
 
+import types
+
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -50,6 +52,12 @@ def explicit_attention(self: nn.Module, x: Tensor, rotation: Tensor | None = Non
     return self.proj((attention @ v).transpose(1, 2).reshape(B, tokens, C))
 
 
+def attend_explicitly(backbone: nn.Module) -> None:
+    """Gives all blocks of a backbone `explicit_attention`."""
+    for block in backbone.blocks:
+        block.attn.forward = types.MethodType(explicit_attention, block.attn)
+
+
 def cluster_loop(features: Tensor, weight: Tensor, clusters: int) -> Tensor:
     """The VLAD layer, one cluster at a time: features B x D x h x w, weight (K+G) x D x 1 x 1, to B x K*D."""
     features = F.normalize(features, dim=1)
@@ -59,16 +67,3 @@ def cluster_loop(features: Tensor, weight: Tensor, clusters: int) -> Tensor:
     for cluster in range(len(weight)):
         vlad[:, cluster] = (features * assignment[:, cluster, None]).sum(dim=2)
     return F.normalize(F.normalize(vlad[:, :clusters], dim=2).flatten(1), dim=1)
-
-
-def place_lookup(table, label: int) -> list[str]:
-    """A place's image names from a pandas table indexed by label: its rows are found, then formatted one by one."""
-    rows = table.loc[label]
-    names = []
-    for index in range(len(rows)):
-        row = rows.iloc[index]
-        names.append(
-            f"{row['city_id']}_{label % 100_000:07d}_{row['year']:04d}_{row['month']:02d}_{row['northdeg']:03d}"
-            f"_{row['lat']}_{row['lon']}_{row['panoid']}.jpg"
-        )
-    return names

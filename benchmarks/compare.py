@@ -1,11 +1,10 @@
 """Ours against the released way, stage by stage: ratios from one run, the two taking turns. And DINOv3 beside DINOv2.
 
-python -m benchmarks.compare [--only input forward layer lookup start backbones] [--photos FOLDER]
+python -m benchmarks.compare [--only input forward layer table start backbones] [--photos FOLDER]
 """
 
 import tempfile
 import time
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from datasets.evaluation.tree import DatabaseQueries
 from datasets.photos.listing import list_images
 from datasets.photos.positions import utm_positions
 from datasets.photos.transforms import evaluation_transform, open_image, read_pixels
-from datasets.training.gsv_cities import CITIES, COLUMNS, LABELS_PER_CITY, GSVCities
+from datasets.training.gsv_cities import CITIES, COLUMNS, GSVCities
 from datasets.training.randaugment import TrainingTransform
 from model import BACKBONES, build_model
 from model.dinov2 import DINOv2
@@ -72,8 +71,7 @@ def compare_forward(images_count: int = 2) -> dict[str, float]:
     ours = build_model(backbone="dino").eval()
     released = build_model(backbone="dino").eval()
     released.load_state_dict(ours.state_dict())
-    for block in released.backbone.blocks:
-        block.attn.forward = types.MethodType(baselines.explicit_attention, block.attn)
+    baselines.attend_explicitly(released.backbone)
     images = torch.randn(images_count, 3, 322, 322)
     difference = (ours(images) - released(images)).abs().max().item()
     ways = {
@@ -175,37 +173,15 @@ def write_table(folder: Path, rows: int) -> None:
         (folder / "Dataframes" / f"{city}.csv").write_text("\n".join(lines) + "\n")
 
 
-def compare_lookup(rows: int = 530_000) -> dict[str, float]:
-    """Loading the table, and finding a place's photos in it, against pandas."""
-    import pandas
-
+def compare_table(rows: int = 530_000) -> dict[str, float]:
+    """Loading GSV-Cities' tables."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_table(folder, rows)
         with PeakMemory() as memory:
             places = GSVCities(folder, transform=open_image)
         loading = medians({"ours": lambda: GSVCities(folder, transform=open_image)})["ours"]
-        frames = []
-        for index, city in enumerate(CITIES):
-            frame = pandas.read_csv(folder / "Dataframes" / f"{city}.csv")
-            frame = frame.sample(frac=1, random_state=0)  # the released code shuffles the rows of each city
-            frame["place_id"] += LABELS_PER_CITY * index
-            frames.append(frame)
-        table = pandas.concat(frames).set_index("place_id")
-    chosen = np.random.default_rng(1).choice(len(places), size=200, replace=False)
-    names = {Path(path).name for path in places.image_paths(int(chosen[0]))}
-    assert names == set(baselines.place_lookup(table, int(places.labels[chosen[0]])))
-    ways = {
-        "released": lambda: [baselines.place_lookup(table, int(places.labels[place])) for place in chosen],
-        "ours": lambda: [places.image_paths(int(place)) for place in chosen],
-    }
-    seconds = medians(ways)
-    return {
-        "GSV-Cities rows": len(places.names),
-        "table loaded, s": loading,
-        "table loaded, MB": 1e3 * memory.growth,
-        "place lookup, ratio": seconds["released"] / seconds["ours"],
-    }
+    return {"GSV-Cities rows": len(places.names), "table loaded, s": loading, "table loaded, MB": 1e3 * memory.growth}
 
 
 def compare_start(images: int = 300_000, queries: int = 10_000) -> dict[str, float]:
@@ -229,7 +205,7 @@ def compare_start(images: int = 300_000, queries: int = 10_000) -> dict[str, flo
 STAGES = {
     "forward": compare_forward,
     "layer": lambda: compare_layer(4) | compare_layer(64),
-    "lookup": compare_lookup,
+    "table": compare_table,
     "start": compare_start,
     "backbones": compare_backbones,
 }

@@ -23,8 +23,7 @@ from utils.system.device import peak_memory, usable_cores
 
 def as_released(model: SuperVLADNet) -> SuperVLADNet:
     """The model with explicit attention and the loop over clusters."""
-    for block in model.backbone.blocks:
-        block.attn.forward = types.MethodType(baselines.explicit_attention, block.attn)
+    baselines.attend_explicitly(model.backbone)
     layer = model.aggregation
 
     def aggregate(self: nn.Module, features: Tensor) -> Tensor:

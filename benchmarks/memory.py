@@ -45,10 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--chunk", type=int, default=24)
     parser.add_argument("--freeze_te", type=int, default=8, help="the first block to train; 0 trains all of them")
     settings = settings_of(parser, argv)
-    size = " x ".join(map(str, settings.train_size))
-    print(
-        f"{4 * settings.places} images, {size}, {settings.backbone}, {settings.precision}, chunks of {settings.chunk}"
-    )
+    print(f"{4 * settings.places} images, {settings.backbone}, {settings.precision}, chunks of {settings.chunk}")
     print(f"{'way':28} {'peak memory':>12} {'ratio':>6} {'time ratio':>11}")
     figures: dict[str, object] = {}
     plain: tuple[float, float] | None = None

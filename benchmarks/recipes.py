@@ -4,8 +4,7 @@
 
 Each run is train.py with the options of `make demo`, a recipe's own and a seed, in a folder of its own in `--output`.
 What is finished is skipped and what was cut short goes on, so the same command can be given again. The page is made
-after every run, of the results.json that are there by then. Two at once, `--encoders encoder` and `--encoders plain`,
-need a `--page` each; a last one without them writes the page of both.
+after every run, of the results.json that are there by then.
 """
 
 import argparse
@@ -21,8 +20,9 @@ import eval as eval_script
 import train as train_script
 from datasets.toy_city import write_toy_city
 
-DEMO = "--eval_dataset_name=toy_city --backbone=dino_tiny --extraction_batch_size=16"  # as the Makefile has it
-TRAINING = "--freeze_te none --randaugment_ops 0 --lr=0.001"
+# As the Makefile has it: options of both scripts, and of train.py.
+DEMO = "--eval_dataset_name=toy_city --backbone=dino_tiny --extraction_batch_size=16 --resize 112 112"
+TRAINING = "--freeze_te none --randaugment_ops 0 --lr=0.001 --train_resize 112 112 --train_batch_size=32"
 ENCODERS = {"encoder": ["--crossimage_encoder"], "plain": []}
 HEADINGS = {"encoder": "With the cross-image encoder", "plain": "Without the encoder"}
 RELEASED, BEST = "released", "best"
@@ -62,7 +62,7 @@ def results_of(runs: Path, seeds: Sequence[int], recipe: str) -> list[Result]:
     return [result for result in results if result is not None]
 
 
-def run(folder: Path, training: Sequence[str], evaluation: Sequence[str], contexts: Sequence[str]) -> None:
+def run(folder: Path, training: Sequence[str], evaluation: Sequence[str]) -> None:
     """Trains and evaluates, as far as that was not done before."""
     if result_of(folder) is not None:
         return
@@ -72,8 +72,8 @@ def run(folder: Path, training: Sequence[str], evaluation: Sequence[str], contex
         if afresh:  # else the time of a run that was cut short is not known
             (folder / "minutes.json").write_text(json.dumps((time.process_time() - started) / 60))
     shutil.rmtree(folder / "eval", ignore_errors=True)
-    (best,) = folder.glob("train/*/best_model.pth")
-    eval_script.main([*evaluation, *contexts, f"--resume={best}", f"--save_dir={folder / 'eval'}"])
+    best, *_ = folder.glob("train/*/best_model.pth")  # the link `latest` finds it a second time
+    eval_script.main([*evaluation, f"--resume={best}", f"--save_dir={folder / 'eval'}"])
 
 
 def best_combination(runs: Path, encoder: str, seeds: Sequence[int]) -> str | None:
@@ -121,10 +121,8 @@ def apart(results: Mapping[str, Sequence[Result]]) -> str:
 def tables_of(runs: Path, seeds: Sequence[int], flags: Sequence[str]) -> str:
     """The tables of RECIPES.md, of the runs that are finished."""
     shared = " ".join([*flags, *ENCODERS["encoder"]])
-    lines = [
-        f"Seeds {' '.join(map(str, seeds))}; all runs share these options, but for the last one in the second table:"
-    ]
-    lines += ["", f"    train.py {shared}"]
+    shared_by = "all runs share these options, but for the last one in the second table:"
+    lines = [f"Seeds {' '.join(map(str, seeds))}; {shared_by}", "", f"    train.py {shared}"]
     for encoder, heading in HEADINGS.items():
         contexts = {"file_order": "test R@1"}
         if encoder == "encoder":
@@ -154,18 +152,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     recipes = [RELEASED, *SWITCHES, BEST]
     parser.add_argument("--recipes", nargs="+", default=recipes, choices=recipes)
-    parser.add_argument("--encoders", nargs="+", default=list(ENCODERS), choices=ENCODERS)
-    parser.add_argument("--side", type=int, default=112, help="of images, in pixels")
-    parser.add_argument("--places", type=int, default=32, help="a batch")
-    parser.add_argument("--num_workers", type=int, help="that read; by default the scripts' own")
     given = parser.parse_args(argv)
     if not (given.data / "toy_city").exists():
         write_toy_city(given.data, progress=True)
-    side = [str(given.side)] * 2
-    shared = [*DEMO.split(), "--resize", *side]
-    shared += [] if given.num_workers is None else [f"--num_workers={given.num_workers}"]
-    training = [*shared, *TRAINING.split(), "--train_resize", *side, f"--train_batch_size={given.places}"]
-    training.append(f"--epochs_num={given.epochs}")
+    training = [*DEMO.split(), *TRAINING.split(), f"--epochs_num={given.epochs}"]
     data = f"--eval_datasets_folder={given.data.absolute()}"
     runs = (given.output / f"{given.epochs}epochs").absolute()
 
@@ -173,17 +163,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags = [SWITCHES[name] for name in recipe.split("+") if name != RELEASED]
         own = [*ENCODERS[encoder], *flags, data, f"--seed={seed}"]
         contexts = ["--encoder_context", "file_order", "independent"] if ENCODERS[encoder] else []
-        run(runs / encoder / recipe / f"seed{seed}", [*training, *own], [*shared, data], contexts)
+        run(runs / encoder / recipe / f"seed{seed}", [*training, *own], [*DEMO.split(), data, *contexts])
         text = given.page.read_text().partition(MARKER)[0] if given.page.exists() else ""
         given.page.write_text(f"{text}{MARKER}\n\n{tables_of(runs, given.seeds, training)}")
 
     # Seed by seed, so that each table has all of its rows soon; the best combination needs all the others.
     for seed in given.seeds:
-        for encoder in given.encoders:
+        for encoder in ENCODERS:
             for recipe in (RELEASED, *switches_of(encoder)):
                 if recipe in given.recipes:
                     make(encoder, recipe, seed)
-    for encoder in given.encoders if BEST in given.recipes else []:
+    for encoder in ENCODERS if BEST in given.recipes else ():
         best = best_combination(runs, encoder, given.seeds)
         for seed in given.seeds if best is not None else []:
             make(encoder, best, seed)

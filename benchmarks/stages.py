@@ -3,10 +3,10 @@
     python -m benchmarks.stages [--backbone dino_small] [--size 322 322] [--precision bf16] [--device cuda]
 
 The ceiling is the rate of matrix products that the device reaches in the same run and precision; a stage's share of it
-counts its own products only. Training is the recipe's step: --places places of four photos, blocks from 8 on.
+counts its own products only, and none with --compile, which hides them. Training is the recipe's step: --places places
+of four photos, blocks from 8 on.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -31,13 +31,6 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     return 2 * side**3 / medians({"product": lambda: a @ b}, device=device)["product"]
 
 
-def operations(step: Callable[[], object]) -> float:
-    """Floating-point operations of the matrix products of a call; what is compiled would hide them."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     names = ("backbone", "size", "train_size", "batch", "places", "precision", "device", "num_workers", "compile")
     settings = settings_of(parser_of(__doc__, *names), argv)
@@ -48,15 +41,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     transform = evaluation_transform(tuple(settings.size))
     torch.manual_seed(0)
     model = build_model(backbone=settings.backbone, crossimage_encoder=True).to(device).eval()
-    twin = model  # whose products are counted
     if settings.compile:
-        twin = copy.deepcopy(model)
         model.backbone.compile_blocks()
         torch._functorch.config.donated_buffer = False  # the backward pass is timed again and again on one graph
     rate = matrix_rate(device, settings.precision)
     figures: dict[str, object] = {"matrix products, TFLOP/s": rate / 1e12}
 
-    def measure(stage: str, images: int, step: Callable[[], object], flops: float = 0.0) -> None:
+    def measure(stage: str, images: int, step: Callable[[], object], *, products: bool = False) -> None:
+        flops = 0
+        if products and not settings.compile:  # a compiled program hides them
+            with FlopCounterMode(display=False) as counter:
+                step()
+            flops = counter.get_total_flops()
         seconds = medians({stage: step}, device=device)[stage]
         figures[stage] = {"images/s": images / seconds, "share of the ceiling": flops / seconds / rate}
         print(f"{stage:34} {images / seconds:12.1f} images/s" + (f" {flops / seconds / rate:8.1%}" if flops else ""))
@@ -79,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("layer", lambda network: network.aggregation(features)),
             ("encoder", lambda network: network.describe(vectors)),
         ):
-            measure(stage, batch, partial(step, model), operations(partial(step, twin)))
+            measure(stage, batch, partial(step, model), products=True)
 
     @torch.inference_mode()
     def evaluate(paths: Sequence[str]) -> float:
@@ -106,18 +102,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.cuda.reset_peak_memory_stats()
 
     training = Training(model, settings, precision=settings.precision)
-    counted = training if twin is model else Training(twin, settings, precision=settings.precision)
     descriptors = training.forward().detach().float().requires_grad_()
-    measure("training: forward", places * 4, training.forward, operations(counted.forward))
+    measure("training: forward", places * 4, training.forward, products=True)
     measure(
         "training: loss and mining", places * 4, lambda: training.criterion(descriptors, training.labels).backward()
     )
     loss = training.loss()
     backward = partial(loss.backward, retain_graph=True)
-    measure("training: backward", places * 4, backward, operations(counted.loss().backward))
+    measure("training: backward", places * 4, backward, products=True)
     del loss, backward
-    if twin is not model:
-        twin.zero_grad()
     trained = [(p, p.grad) for p in model.parameters() if p.grad is not None]
 
     def optimize() -> None:
@@ -127,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     measure("training: optimiser", places * 4, optimize)
     trained.clear()
-    measure("training: whole step", places * 4, training.step, operations(lambda: counted.loss().backward()))
+    measure("training: whole step", places * 4, training.step, products=True)
     figures["peak GB"] = peak_memory(device)
     print(f"{'  peak memory':34} {figures['peak GB']:12.2f} GB")
 

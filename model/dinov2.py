@@ -43,7 +43,6 @@ class DINOv2(Backbone):
         self.patch_embed = PatchEmbed(size.channels, size.patch_size)
         self.blocks = nn.ModuleList(self._block(size) for _ in range(size.kept_blocks))
         self.norm = nn.LayerNorm(size.channels, eps=1e-6)
-        self._resampled: tuple[tuple[int, int], Tensor, int, Tensor] | None = None  # see `position_embedding`
         # Published weights replace all of this. From scratch (dino_tiny), this standard deviation was measured to learn
         # faster than DINOv2's own 0.02.
         nn.init.trunc_normal_(self.pos_embed, std=0.2)
@@ -54,36 +53,11 @@ class DINOv2(Backbone):
         mlp = SwiGlu(size.channels) if size.swiglu else Mlp(size.channels)
         return Block(size.channels, attn=attn, mlp=mlp, eps=1e-6)
 
-    def train(self, mode: bool = True) -> "DINOv2":
-        """As in nn.Module; also drops the cached position embedding."""
-        self._resampled = None  # some ways to write weights, such as broadcasting them, keep their version number
-        super().train(mode)
-        return self
-
     def position_embedding(self, h: int, w: int) -> Tensor:
-        """The position embedding resampled to h x w patches, with the class token's first: 1 x (1+h*w) x C.
-
-        Without a gradient, the last one is cached until the weights or the size change.
-        """
-        grid, weights = self.size.image_size // self.size.patch_size, self.pos_embed
-        if (h, w) == (grid, grid):
-            return weights
-        trained = torch.is_grad_enabled() and weights.requires_grad
-        if trained or torch.compiler.is_compiling() or weights.is_inference():  # the last have no version number
-            return self._position_embedding(h, w)
-        if self._resampled is not None:
-            size, seen, version, kept = self._resampled
-            same = seen.data_ptr() == weights.data_ptr() and seen.dtype == weights.dtype
-            if same and size == (h, w) and version == weights._version:
-                return kept
-        with torch.inference_mode(False), torch.no_grad():
-            kept = self._position_embedding(h, w)
-        # The alias of the weights keeps their address from being reused.
-        self._resampled = (h, w), weights.detach(), weights._version, kept
-        return kept
-
-    def _position_embedding(self, h: int, w: int) -> Tensor:
+        """The position embedding resampled to h x w patches, with the class token's first: 1 x (1+h*w) x C."""
         grid = self.size.image_size // self.size.patch_size
+        if (h, w) == (grid, grid):
+            return self.pos_embed
         cls_position, positions = self.pos_embed.float().split([1, grid**2], dim=1)
         if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled() and self.pos_embed.requires_grad:
             # On a GPU the gradient of the resampling is summed in no fixed order; that of a matrix product is.

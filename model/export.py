@@ -5,26 +5,23 @@
 
 The ONNX file takes `images`, B x 3 x H x W in [0, 1] normalised by ImageNet's mean and standard deviation, with any B
 but only the size that it was exported for, and returns `descriptors`, B x K*D (with the cross-image encoder, each
-depends on the whole batch). It is compared with PyTorch's before it is put into place; with `--int8`, its weights have
-8 bits, and the least cosine to PyTorch's descriptors is said, and must be 0.99.
-The safetensors file is another form of the checkpoint, which eval.py and train.py read.
-With `--pca`, the model ends with the PCA that `eval.py --pca_dim` fitted on its descriptors: they have fewer
-dimensions, and unit norm again; the metadata have it as `pca`, and eval.py applies it without being asked.
-Both files store as JSON metadata the options of the model (`model`) and how photos are prepared: `resize` (height and
-width), `antialias`, `upright` (turned as EXIF says), `mean` and `std`. The defaults are those of the checkpoint, if it
-was exported, else those of eval.py for plain folders; eval.py in turn follows a safetensors file. `validated_at` is the
-size at which the model was validated, if known.
+depends on the whole batch). It is compared with PyTorch before it is put into place. The safetensors file is another
+form of the checkpoint, which eval.py and train.py read; eval.py follows all that it says.
+Both store as JSON metadata the options of the model (`model`) and how photos are prepared: `resize` (height and width),
+`antialias`, `upright` (turned as EXIF says), `mean` and `std`; and `validated_at`, the size at which the model was
+validated, and `pca`, what its last part was fitted on, if known.
 """
 
 import argparse
 import json
-import re
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.system.command_line import Parser
+from utils.system.command_line import Parser, with_dashes
+from utils.system.files import atomic_write
 from utils.system.signals import left_on_signals
 
 from .sizes import BACKBONES, MODEL_OPTIONS, require_patches
@@ -38,12 +35,9 @@ RELEASED_SIZE = (322, 322)  # the released models were validated at this size
 
 def command_line() -> Parser:
     """The options of the command."""
-    parser = Parser(
-        prog="python -m model.export",
-        usage="%(prog)s --resume FILE --output FILE [--option value ...]; --help lists all options",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = "%(prog)s --resume FILE --output FILE [--option value ...]; --help lists all options"
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m model.export", usage=usage, description=__doc__, formatter_class=raw)
     either, filed = argparse.BooleanOptionalAction, "by default as the file says, else"
     add = parser.add_argument
     add("--resume", type=Path, help="checkpoint: a file, or the name of a released one")
@@ -52,12 +46,14 @@ def command_line() -> Parser:
     add("--resize", type=int, nargs=2, help=sides)
     add("--antialias", action=either, help=f"whether to antialias the resize; {filed} yes")
     add("--upright", action=either, help=f"whether to turn photos as EXIF says; {filed} yes")
-    add("--pca", type=Path, help="pca.pth of an evaluation with --pca_dim, to add as the last part of the model")
+    pca = "pca.pth of an evaluation with --pca_dim, to add as the last part of the model; its descriptors get unit norm"
+    add("--pca", type=Path, help=pca)
     add("--backbone", choices=tuple(BACKBONES), help=f"backbone; {filed} dino")
     add("--backbone_blocks", type=int, help=f"number of backbone blocks, counted from the first; {filed} all")
     add("--supervlad_clusters", type=int, help=f"clusters K; {filed} 4")
     add("--ghost_clusters", type=int, help=f"ghost clusters; {filed} 1")
-    add("--int8", action="store_true", help=".onnx with weights of 8 bits: a quarter of the size, for small machines")
+    int8 = ".onnx with weights of 8 bits, a quarter of the size; the least cosine to PyTorch's descriptors must be 0.99"
+    add("--int8", action="store_true", help=int8)
     encoder = "the model has the encoder across the batch; only needed if the file does not say so"
     add("--crossimage_encoder", action="store_true", default=None, help=encoder)
     return parser
@@ -74,6 +70,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--output {output} is neither .onnx nor .safetensors; use one of the two suffixes")
     if given.int8 and output.suffix.lower() != ".onnx":
         parser.error(f"--int8 is for .onnx, but --output is {output}; name a file with this suffix")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        parser.error(f"--output {output}: {output.parent} is no folder to write to; create it first, or name another")
     return given
 
 
@@ -84,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with left_on_signals():
             export(given)
     except (ValueError, OSError) as error:
-        print(f"ERROR: {error}", file=sys.stderr)
+        print(f"ERROR: {with_dashes(str(error), vars(given))}", file=sys.stderr)
         raise SystemExit(2) from None
     return 0
 
@@ -93,7 +91,7 @@ def export(given: argparse.Namespace) -> None:
     """Loads the checkpoint, says what is uncertain about it, and writes the file."""
     from . import build_model, weights  # here, so that mistakes in the command line are reported at once
 
-    path = weights.find_checkpoint(given.resume)
+    path: Path = weights.find_checkpoint(given.resume)
     content = weights.read_file(path)
     chosen = {name: value for name, option in MODEL_OPTIONS.items() if (value := vars(given).get(option)) is not None}
     settings: dict[str, Any] = {"backbone": "dino", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": False}
@@ -101,7 +99,7 @@ def export(given: argparse.Namespace) -> None:
     model = build_model(**settings).eval()
     backbone = model.backbone.size
     if given.resize:
-        require_patches("--resize", given.resize, backbone)
+        require_patches("resize", given.resize, backbone)
     weights.load_checkpoint(model, path, content)
     pca: Any = None if model.projection is None else content.get("pca")
     if given.pca is not None:
@@ -116,20 +114,20 @@ def export(given: argparse.Namespace) -> None:
         _warn(f"the model was validated at {_sides(validated_at)}, but is exported at {_sides(size)}")
     preparation = {"antialias": True, "upright": True, **weights.preparation_of(content)}
     preparation |= {name: vars(given)[name] for name in preparation if vars(given)[name] is not None}
-    facts: dict[str, Any] = {**preparation, "resize": size, "mean": MEAN, "std": STD}
-    facts |= {name: value for name, value in (("validated_at", validated_at), ("pca", pca)) if value is not None}
-    if given.pca is not None and "weights" not in pca:
-        _warn(f"{given.pca} does not say which weights it was fitted on; check that they are these")
-    if given.pca is not None and tuple(pca.get("resize", size)) != size:
-        _warn(f"{given.pca} was fitted on images of {_sides(pca['resize'])}, but the export is for {_sides(size)}")
+    if given.pca is not None:
+        if "weights" not in pca:  # an older version wrote it
+            _warn(f"{given.pca} does not say which weights it was fitted on; check that they are these")
+        if tuple(pca.get("resize", size)) != size:
+            _warn(f"{given.pca} was fitted on images of {_sides(pca['resize'])}, but the export is for {_sides(size)}")
     if pca is not None:
         whitened = ", whitened" * bool(pca.get("whiten"))
         line = f"a PCA leaves {model.descriptor_dim} of {model.vectors_dim} dimensions{whitened}, of unit norm"
         # With the encoder, the context changes the descriptors that a PCA is fitted on.
         print(line + f"; fitted in --encoder_context {pca.get('context')}" * (model.encoder is not None))
+    facts = {**preparation, "resize": size, "mean": MEAN, "std": STD, "validated_at": validated_at, "pca": pca}
+    facts["int8"] = given.int8 or None
     metadata = {"model": json.dumps(settings), "source": path.name}
-    metadata |= {name: json.dumps(value) for name, value in facts.items()}
-    metadata |= {"int8": "true"} if given.int8 else {}
+    metadata |= {name: json.dumps(value) for name, value in facts.items() if value is not None}
     write(model, given.output, size=size, metadata=metadata, int8=given.int8)
 
 
@@ -144,29 +142,36 @@ def _warn(message: str) -> None:
 def write(
     model: "SuperVLADNet", path: Path, *, size: tuple[int, ...], metadata: dict[str, str], int8: bool = False
 ) -> None:
-    """Writes the file of the kind that its suffix names, and prints how far it is from the model."""
-    from .formats import export_onnx, export_safetensors
-
+    """Writes the file of the kind that its suffix names, and prints how far an ONNX file is from the model."""
     try:
         if path.suffix.lower() == ".onnx":
-            height, width = size
-            result = export_onnx(model, path, size=(height, width), metadata=metadata, int8=int8)
+            from .onnx_file import export_onnx
+
+            result = export_onnx(model, path, size=size, metadata=metadata, int8=int8)
             kind = "have a cosine to PyTorch's of at least" if int8 else "differ from PyTorch's by at most"
             print(f"{path}: descriptors {kind} {result:{'.5f' if int8 else '.1e'}}")
             if model.encoder is not None:
                 print("the encoder attends across the batch: batches of one match eval.py on plain folders")
         else:
-            difference = export_safetensors(model, path, metadata=metadata)
-            print(f"{path}: weights read back, largest difference {difference:g}")
+            from safetensors.torch import load, save
+
+            state = {name: value.contiguous() for name, value in model.state_dict().items()}
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(save(state, metadata))  # safetensors' own files can be read by their owner alone
+                read = load(temporary.read_bytes())
+                if not all(read[name].equal(value) for name, value in state.items()):
+                    raise ValueError(f"output {path} was not written: weights read back differ; try again")
+            print(f"{path}: {len(state)} weights, equal when read back")
     except ValueError:
         raise
-    except OSError as error:
-        raise ValueError(f"--output {path} could not be written ({error.strerror or error}); name another") from error
     except Exception as error:  # the exporter and ONNX Runtime raise their own exceptions, with long messages
-        told = str(error.__cause__ or error).strip().partition("\n")[0]
-        told = re.sub(r"\x1b\[[0-9;]*m", "", told) or type(error).__name__
+        told = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
         remedy = "use other versions of torch, onnxscript or onnxruntime"
-        raise ValueError(f"{path} was not written: the exporter failed ({told}); {remedy}") from error
+        if isinstance(error, ImportError):
+            remedy = "pip install onnx onnxscript onnxruntime safetensors"
+        elif isinstance(error, OSError):
+            remedy = "name another place"
+        raise ValueError(f"output {path} was not written ({told}); {remedy}") from error
 
 
 if __name__ == "__main__":

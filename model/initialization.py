@@ -75,10 +75,8 @@ def initialize_layer(model: SuperVLADNet, descriptors: Tensor) -> None:
     conv = model.aggregation.conv
     clusters = conv.out_channels
     if len(descriptors) < clusters:
-        raise ValueError(
-            f"k-means for {clusters} clusters, ghost clusters included, needs as many local features, but the images "
-            f"gave {len(descriptors)}; add images or lower --supervlad_clusters"
-        )
+        told = f"k-means for {clusters} clusters, with ghost clusters, got {len(descriptors)} local features, too few"
+        raise ValueError(f"{told}; add images or lower supervlad_clusters")
     kmeans = faiss.Kmeans(descriptors.shape[1], clusters, niter=100)
     kmeans.train(descriptors.numpy())
     alpha, weight = layer_weights(torch.from_numpy(kmeans.centroids), descriptors)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from .cross_image import CrossImageEncoder
 from .dinov2 import DINOv2
 from .dinov3 import DINOv3
-from .sizes import BACKBONES
+from .sizes import size_named
 from .supervlad import SuperVLAD
 from .vit import Backbone
 
@@ -128,17 +128,13 @@ def build_model(
         ghost_clusters: G >= 0.
         crossimage_encoder: whether to add the encoder across the batch.
     """
-    if backbone not in BACKBONES:
-        raise ValueError(f"unknown backbone {backbone!r}; use one of {', '.join(BACKBONES)}")
+    size = size_named(backbone)
     if clusters < 1 or ghost_clusters < 0:
-        raise ValueError(
-            f"{clusters} clusters and {ghost_clusters} ghost clusters are too few for a VLAD layer; "
-            "use --supervlad_clusters >= 1 and --ghost_clusters >= 0"
-        )
-    size = BACKBONES[backbone]
+        told = f"{clusters} clusters and {ghost_clusters} ghost clusters are too few for a VLAD layer"
+        raise ValueError(f"{told}; use supervlad_clusters >= 1 and ghost_clusters >= 0")
     if backbone_blocks is not None:
         if not 1 <= backbone_blocks <= size.depth:
-            told = f"--backbone_blocks {backbone_blocks}: --backbone={backbone} has {size.depth} blocks"
+            told = f"backbone_blocks {backbone_blocks}: backbone={backbone} has {size.depth} blocks"
             raise ValueError(f"{told}; use 1 to {size.depth}")
         size = replace(size, blocks=backbone_blocks if backbone_blocks < size.depth else None)
     features = DINOv3(size) if size.family == "DINOv3" else DINOv2(size)

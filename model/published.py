@@ -47,8 +47,6 @@ RELEASED = {
 def cached(file: str) -> Path:
     """Where torch.hub keeps a weight file; the folder is created if missing."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if str(folder).startswith("~"):  # as for some users of containers
-        raise ValueError(f"there is no home folder to keep {file} in; set HOME or TORCH_HOME to a folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder / file
 
@@ -64,8 +62,8 @@ def fetch_foundation(backbone: str) -> Path:
     """The official weights of a backbone in `FOUNDATION_FILES`, downloaded the first time."""
     if backbone in GATED_FILES:
         raise ValueError(
-            f"--backbone={backbone} needs {GATED_FILES[backbone]}, which Meta gives to those who accept the DINOv3 "
-            "License; ask at https://github.com/facebookresearch/dinov3, and give it as --foundation_model_path"
+            f"backbone={backbone} needs {GATED_FILES[backbone]}, which Meta gives to those who accept the DINOv3 "
+            "License; ask at https://github.com/facebookresearch/dinov3, and give it as foundation_model_path"
         )
     address = foundation_address(backbone)
     path = cached(FOUNDATION_FILES[backbone])
@@ -75,8 +73,8 @@ def fetch_foundation(backbone: str) -> Path:
             torch.hub.download_url_to_file(address, str(path), progress=True)
         except OSError as error:
             raise ValueError(
-                f"--backbone={backbone}: DINOv2's weights could not be downloaded ({error}); get {address} elsewhere "
-                f"and give it as --foundation_model_path={path.name}, or put it at {path}"
+                f"backbone={backbone}: DINOv2's weights could not be downloaded ({error}); get {address} elsewhere "
+                f"and give it as foundation_model_path={path.name}, or put it at {path}"
             ) from error
     return path
 

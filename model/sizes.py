@@ -57,6 +57,13 @@ BACKBONES = {
 }
 
 
+def size_named(name: str) -> BackboneSize:
+    """The settings of a backbone in `BACKBONES`; ValueError for another name."""
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}; use one of {', '.join(BACKBONES)}")
+    return BACKBONES[name]
+
+
 # The arguments of `build_model` as files name them, and the command line's option for each.
 MODEL_OPTIONS = {
     "backbone": "backbone",
@@ -69,12 +76,10 @@ MODEL_OPTIONS = {
 
 def require_patches(name: str, size: Sequence[int], backbone: BackboneSize) -> None:
     """Raises ValueError unless the height and width, of the parameter `name`, are multiples of the patch size."""
-    patch, sides = backbone.patch_size, tuple(size) if isinstance(size, Sequence) else (size,)
-    if len(sides) != 2 or not all(type(side) is int and side > 0 and side % patch == 0 for side in sides):
-        raise ValueError(
-            f"{name} {' '.join(map(str, sides))} is not a multiple of the {patch}-pixel patch; "
-            f"use e.g. {backbone.side} {backbone.side}"
-        )
+    patch, side = backbone.patch_size, backbone.side
+    if len(size) != 2 or not all(length > 0 and length % patch == 0 for length in size):
+        told = f"{name} {' '.join(map(str, size))} is not a multiple of the {patch}-pixel patch"
+        raise ValueError(f"{told}; use e.g. {side} {side}")
 
 
 def fitted(size: tuple[int, int] | None, backbone: BackboneSize) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .sizes import BackboneSize
+from .sizes import BackboneSize, require_patches
 
 
 class PatchEmbed(nn.Module):
@@ -108,13 +108,9 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, rotation: Tensor | None = None,
 
 
 def grid_of(images: Tensor, size: BackboneSize) -> tuple[int, int]:
-    """Number of patches h x w of images B x 3 x H x W."""
+    """Number of patches h x w of images B x 3 x H x W; ValueError unless H and W are multiples of the patch size."""
     H, W = images.shape[-2:]
-    if H % size.patch_size or W % size.patch_size:
-        raise ValueError(
-            f"image size {H}x{W} is not a multiple of the {size.patch_size}-pixel patch; "
-            f"use e.g. --resize {size.side} {size.side}"
-        )
+    require_patches("image size", (H, W), size)
     return H // size.patch_size, W // size.patch_size
 
 
@@ -143,10 +139,8 @@ class Backbone(nn.Module):
         """
         count = len(self.blocks)
         if freeze_te is not None and not 0 <= freeze_te <= count:
-            raise ValueError(
-                f"--freeze_te {freeze_te} freezes more than the {count} blocks of this backbone; "
-                f"use 0 to {count}, or none to train everything"
-            )
+            told = f"freeze_te {freeze_te} freezes more than the {count} blocks of this backbone"
+            raise ValueError(f"{told}; use 0 to {count}, or none to train everything")
         self.requires_grad_(freeze_te is None)
         if freeze_te is not None:
             self.blocks[freeze_te:].requires_grad_(True)

@@ -8,6 +8,8 @@ import logging
 import re
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from .network import Projection, SuperVLADNet
 from .published import FOUNDATION_FILES, GATED_FILES, RELEASED, fetch_foundation, find_checkpoint, foundation_address  # noqa: F401
 from .reading import read_file
-from .sizes import BACKBONES, MODEL_OPTIONS, BackboneSize
+from .sizes import BACKBONES, MODEL_OPTIONS, BackboneSize, require_patches
 from .supervlad import SuperVLAD
 from .vit import Backbone
 
@@ -42,29 +44,25 @@ def model_of(name: Path, content: dict[str, Any]) -> dict[str, Any]:
     return written
 
 
-def size_of(content: dict[str, Any], backbone: str | None = None) -> tuple[int, int] | None:
+def size_of(content: dict[str, Any], backbone: str = "dino", entry: str = "resize") -> tuple[int, int] | None:
     """Default height and width in pixels of a file's model; None where it does not say.
 
     Args:
         content: the content of its file.
-        backbone: a name from `BACKBONES`; a size that is no multiple of its patch size is ignored. None allows any.
+        backbone: a name from `BACKBONES`; a size that is no multiple of its patch size is ignored.
+        entry: where the file says it.
     """
-    return _size(content.get("resize"), backbone)
+    with suppress(ValueError, TypeError, KeyError):  # other projects' entries of the same name
+        height, width = map(index, content[entry])
+        require_patches(entry, (height, width), BACKBONES[backbone])
+        return height, width
+    return None
 
 
-def validated_size_of(content: dict[str, Any], backbone: str | None = None) -> tuple[int, int] | None:
+def validated_size_of(content: dict[str, Any], backbone: str = "dino") -> tuple[int, int] | None:
     """Like `size_of`, the size at which the model was validated."""
     # train.py writes it as `resize`; an exported file has a separate entry, since it may be for another size.
-    return _size(content["validated_at"] if "validated_at" in content else content.get("resize"), backbone)
-
-
-def _size(written: Any, backbone: str | None) -> tuple[int, int] | None:
-    if not isinstance(written, (list, tuple)) or len(written) != 2:
-        return None
-    patches = {size.patch_size for name, size in BACKBONES.items() if backbone in (None, name)}
-    if not any(all(type(side) is int and side > 0 and side % patch == 0 for side in written) for patch in patches):
-        return None  # an entry of another project with the same name
-    return written[0], written[1]
+    return size_of(content, backbone, "validated_at" if "validated_at" in content else "resize")
 
 
 def preparation_of(content: dict[str, Any]) -> dict[str, bool]:
@@ -137,10 +135,10 @@ def load_projection(model: SuperVLADNet, path: Path) -> dict[str, Any]:
     if not isinstance(mean, Tensor) or not isinstance(components, Tensor) or not isinstance(facts, dict):
         raise ValueError(f"{path} holds no PCA; give the pca.pth that eval.py --pca_dim writes into its folder")
     if model.projection is not None:
-        raise ValueError("the checkpoint already ends with a PCA; leave out --pca, or give the checkpoint without it")
+        raise ValueError("pca: the checkpoint already ends with one; leave it out, or give the checkpoint without it")
     projection = _projection_for(model, components, path)
     if facts.get("weights", own := state_digest(model.state_dict())) != own:
-        raise ValueError(f"{path} was fitted on another checkpoint's descriptors; give that one as --resume")
+        raise ValueError(f"{path} was fitted on another checkpoint's descriptors; give that one")
     _load(projection, {"mean": mean, "components": components}, path)
     model.projection = projection
     return facts
@@ -194,25 +192,19 @@ def _require_options(model: SuperVLADNet, state: dict[str, Tensor], written: dic
     layer, weight = model.aggregation, state.get("aggregation.conv.weight")
     if isinstance(layer, SuperVLAD) and weight is not None:
         total, asked = len(weight), (layer.clusters, layer.ghost_clusters)
-        # The tensor tells only K + G.
-        known = {"clusters", "ghost_clusters"} <= written.keys()
-        K, G = (written["clusters"], written["ghost_clusters"]) if known else _likeliest_split(total)
+        if known := {"clusters", "ghost_clusters"} <= written.keys():
+            K, G = written["clusters"], written["ghost_clusters"]
+        else:  # the tensor tells only K + G; of 3, the released 1-cluster model has 2 ghosts, the others have one
+            K = 1 if total == 3 else max(1, total - 1)
+            G = total - K
         if asked != (K, G) and (known or sum(asked) != total):
             others = "" if known else f", or what it was trained with: any K + G = {total}"
-            raise ValueError(
-                f"{path} has {total} clusters, ghost clusters included, but {asked[0]} + {asked[1]} were asked for; "
-                f"use --supervlad_clusters={K} --ghost_clusters={G}{others}"
-            )
+            told = f"{path} has {total} clusters, ghost clusters included, but {asked[0]} + {asked[1]} were asked for"
+            raise ValueError(f"{told}; use supervlad_clusters={K} ghost_clusters={G}{others}")
     encoder_in_file = any(name.startswith("encoder.") for name in state)
     if encoder_in_file != (model.encoder is not None):
         has, remedy = ("has a", "add") if encoder_in_file else ("has no", "leave out")
-        raise ValueError(f"{path} {has} cross-image encoder, unlike what was asked for; {remedy} --crossimage_encoder")
-
-
-def _likeliest_split(total: int) -> tuple[int, int]:
-    """K clusters and G ghost clusters of a total: those of a released model, else a single ghost, the default."""
-    splits = [(released.model["clusters"], released.model["ghost_clusters"]) for released in RELEASED.values()]
-    return next((split for split in splits if sum(split) == total), (max(1, total - 1), min(1, total - 1)))
+        raise ValueError(f"{path} {has} cross-image encoder, unlike what was asked for; {remedy} crossimage_encoder")
 
 
 def _blocks_in(state: dict[str, Tensor]) -> int:
@@ -222,15 +214,17 @@ def _blocks_in(state: dict[str, Tensor]) -> int:
 def _require_backbone(backbone: Backbone, state: dict[str, Tensor], path: Path, *, foundation: bool = False) -> None:
     """Raises ValueError unless a state dict is of this backbone; a `foundation` may have more blocks than are kept."""
     size, depth = backbone.size, _blocks_in(state)
-    registers = state.get("register_tokens")
-    if {"rope_embed.periods", "storage_tokens"} <= state.keys():
-        family, registers = "DINOv3", state["storage_tokens"]
+    if "storage_tokens" in state:
+        family, registers = "DINOv3", state["storage_tokens"].shape[1]
     elif "pos_embed" in state:
-        family = "DINOv2"
+        family, registers = "DINOv2", state["register_tokens"].shape[1] if "register_tokens" in state else 0
     else:
-        raise ValueError(f"{path} holds no {size.family} backbone{_remedy(size, state, foundation)}")
-    embedding = state.get(PATCHES)
-    kind = family, 0 if embedding is None else len(embedding), 0 if registers is None else registers.shape[1]
+        remedy = "give the official one as foundation_model_path, see MODELS.md"
+        if not foundation:
+            remedy = "a checkpoint has it under names that begin with backbone., and the official files go to train.py"
+            remedy += " --foundation_model_path"
+        raise ValueError(f"{path} holds no {size.family} backbone under its official names; {remedy}")
+    kind = family, len(state.get(PATCHES, ())), registers
     if kind == _kind(size) and (depth == size.kept_blocks or (foundation and depth > (size.blocks or depth))):
         return
     told = (
@@ -240,20 +234,8 @@ def _require_backbone(backbone: Backbone, state: dict[str, Tensor], path: Path, 
     for name, other in BACKBONES.items():
         if kind == _kind(other) and depth <= other.depth:
             cut = depth < other.depth or (size.blocks is not None and not foundation)
-            raise ValueError(f"{told}; use --backbone={name}" + f" --backbone_blocks={depth}" * cut)
-    raise ValueError(f"{told}; no --backbone of this repository fits it")
-
-
-def _remedy(size: BackboneSize, state: dict[str, Tensor], foundation: bool) -> str:
-    """What the names in a file of neither family tell, and what to give instead."""
-    others = {"embeddings.cls_token": "Hugging Face's transformers", "blocks.0.gamma_1": "timm's DINOv3"}
-    told = next((f"; its names are those of {of}" for mark, of in others.items() if any(mark in n for n in state)), "")
-    if not foundation:
-        told += "; a checkpoint has it under names that begin with backbone."
-        return f"{told}, and the official files go to train.py's --foundation_model_path"
-    if size.family == "DINOv2":
-        return f"{told}; leave out --foundation_model_path, and the official file is downloaded"
-    return f"{told}; give the official file, from https://github.com/facebookresearch/dinov3"
+            raise ValueError(f"{told}; use backbone={name}" + f" backbone_blocks={depth}" * cut)
+    raise ValueError(f"{told}; no backbone of this repository fits it")
 
 
 def _kind(size: BackboneSize) -> tuple[str, int, int]:

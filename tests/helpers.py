@@ -30,8 +30,8 @@ def same_weights(a, b):
 
 
 def only_run(save_dir):
-    """The folder of the one run below it."""
-    (folder,) = Path(save_dir).iterdir()
+    """The folder of the one run below it; `latest` is a link to it, and a killed run leaves its lock too."""
+    (folder,) = [path for path in Path(save_dir).iterdir() if path.is_dir() and not path.is_symlink()]
     return folder
 
 

@@ -70,7 +70,7 @@ def _become(path, arguments, environment, stderr):
     if stderr is None:
         os.close(2)
     else:
-        file = os.open(stderr, os.O_WRONLY | os.O_APPEND)
+        file = os.open(stderr, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY)
         for standard in (1, 2):
             os.dup2(file, standard)
         os.close(file)

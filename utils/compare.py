@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .outputs.match_page import write_match_page
 from .retrieval.comparison import compare_hits, in_words, spread
 from .system.command_line import Parser
-from .system.files import absolute, atomic_write
+from .system.files import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,17 +224,9 @@ def write_page(folder: Path, a: Matches, b: Matches) -> None:
         queries=[a.queries[query] for query in shown],
         database=database,
         predictions=np.array([[number.get(m.first[query], -1) for m in (a, b)] for query in shown]).reshape(-1, 2),
-        correct=correct,
-        metres=None,
         read=read,
-        judged=None,
-        similarity=None,
-        rule="",
-        findable=None,
-        accepted=None,
-        accepted_rule="",
         shown=2,
-        metres_to=lambda _: None,
+        correct=correct,
         groups={"only A finds": correct[:, 0], "only B finds": correct[:, 1]},
     )
 
@@ -266,12 +258,12 @@ def compare(runs: Sequence[Path], against: Sequence[Path], output: Path | None, 
     with atomic_write(folder / "compare.json") as path:
         path.write_text(json.dumps(content, indent=2) + "\n")
     print(f"written: {folder / 'compare.json'}")
-    for name in content.get("sets", {}):
+    if len(every) == 2:
         write_ranks(folder, sets[0], sets[1], list(content["sets"]))
-        if page:
-            place = folder / "compare" / name.replace("/", "_").replace(" ", "_")
-            write_page(place, sets[0][name], sets[1][name])
-            print(f"open in a browser: {Path(absolute(str(place / 'index.html'))).as_uri()}")
+    for name in content["sets"] if page else ():
+        place = folder / "compare" / name.replace("/", "_").replace(" ", "_")
+        write_page(place, sets[0][name], sets[1][name])
+        print(f"open in a browser: {(place / 'index.html').resolve().as_uri()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 
@@ -19,17 +19,6 @@ from .tree import DatabaseQueries
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MapQueries(DatabaseQueries):
-    """A map and its query photos; labelled if some of both have positions."""
-
-    shown: DatabaseQueries | None = None  # the same with all known positions, for display; None if the map has none
-
-    def located(self, *, exif: bool) -> DatabaseQueries:
-        """See `DatabaseQueries.located`; positions were read when the queries were listed."""
-        return self.shown or self
-
-
 def map_queries(
     folder: Path,
     *,
@@ -40,9 +29,9 @@ def map_queries(
     upright: bool,
     labelled: bool = True,
     skip_unreadable: bool = False,
-) -> MapQueries:
+) -> DatabaseQueries:
     """Lists a folder of query photos, of all formats, for a map. Positions must be of the map's kind, degrees from EXIF
-    data or metres from names; recall counts the queries that have one.
+    data or metres from names; recall counts the queries that have one, and without any there is none.
 
     Args:
         folder: its subfolders are listed too.
@@ -60,17 +49,15 @@ def map_queries(
     repeated = sum(identity(path) in own for path in queries)
     if repeated:
         logger.warning("%d of the %d queries are photos of the map, so they find themselves", repeated, len(queries))
-    dataset = MapQueries(name=name, database_paths=list(paths), queries_paths=queries)
-    if positions is None:
-        if labelled:
-            logger.info("no recall: the map has no positions")
-        return dataset
-    queried = gps_positions(queries) if geographic else named_positions(queries)
-    located = replace(dataset, database_positions=positions, queries_positions=queried, geographic=geographic)
-    if labelled and known(queried).any() and known(positions).any():
-        located._warn_of_positions()
-        return located
+    dataset = located = DatabaseQueries(name=name, database_paths=list(paths), queries_paths=queries)
+    missing = "the map has no positions"
+    if positions is not None:
+        queried = gps_positions(queries) if geographic else named_positions(queries)
+        located = replace(dataset, database_positions=positions, queries_positions=queried, geographic=geographic)
+        if labelled and known(queried).any() and known(positions).any():
+            located._warn_of_positions()
+            return located
+        missing = f"none of the {len(queries)} queries has a position in {'EXIF data' if geographic else 'the names'}"
     if labelled:
-        where = "EXIF data" if geographic else "the names"
-        logger.info("no recall: none of the %d queries has a position in %s", len(queries), where)
+        logger.info("no recall: %s", missing)
     return replace(dataset, shown=located)

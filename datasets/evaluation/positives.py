@@ -110,12 +110,9 @@ class _Side:
             if int(cell) >= len(self.paths):
                 raise ValueError(f"{self.what} {cell} of {len(self.paths)}, counted from 0")
             return int(self.order[int(cell)])
-        parts = os.path.normpath(cell).split(os.sep)
-        same_name = self.by_name.get(parts[-1], [])
-        matches = [i for i in same_name if self.paths[i].split(os.sep)[-len(parts) :] == parts]
-        if len(matches) != 1:
-            path = os.path.realpath(self.folder / cell)
-            matches = [i for i in same_name if os.path.realpath(self.paths[i]) == path] or matches
+        path, ending = os.path.abspath(self.folder / cell), os.sep + os.path.normpath(cell)
+        named = {i: os.path.abspath(self.paths[i]) for i in self.by_name.get(os.path.basename(path), [])}
+        matches = [i for i in named if named[i] == path] or [i for i in named if named[i].endswith(ending)]
         if len(matches) != 1:
             examples = "".join(f", {self.paths[i]}" for i in matches[:2])
             raise ValueError(f"{len(matches)} {self.what} files are named {cell[:200]!r}{examples}; give one's path")
@@ -123,18 +120,16 @@ class _Side:
 
 
 def _of_pairs(path: Path, database: _Side, queries: _Side) -> list[NDArray[np.int64]]:
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     images: list[set[int]] = [set() for _ in queries.paths]
     try:
-        reader.fieldnames = [cell.strip() for cell in reader.fieldnames or ()]
-        if reader.fieldnames != ["query", "database"]:
-            raise ValueError(f"the header is {','.join(reader.fieldnames)[:200]!r}")
-        for row in reader:
-            if None in row or row["database"] is None:
-                raise ValueError("it does not have two columns")
-            images[queries.index(row["query"].strip())].add(database.index(row["database"].strip()))
+        header = [cell.strip() for cell in next(reader, [])]
+        if header != ["query", "database"]:
+            raise ValueError(f"the header is {','.join(header)[:200]!r}")
+        for query, image in filter(None, reader):
+            images[queries.index(query.strip())].add(database.index(image.strip()))
     except (csv.Error, ValueError) as error:
-        raise ValueError(f"line {reader.reader.line_num}: {error}") from None
+        raise ValueError(f"line {reader.line_num}: {error}") from None
     return [np.array(sorted(of_query), dtype=np.int64) for of_query in images]
 
 

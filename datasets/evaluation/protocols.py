@@ -15,6 +15,7 @@ DOWNLOADER = "VPR-datasets-downloader"  # github.com/gmberton/VPR-datasets-downl
 REMOVED = f"of {DOWNLOADER} at 3250f89, before it was removed"
 EIGENPLACES = "dataset tables of EigenPlaces, arxiv.org/abs/2308.10832"
 SALAD = "github.com/serizba/salad at e593005, datasets"  # the paths of photos and their positives, counted
+REVISIT = "github.com/AnyLoc/Revisit-Anything at 89cade5, VLAD-BuFF/datasets"  # the paths of photos, counted
 FRAME = 25 / 10.5  # metres between consecutive Nordland frames in the positions that the downloader makes up
 
 
@@ -50,13 +51,15 @@ PROTOCOLS = {
     "msls": Protocol(
         database=18_871,
         queries=(11_084, 740),  # all of them; the official ones, by --query_keys
-        source="val of Warburg et al. 2020; the 740 keys: key_mslsval.txt of github.com/Lu-Feng/MSLS-val, counted",
+        source="val of Warburg et al. 2020; 18,871: dataloaders/MapillaryDatasetVal.py of "
+        "github.com/AnyLoc/Revisit-Anything at 89cade5; the 740 keys: key_mslsval.txt of github.com/Lu-Feng/MSLS-val, "
+        "counted",
     ),
     "nordland": Protocol(
         database=27_592,
         queries=(27_592,),
         metres_a_frame=FRAME,
-        source=f"winter in summer within 10 frames: download_nordland.py {REMOVED}; {EIGENPLACES}",
+        source=f"winter in summer within 10 frames: download_nordland.py {REMOVED}",
     ),
     "nordland_subset": Protocol(
         database=27_592,
@@ -82,12 +85,12 @@ PROTOCOLS = {
     "tokyo247": Protocol(
         database=75_984,
         queries=(315,),
-        source=f"Torii et al. 2018; 76k: {EIGENPLACES}; {DOWNLOADER} stores queries with a shorter side of 480 "
-        "(format_tokyo247.py); hard_resize as the authors",
+        source=f"315 queries: {REVISIT}/tokyo247, counted; 76k: {EIGENPLACES}; {DOWNLOADER} stores queries "
+        "with a shorter side of 480 (format_tokyo247.py); hard_resize as the authors",
     ),
-    "st_lucia": Protocol(database=1_549, queries=(1_464,), source=EIGENPLACES),
+    "st_lucia": Protocol(database=1_549, queries=(1_464,), source=f"{REVISIT}/st_lucia, counted"),
     "sped": Protocol(database=607, queries=(607,), source=f"{SALAD}/SPED, counted"),
-    "amstertime": Protocol(database=1_231, queries=(1_231,), source=EIGENPLACES),
+    "amstertime": Protocol(database=1_231, queries=(1_231,), source=f"{REVISIT}/amstertime, counted"),
     "eynsham": Protocol(
         database=23_935, source=f"4,787 panoramas of 5 photos: download_eynsham.py {REMOVED}; the queries not counted"
     ),
@@ -95,16 +98,14 @@ PROTOCOLS = {
         database=17_166,
         queries=(14_278,),
         query_sets=dict(queries_sun=854, queries_night=823, queries_rain=937, queries_snow=870, queries_overcast=872),
-        source=f"{EIGENPLACES}; gallery, its database folder, and `queries` as a public evaluation expects them "
-        "(GitHub code search: svox_inventory 17166 14278)",
+        source="as a public evaluation script demands them (GitHub code search: svox_inventory 17166 14278); gallery "
+        "is its database folder",
     ),
     "sf_xl": Protocol(
         query_sets={"queries_v1": 1_000, "queries_v2": 598, "queries_night": 466, "queries_occlusion": 76},
         source="README.md in rsync://vandaldata.polito.it/sf_xl; the database, some 2.8 million images, is not counted",
     ),
-    "baidu": Protocol(
-        database=689, queries=(2_292,), source="indoor; Revisit Anything, arxiv.org/abs/2409.18049, table 12"
-    ),
+    "baidu": Protocol(database=689, queries=(2_292,), source=f"indoor; {REVISIT}/baidu, counted"),
 }
 
 

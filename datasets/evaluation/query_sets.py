@@ -56,24 +56,30 @@ class QuerySet:
         return self.dataset.positives(self.positive_distance) if self.dataset.labelled else None
 
     @cached_property
+    def _counts_and_digest(self) -> tuple[NDArray[np.int64], str]:
+        """How many correct database images each query has, and a digest of which, from one pass: it computes them."""
+        assert self.positives is not None
+        counts, digest = np.zeros(len(self.dataset.queries_paths), dtype=np.int64), hashlib.sha256()
+        for query, images in enumerate(self.positives):
+            counts[query] = len(images)
+            digest.update(np.array([query, *np.sort(images)], dtype="<i8").tobytes())
+        return counts, digest.hexdigest()[:16]
+
+    @property
     def has_positive(self) -> NDArray[np.bool_] | None:
         """The queries that have a correct database image or no known position, Q; None without labels."""
-        if self.positives is None:
-            return None
-        counts = np.fromiter(map(len, self.positives), int, len(self.dataset.queries_paths))
-        return (counts > 0) | ~self.dataset.judged_queries
+        return None if self.positives is None else (self._counts_and_digest[0] > 0) | ~self.dataset.judged_queries
 
-    @cached_property
+    @property
     def facts(self) -> dict[str, Any]:
         """The dataset in `results.json`: its name, sizes, and digests of file names and of what is correct."""
         digests = {}
         for side, paths in (("database", self.dataset.database_paths), ("queries", self.dataset.queries_paths)):
-            digests[side] = hashlib.sha256(b"\n".join(os.fsencode(os.path.basename(path)) for path in paths))
+            names = b"\n".join(os.fsencode(os.path.basename(path)) for path in paths)
+            digests[side] = hashlib.sha256(names).hexdigest()[:16]
         if self.positives is not None:
-            digests["labels"] = hashlib.sha256()
-            for query, images in enumerate(self.positives):
-                digests["labels"].update(np.array([query, *np.sort(images)], dtype="<i8").tobytes())
-        return {**self.dataset.sizes, "digests": {side: digest.hexdigest()[:16] for side, digest in digests.items()}}
+            digests["labels"] = self._counts_and_digest[1]
+        return {**self.dataset.sizes, "digests": digests}
 
     @cached_property
     def alignment(self) -> dict[str, bool | int]:

@@ -35,16 +35,14 @@ class DatabaseQueries:
     geographic: bool = False  # positions are latitude and longitude in degrees instead
     known_positives: list[NDArray[np.int64]] | None = None  # each query's correct database images, if a file says
     set_sizes: tuple[int, ...] = ()  # number of queries in each of several consecutive sets; empty for one set
+    shown: "DatabaseQueries | None" = None  # the same with positions for display, see `located`, if known beforehand
 
     @classmethod
     def from_folder(
         cls, folder: Path, name: str, split: str, *, queries_names: Sequence[str] = ("queries",), **settings: Any
     ) -> "DatabaseQueries":
         """Lists a split of the dataset `name` below a folder of datasets, with the settings of `from_folders`."""
-        other = folder / name / split
         folder = split_folder(folder, name, split)
-        if folder != other and other.is_dir():
-            logger.info("%s is there too, but %s is read", other, folder)
         missing = [queries for queries in queries_names if not (folder / queries).is_dir()]
         others = sorted(path.name for path in folder.glob("queries*") if path.is_dir())
         if missing and others:
@@ -220,8 +218,8 @@ class DatabaseQueries:
     def located(self, *, exif: bool) -> "DatabaseQueries":
         """The same photos with their known positions, for display only: they do not decide what is correct. `exif` as
         in `photo_positions`."""
-        if self.database_positions is not None:
-            return self
+        if self.shown is not None or self.database_positions is not None:
+            return self.shown or self
         database, queries, geographic = photo_positions(self.database_paths, self.queries_paths, exif=exif)
         if not known(database).any():
             return self

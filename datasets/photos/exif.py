@@ -1,7 +1,6 @@
 """EXIF data: how the camera was held, and where."""
 
 import os
-import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -11,11 +10,6 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
-
-# Errors of Pillow, or of arithmetic, on tags that are missing or not as the standard says.
-_NOT_AS_IT_SHOULD_BE = (
-    LookupError, ValueError, TypeError, ArithmeticError, AttributeError, SyntaxError, struct.error,
-)  # fmt: skip
 
 _SIGNS = {"N": 1, "S": -1, "E": 1, "W": -1}
 
@@ -66,7 +60,7 @@ def orientation_of(image: Image.Image) -> int:
         return 1
     try:
         orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except _NOT_AS_IT_SHOULD_BE:
+    except Exception:  # tags that are not as the standard says fail in many ways
         return 1
     return orientation if 1 <= orientation <= 8 else 1
 
@@ -87,7 +81,7 @@ def gps_position(path: str) -> tuple[float, float]:
             gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
             latitude = _degrees(gps[ExifTags.GPS.GPSLatitude], gps[ExifTags.GPS.GPSLatitudeRef])
             longitude = _degrees(gps[ExifTags.GPS.GPSLongitude], gps[ExifTags.GPS.GPSLongitudeRef])
-        except _NOT_AS_IT_SHOULD_BE:
+        except Exception:  # tags that are missing, or not as the standard says, fail in many ways
             return np.nan, np.nan
     if not (abs(latitude) <= 90 and abs(longitude) <= 180) or latitude == longitude == 0:  # without a fix some write 0
         return np.nan, np.nan

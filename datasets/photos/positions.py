@@ -20,25 +20,21 @@ def known(positions: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.asarray(np.isfinite(positions).all(axis=1))
 
 
-def named_positions(paths: Sequence[str]) -> NDArray[np.float64]:
-    """UTM east and north of each image from its file name, N x 2, in metres; NaN for names without coordinates."""
-    return _named(paths, 1)
-
-
-def named_degrees(paths: Sequence[str]) -> NDArray[np.float64]:
-    """Latitude and longitude of each image from its file name, N x 2, in degrees; NaN for names without them."""
-    positions = _named(paths, 5)
-    positions[(np.abs(positions) > (90, 180)).any(axis=1)] = np.nan
-    return positions
-
-
-def _named(paths: Sequence[str], field: int) -> NDArray[np.float64]:
+def named_positions(paths: Sequence[str], field: int = 1) -> NDArray[np.float64]:
+    """UTM east and north of each image from this field of its file name, N x 2, in metres; NaN for names without."""
     positions = np.full((len(paths), 2), np.nan)
     for row, path in enumerate(paths):
         with suppress(ValueError, IndexError):
             # Only the name: a folder above may contain an @ too.
             fields = os.path.basename(path).split("@")
             positions[row] = float(fields[field]), float(fields[field + 1])
+    return positions
+
+
+def named_degrees(paths: Sequence[str]) -> NDArray[np.float64]:
+    """Latitude and longitude of each image from its file name, N x 2, in degrees; NaN for names without them."""
+    positions = named_positions(paths, field=5)
+    positions[(np.abs(positions) > (90, 180)).any(axis=1)] = np.nan
     return positions
 
 

@@ -85,15 +85,12 @@ def _decoded(path: str) -> tuple[Tensor, bool]:
 
 def read_reduced(path: Path | str, side: int, *, upright: bool = False) -> Image.Image:
     """Like `read_pixels`, for display with sides of at most `side` pixels: JPEGs are decoded no larger than needed."""
-    image = None
-    if os.fspath(path).lower().endswith((".jpg", ".jpeg")):
-        with suppress(OSError, SyntaxError), JpegImageFile(path) as file:
-            if file.mode != "CMYK":
-                file.draft("RGB", (side, side))
-                image = file.convert("RGB")
-                if upright:
-                    image = TF.to_pil_image(turned(TF.pil_to_tensor(image), orientation(path)))
-    return TF.to_pil_image(read_pixels(path, upright=upright)) if image is None else image
+    with suppress(OSError, SyntaxError), JpegImageFile(path) as file:  # the latter for any other format
+        if file.mode != "CMYK":
+            file.draft("RGB", (side, side))
+            pixels = TF.pil_to_tensor(file.convert("RGB"))
+            return TF.to_pil_image(turned(pixels, orientation_of(file)) if upright else pixels)
+    return TF.to_pil_image(read_pixels(path, upright=upright))
 
 
 def normalize(image: Tensor, inplace: bool = False) -> Tensor:

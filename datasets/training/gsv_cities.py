@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from utils.system import distributed
+from utils.system.files import read_text
 
 from ..photos.listing import first_missing
 from ..photos.transforms import open_image
@@ -50,9 +51,7 @@ def find_cities(folder: Path) -> list[str]:
         return [city for city in CITIES if city in present] + sorted(present.difference(CITIES))
     missing = f"{folder}/Dataframes/<City>.csv is missing" if folder.is_dir() else first_missing(folder)
     below = folder / "gsv_cities"  # as in the toy city and in converted photos
-    remedy = (
-        f"give {below}" if tables(below) else "check eval_datasets_folder, or download GSV-Cities and name its folder"
-    )
+    remedy = f"give {below}" if tables(below) else "check eval_datasets_folder, or name the folder of GSV-Cities"
     raise FileNotFoundError(f"no GSV-Cities in {folder}: {missing}; {remedy} with train_dataset_folder")
 
 
@@ -65,20 +64,13 @@ def select_cities(folders: Sequence[Path], cities: Sequence[str] | None = None) 
 
     Raises:
         FileNotFoundError: a folder has no table, or no folder has a name.
-        ValueError: a folder is given twice.
     """
-    distinct: dict[Path, Path] = {}
-    for folder in folders:
-        if (twin := distinct.setdefault(folder.resolve(), folder)) is not folder:
-            raise ValueError(f"train_dataset_folder {twin} and {folder} are the same folder; name each once")
     selected = [(folder, city) for folder in folders for city in find_cities(folder)]
     if cities:
         if absent := sorted(set(cities).difference(city for _, city in selected)):
             where = ", ".join(f"{folder}/Dataframes" for folder in folders)
             raise FileNotFoundError(f"no table for cities {' '.join(absent)} in {where}; leave them out or add it")
         selected = [(folder, name) for city in cities for folder, name in selected if name == city]
-        if unused := [str(folder) for folder in folders if all(folder != other for other, _ in selected)]:
-            logger.warning("--cities %s uses nothing from %s", " ".join(cities), " and ".join(unused))
     else:
         _warn_of_missing(selected)
     for city, count in Counter(name for _, name in selected).items():
@@ -96,63 +88,41 @@ def _warn_of_missing(selected: Sequence[tuple[Path, str]]) -> None:
         logger.warning("%d of the 23 cities of GSV-Cities are not in %s: %s", len(missing), folders, " ".join(missing))
 
 
-def _is_whole(text: str) -> bool:
-    return text.strip().removeprefix("-").isdecimal()
-
-
-@cache
+@cache  # a quarter of the time of reading a table
 def _padded(text: str, width: int) -> str:
-    if not _is_whole(text):  # int() takes 1_0 too
-        raise ValueError(f"{text!r} is not a whole number")
     return f"{int(text):0{width}d}"
 
 
-def image_name(row: Sequence[str], latitude: type[float] = float, longitude: type[float] = float) -> str:
-    """The file name of the image of a row, in the order of `COLUMNS`; lat and lon as Python prints those types."""
+def image_name(row: Sequence[str]) -> str:
+    """The file name of the image of a row, in the order of `COLUMNS`; lat and lon as Python prints floats."""
     place_id, year, month, northdeg, city_id, lat, lon, panoid = row
     return (
         f"{city_id}_{_padded(place_id, 7)}_{_padded(year, 4)}_{_padded(month, 2)}_{_padded(northdeg, 3)}"
-        f"_{latitude(lat)!r}_{longitude(lon)!r}_{panoid}.jpg"
+        f"_{float(lat)!r}_{float(lon)!r}_{panoid}.jpg"
     )
 
 
 def read_city(folder: Path, city: str) -> tuple[NDArray[np.int64], NDArray[np.bytes_]]:
     """The place_id and the path below `<folder>/Images` (UTF-8) of each row of a city's table."""
     path = folder / "Dataframes" / f"{city}.csv"
+    # Half a million rows in all: csv.DictReader would take twice the time.
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    places, names = [], []
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = len((error.object[: error.start] + b".").splitlines())
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the table as UTF-8") from error
-    # Half a million rows in all: csv.DictReader would take twice the time; csv.reader is only for quoted fields.
-    reader = csv.reader(io.StringIO(text, newline="")) if '"' in text else None
-    rows = (line.split(",") for line in text.split("\n")) if reader is None else iter(reader)
-    table, places, names, line = [], [], [], 1
-    try:
-        header = next(rows, [])
+        header = next(reader, [])
         if missing := [column for column in COLUMNS if column not in header]:
             raise ValueError(f"no column {', '.join(missing)}")
         columns = itemgetter(*map(header.index, COLUMNS))
-        for row in rows:
-            line += 1
+        for row in reader:
             if len(row) > 1 or (row and row[0].strip()):  # skip blank lines
-                table.append(values := columns(row))
-                places.append(int(_padded(values[0], 7)))
+                values = columns(row)
+                places.append(int(values[0]))
                 names.append(f"{values[4]}/{image_name(values)}".encode())
-                if "_" in values[5] or "_" in values[6]:  # float() takes 5_1.0 too
-                    raise ValueError(f"{values[5]}, {values[6]} is not a latitude and longitude")
     except (IndexError, ValueError, csv.Error) as error:
         raise ValueError(
-            f"{path}, line {line if reader is None else reader.line_num}: {error}; a table has the columns "
-            f"{','.join(COLUMNS)}, separated by commas, the first four as whole numbers"
+            f"{path}, line {reader.line_num}: {error}; a table has the columns {','.join(COLUMNS)}, separated by "
+            "commas, the first four as whole numbers, in UTF-8"
         ) from error
-    # GSV-Cities' own loader reads a column of only whole numbers as integers: _51_0_ instead of _51.0_0.0_. No
-    # published table has such a column, so the files decide.
-    types = [int if all(_is_whole(values[column]) for values in table) else float for column in (5, 6)]
-    if table and int in types:
-        integers = [f"{values[4]}/{image_name(values, *types)}".encode() for values in table]
-        if (folder / "Images" / integers[0].decode()).exists():
-            names = integers
     if places and not 0 <= min(places) <= max(places) < LABELS_PER_CITY:
         raise ValueError(f"{path} has a place_id outside 0 to {LABELS_PER_CITY - 1}, so cities would share labels")
     return np.array(places, dtype=np.int64), np.array(names, dtype=np.bytes_)
@@ -164,13 +134,14 @@ def _require_one_label(
     """Refuses photos of two tables, which would be their own negatives, and warns of rows that a table repeats."""
     tables_of: dict[tuple[Path, bytes], Path] = {}
     for (folder, city), (_, names) in zip(selected, rows, strict=True):
-        table, photos = folder / "Dataframes" / f"{city}.csv", dict.fromkeys((folder, name) for name in names.tolist())
+        table, root = folder / "Dataframes" / f"{city}.csv", folder.resolve()
+        photos = dict.fromkeys((root, name) for name in names.tolist())
         if len(photos) < len(names):
             logger.warning("%s repeats %d of its rows; these photos count twice", table, len(names) - len(photos))
         if shared := [photo for photo in photos if photo in tables_of]:
             raise ValueError(
                 f"{table} and {tables_of[shared[0]]} share {len(shared)} photos, e.g. {shared[0][1].decode()}; remove "
-                "one of the tables, or name the others with cities"
+                "one of the tables, name the others with cities, or give each train_dataset_folder once"
             )
         tables_of |= dict.fromkeys(photos, table)
 

@@ -53,10 +53,10 @@ def test_end_to_end(left, capsys):
 
 def test_compare(city, monkeypatch, left, capsys):
     monkeypatch.setitem(compare.STAGES, "start", lambda: compare.compare_start(images=200, queries=20))
-    monkeypatch.setitem(compare.STAGES, "lookup", lambda: compare.compare_lookup(rows=2000))
-    compare.main(["--only", "input", "start", "lookup"])
+    monkeypatch.setitem(compare.STAGES, "table", lambda: compare.compare_table(rows=2000))
+    compare.main(["--only", "input", "start", "table"])
     figures = left()
-    assert figures["evaluation input, largest difference"] < 1e-5 and figures["place lookup, ratio"] > 0
+    assert figures["evaluation input, largest difference"] < 1e-5 and figures["table loaded, s"] > 0
     assert "listing 200 images, s" in capsys.readouterr().out
 
 
@@ -81,7 +81,7 @@ def test_search_memory(tmp_path, left, capsys):
 
 def test_place_map(left):
     place_map.main("--photos=300 --dim=64 --queries=10".split())
-    assert left()["float16, near none"]["same photo"] == 100
+    assert left()["float16"]["same photo"] == 100
 
 
 def test_medians_are_of_the_rounds_that_count():

@@ -58,7 +58,9 @@ def test_only_ranges_that_do_not_meet_are_called_apart():
 def test_runs_are_made_once_and_gone_on_with(city, tmp_path, monkeypatch):
     (tmp_path / "RECIPES.md").write_text(f"By hand.\n\n{recipes.MARKER}\n\nOld tables.\n")
     flags = [f"--data={city}", f"--output={tmp_path}/runs", f"--page={tmp_path}/RECIPES.md", "--epochs=1", "--seeds=0"]
-    flags += ["--side=56", "--places=8", "--num_workers=0", "--recipes", "released", "every_step"]
+    flags += ["--recipes", "released", "every_step"]
+    monkeypatch.setattr(recipes, "DEMO", f"{recipes.DEMO} --resize 56 56 --num_workers=0")
+    monkeypatch.setattr(recipes, "TRAINING", "--freeze_te 11 --train_resize 56 56 --train_batch_size=8")
     real, runs = recipes.train_script.main, []
 
     def cut_short(argv):
@@ -69,7 +71,7 @@ def test_runs_are_made_once_and_gone_on_with(city, tmp_path, monkeypatch):
 
     monkeypatch.setattr(recipes.train_script, "main", cut_short)
     with pytest.raises(SystemExit):
-        recipes.main([*flags, "--encoders", "encoder"])
+        recipes.main(flags)
     assert len(runs) == 2
     recipes.main(flags)
     assert len(runs) == 4 and runs[2] == runs[1], "the one cut short, and the next"

@@ -26,12 +26,8 @@ MAY_IMPORT = {  # each room and what lies below it
     "datasets.toy_city": {"utils.system"},
     "model": set(),
     "model.export": {"utils.system", "model"},
-    "parser": {
-        "utils.system",
-        "utils.run",
-        "model",
-        "datasets.evaluation",
-    },  # of these only what the standard library is enough for
+    # Of these only what the standard library is enough for.
+    "parser": {"utils.system", "utils.run", "model", "datasets.evaluation"},
     "test": BELOW,
     "train": BELOW | {"model", "parser", "test"},
     "eval": BELOW | {"model", "parser", "test"},

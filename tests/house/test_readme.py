@@ -141,6 +141,22 @@ def test_the_example_of_a_map_answers_as_eval_does(tmp_path, monkeypatch, capsys
     assert names["position"] is names["accepted"] is None
 
 
+GEM = """
+import sys
+from pathlib import Path
+import train, eval
+from model import export
+
+folder, data = Path(sys.argv[1]), sys.argv[2:]
+training = "--gem --train_resize 56 56 --train_batch_size=4 --epochs_num=1 --freeze_te none".split()
+train.main([*data, *training, f"--save_dir={folder}/trained"])
+trained = folder / "trained/latest/best_model.pth"
+export.main([f"--resume={trained}", f"--output={folder}/gem.safetensors"])
+for file in (trained, folder / "gem.safetensors"):
+    eval.main([*data, f"--resume={file}", f"--save_dir={folder}/{file.stem}"])
+"""
+
+
 @pytest.mark.slow
 def test_the_lines_of_contributing_add_a_layer(city, tmp_path):
     """In a copy: it is trained for two steps, and its file, which says what it is, is evaluated and exported."""
@@ -157,17 +173,10 @@ def test_the_lines_of_contributing_add_a_layer(city, tmp_path):
         assert text.count(before) == 1, (name, before)
         (copy / name).write_text(text.replace(before, after))
 
-    def run(*words):
-        subprocess.run([sys.executable, *words], cwd=copy, check=True, capture_output=True, timeout=300)
-
     data = [*SMALL, f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", "--recall_values", "1"]
-    training = "--gem --train_resize 56 56 --train_batch_size=4 --epochs_num=1 --freeze_te none".split()
-    run("train.py", *data, *training, f"--save_dir={tmp_path}/trained")
-    trained = only_run(tmp_path / "trained") / "best_model.pth"
+    subprocess.run([sys.executable, "-c", GEM, tmp_path, *data], cwd=copy, check=True, capture_output=True, timeout=300)
+    trained = tmp_path / "trained/latest/best_model.pth"
     assert torch.load(trained)["model_state_dict"].keys() >= {"aggregation.p"}
-    run("-m", "model.export", f"--resume={trained}", f"--output={tmp_path}/gem.safetensors")
-    for file in (trained, tmp_path / "gem.safetensors"):
-        run("eval.py", *data, f"--resume={file}", f"--save_dir={tmp_path}/{file.stem}")
     found = [results_of(only_run(tmp_path / name)) for name in ("best_model", "gem")]
     assert found[0]["model"]["gem"] and found[0]["descriptor_dim"] == 96
     assert found[0]["recalls"] == found[1]["recalls"]

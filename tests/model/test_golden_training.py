@@ -25,9 +25,24 @@ def test_loss_and_its_gradient():
     np.testing.assert_allclose(x.grad.numpy(), REFERENCE["loss/grad"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["plain", "crossimage"])
-def test_three_steps(name):
-    model = formula_model(crossimage_encoder=name == "crossimage").train()
+def test_three_steps():
+    """Without and with the encoder; the frozen blocks, which are the same, pass each batch once."""
+    frozen = []
+    for name in ("plain", "crossimage"):
+        model = formula_model(crossimage_encoder=name == "crossimage").train()
+        blocks = model.backbone.blocks
+        if not frozen:
+            hook = blocks[7].register_forward_hook(lambda *call: frozen.append(call[2]))
+            take_three_steps(model, name)
+            hook.remove()
+        else:
+            for block in blocks[:7]:
+                block.forward = lambda x, _: x
+            blocks[7].forward = lambda *_: frozen.pop(0)
+            take_three_steps(model, name)
+
+
+def take_three_steps(model, name):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -44,33 +59,23 @@ def test_three_steps(name):
         loss = loss_of(model(scene + 0.7 * normal(600 + step, (6, 3, 224, 224))), labels)
         optimization.backward(loss)
         if step == 0:
-            norms = {key: p.grad.norm().item() for key, p in model.named_parameters() if p.grad is not None}
-            expected = recorded(f"train/{name}/grad_norm/")
-            assert norms.keys() == expected.keys()
-            for key in norms:
-                assert norms[key] == pytest.approx(expected[key], rel=1e-3), key
+            require_close({key: p.grad for key, p in model.named_parameters() if p.grad is not None}, name, "grad")
         optimization.step()
         losses.append(loss.item())
-        encoder_moved.append(
-            max((d.abs().max().item() for key, d in moved(model, start) if "encoder" in key), default=0)
-        )
+        moved = {key: value.detach() - start[key] for key, value in model.named_parameters()}
+        encoder_moved.append(max((d.abs().max().item() for key, d in moved.items() if "encoder" in key), default=0))
     np.testing.assert_allclose(losses, TRAINING[f"train/{name}/loss"], rtol=0, atol=1e-5)
-    expected = recorded(f"train/{name}/delta_norm/")
-    deltas = {key: delta.norm().item() for key, delta in moved(model, start)}
-    assert {key for key, delta in deltas.items() if delta} == expected.keys()
-    for key in expected:
-        assert deltas[key] == pytest.approx(expected[key], rel=1e-3), key
+    require_close({key: delta for key, delta in moved.items() if delta.any()}, name, "delta")
     if name == "crossimage":
         expected_moved = TRAINING["train/crossimage/encoder_max_delta_from_start"]
         np.testing.assert_allclose(encoder_moved, expected_moved, rtol=0, atol=1e-6)
 
 
-def recorded(prefix):
-    return {key.removeprefix(prefix): float(value) for key, value in TRAINING.items() if key.startswith(prefix)}
-
-
-def moved(model, start):
-    return [(key, value.detach() - start[key]) for key, value in model.named_parameters()]
+def require_close(tensors, name, kind):
+    """The same names, and their norms."""
+    prefix = f"train/{name}/{kind}_norm/"
+    expected = {key.removeprefix(prefix): float(norm) for key, norm in TRAINING.items() if key.startswith(prefix)}
+    assert {key: tensor.norm().item() for key, tensor in tensors.items()} == pytest.approx(expected, rel=1e-3)
 
 
 def trained_kind(places=24, images=4, dim=3072):
@@ -109,12 +114,11 @@ def test_loss_and_mining_are_exact_in_mixed_precision(dtype):
 
 
 def test_the_loss_takes_no_tf32_and_leaves_it_as_it_was():
-    descriptors, labels = trained_kind()
     seen, criterion = [], MinedMultiSimilarity()
     criterion.loss.distance.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.matmul.allow_tf32))
     allow_tf32(True)
     try:
-        criterion(descriptors, labels)
+        criterion(*trained_kind())
         assert seen == [False] and torch.backends.cuda.matmul.allow_tf32
     finally:
         allow_tf32(False)

@@ -58,20 +58,14 @@ def test_entry_points(strangers, entry, settings, dim):
     assert all(sys.modules[name] is module for name, module in before.items())
 
 
-def test_errors_do_not_speak_of_a_command_line(strangers, monkeypatch):
+def test_errors_name_parameters(strangers, monkeypatch):
     monkeypatch.setitem(sys.modules, "gdown", None)
-    with pytest.raises(
-        ValueError, match=f"https://drive.google.com/uc.id=1pQ.* {strangers}/1-ClusterVLAD.pth"
-    ) as error:
+    told = f"https://drive.google.com/uc.id=1pQ.* {strangers}/1-ClusterVLAD.pth"
+    with pytest.raises(ValueError, match=told):
         load("vlad_1cluster", backbone="dino_tiny")
-    assert "--" not in str(error.value)
-    for written, told in (
-        ({"backbone": "dino_small"}, "use backbone=dino_small$"),
-        ({"clusters": 2}, "use supervlad_clusters=1 ghost_clusters=2, or "),
-    ):
-        torch.save(tiny(**written).state_dict(), strangers / "SuperVLAD.pth")
-        with pytest.raises(ValueError, match=told):
-            load("supervlad", backbone="dino_tiny")
+    torch.save(tiny(clusters=2).state_dict(), strangers / "SuperVLAD.pth")
+    with pytest.raises(ValueError, match="use supervlad_clusters=1 ghost_clusters=2, or "):
+        load("supervlad", backbone="dino_tiny")
     for entry in ("supervlad", "prepare"):
         with pytest.raises(ValueError, match="unknown backbone 'resnet'; use one of dino, "):
             load(entry, backbone="resnet")
@@ -112,35 +106,29 @@ def test_a_checkpoint_of_ones_own_is_loaded(strangers, tmp_path):
         load("checkpoint", path=tmp_path / "none.pth")
 
 
-def test_what_prepare_takes(strangers):
-    for settings, size in (
-        ({}, (322, 322)),
-        ({"backbone": "dinov3"}, (320, 320)),
-        ({"resize": [14, 28]}, [14, 28]),
-        ({"backbone": "dinov3_tiny", "resize": [16, 32]}, [16, 32]),
-    ):
-        assert load("prepare", **settings).keywords["transform"].keywords["size"] == size
-    with pytest.raises(ValueError, match="resize 322 322 .* use e.g. 320 320"):
-        load("prepare", backbone="dinov3", resize=(322, 322))
-
-
-def test_prepare_follows_the_checkpoint(strangers, tmp_path):
+def test_size_and_preparation_follow_the_checkpoint(strangers, tmp_path):
     model = tiny()
     content = {"model_state_dict": model.state_dict(), "model": {"backbone": "dino_tiny"}}
-    torch.save({**content, "resize": [56, 70]}, tmp_path / "best_model.pth")
-    torch.save({**content, "resize": [42, 42], "antialias": False, "upright": False}, tmp_path / "told.pth")
-    torch.save({**content, "model": {"backbone": "dinov3_tiny"}}, tmp_path / "sizeless.pth")
+    best, told, sizeless = (tmp_path / name for name in ("best_model.pth", "told.pth", "sizeless.pth"))
+    torch.save({**content, "resize": [56, 70]}, best)
+    torch.save({**content, "resize": [42, 42], "antialias": False, "upright": False}, told)
+    torch.save({**content, "model": {"backbone": "dinov3_tiny"}}, sizeless)
     torch.save(model.state_dict(), strangers / "SuperVLAD.pth")
-
-    def prepared(name, **settings):
-        call = load("prepare", resume=name, **settings).keywords
-        return tuple(call["transform"].keywords["size"]), call["transform"].keywords["antialias"], call["upright"]
-
-    assert prepared(tmp_path / "best_model.pth") == ((56, 70), True, True)
-    assert prepared(str(tmp_path / "told.pth")) == ((42, 42), False, False)
-    assert prepared(tmp_path / "told.pth", resize=(14, 14), antialias=True, upright=True) == ((14, 14), True, True)
-    assert prepared(tmp_path / "sizeless.pth") == ((320, 320), True, True)
-    assert prepared("SuperVLAD") == ((322, 322), True, True)
+    for settings, expected in (
+        ({}, ((322, 322), True, True)),
+        ({"backbone": "dinov3"}, ((320, 320), True, True)),
+        ({"backbone": "dinov3_tiny", "resize": [16, 32]}, ((16, 32), True, True)),
+        ({"resume": best}, ((56, 70), True, True)),
+        ({"resume": str(told)}, ((42, 42), False, False)),
+        ({"resume": told, "resize": (14, 28), "antialias": True, "upright": True}, ((14, 28), True, True)),
+        ({"resume": sizeless}, ((320, 320), True, True)),
+        ({"resume": "SuperVLAD"}, ((322, 322), True, True)),
+    ):
+        call = load("prepare", **settings).keywords
+        transform = call["transform"].keywords
+        assert (tuple(transform["size"]), transform["antialias"], call["upright"]) == expected
+    with pytest.raises(ValueError, match="resize 322 322 .* use e.g. 320 320"):
+        load("prepare", backbone="dinov3", resize=(322, 322))
 
 
 def test_two_copies_in_one_process(strangers, tmp_path):

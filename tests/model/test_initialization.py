@@ -52,5 +52,5 @@ def test_initialisation_is_repeatable(clusters, ghost_clusters):
 
 
 def test_too_few_features():
-    with pytest.raises(ValueError, match="65 clusters.* gave 4; .*--supervlad_clusters"):
+    with pytest.raises(ValueError, match="65 clusters.* got 4 .*lower supervlad_clusters"):
         initialize_layer(tiny(clusters=64), torch.randn(4, 96))

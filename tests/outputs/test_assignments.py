@@ -33,7 +33,7 @@ def test_colours_are_told_apart():
         assert (colours[clusters:] < 0.32).all()
 
 
-@pytest.mark.parametrize(("clusters", "ghosts"), [(5, 1), (3, 0), (65, 1), (3, 2)])
+@pytest.mark.parametrize(("clusters", "ghosts"), [(3, 2), (65, 0)])
 @pytest.mark.drawn
 def test_a_picture_is_drawn(tmp_path, clusters, ghosts):
     photos = [assigned([[0, 1], [2, 1]], clusters), assigned([[2, 1], [0, 0]], clusters, size=(3000, 40))]

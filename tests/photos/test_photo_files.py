@@ -3,19 +3,19 @@
 import os
 import re
 import shutil
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from helpers import refusal, results_of, rows_of
+import torch
+from helpers import refusal, results_of
 from PIL import ExifTags, Image
 
 from datasets.check import main as check
+from datasets.evaluation.tree import DatabaseQueries
 from datasets.photos.exif import gps_positions
 from datasets.photos.listing import PHOTO_SUFFIXES, list_images, scan
 from datasets.photos.positions import like_degrees
 from datasets.photos.transforms import open_image, prepare, read_pixels
-from datasets.training.gsv_cities import find_cities
 
 
 @pytest.fixture
@@ -34,15 +34,13 @@ def photo(tmp_path):
 
 
 @pytest.fixture
-def evaluated(evaluated, tmp_path, capsys):
-    """Evaluates `known` and `asked`, or a dataset; returns what the terminal showed and the run's folder."""
+def listed(tmp_path):
+    """Lists the plain folders `known` and `asked`, or the dataset `town`."""
 
-    def run(*flags, queries="asked", dataset=None):
-        given = [f"--database_folder={tmp_path}/known", f"--queries_folder={tmp_path}/{queries}"]
+    def run(queries="asked", dataset=None, **settings):
         if dataset:
-            given = [f"--eval_datasets_folder={tmp_path}/data", f"--eval_dataset_name={dataset}"]
-        folder = evaluated("--recall_values=1", *given, *flags)
-        return capsys.readouterr().err, folder
+            return DatabaseQueries.from_folder(tmp_path / "data", dataset, "test", **settings)
+        return DatabaseQueries.from_folders(tmp_path / "known", tmp_path / queries, name="x", exif=True, **settings)
 
     return run
 
@@ -81,54 +79,6 @@ def test_a_folder_is_visited_once(tmp_path, photo, links, kept, not_followed):
     assert below(root, listing.paths) == kept and len(listing.links) == not_followed
 
 
-def test_the_order_of_the_disk_does_not_matter(tmp_path, photo, monkeypatch):
-    for n in range(6):
-        photo(f"d{n}/{n}.jpg")
-        (tmp_path / f"l{n}").symlink_to(tmp_path / f"d{(n + 1) % 6}")
-    expected = scan(tmp_path)
-    real = os.scandir
-
-    monkeypatch.setattr(os, "scandir", lambda folder: nullcontext(list(real(folder))[::-1]))
-    assert scan(tmp_path) == expected and len(expected.paths) == 6
-
-
-def test_left_out_files_are_counted_by_suffix(tmp_path, photo, caplog):
-    photo("a.jpg")
-    for name in ("b.HEIC", "c.heic", "d.mov", "README", "sub/e.Json", ".DS_Store", "f.jpg.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "again").symlink_to("sub")
-    assert below(tmp_path, list_images(tmp_path, PHOTO_SUFFIXES)) == ["a.jpg"]
-    (line,) = caplog.messages
-    assert line.startswith(f"{tmp_path}: left out 6 files (2 .heic, 1 ")
-    assert all(f"1 {kind}" in line for kind in (".mov", ".json", ".txt", "without suffix"))
-    assert f" and 1 link to folders already listed, e.g. {tmp_path}/again; convert photos to JPEG" in line
-    (tmp_path / "a.jpg").unlink()
-    with pytest.raises(ValueError, match=r"no image .* in .*, but 6 files \(2 .heic, .*converted"):
-        list_images(tmp_path, PHOTO_SUFFIXES)
-
-
-def test_every_format_of_photos_is_read_in_plain_folders_only(tmp_path, photo, evaluated):
-    kinds = "jpg jpeg png webp avif bmp gif tif tiff jp2 ppm tga jfif".split()
-    for number, suffix in enumerate(kinds):
-        path = photo(f"known/{number:02d}.{suffix}")
-        shutil.copy(path, photo(f"asked/{number:02d}.{suffix.upper()}"))
-    (tmp_path / "asked" / "movie.mp4").touch()
-    shown, folder = evaluated("--no_labels")
-    first = [row for row in rows_of(folder) if row["rank"] == "1"]
-    assert len(first) == len(kinds)
-    assert all(row["query"].lower()[-6:] == row["database"][-6:] for row in first if "gif" not in row["query"].lower())
-    (line,) = [line for line in shown.splitlines() if "left out" in line]
-    assert f"{tmp_path}/asked: left out 1 file (1 .mp4); convert photos to JPEG" in line
-
-    for side in ("database", "queries"):
-        photo(f"data/town/images/test/{side}/@0@0@.jpg")
-        photo(f"data/town/images/test/{side}/@0@0@.webp")
-    shown, _ = evaluated(dataset="town")
-    assert "Recalls on town test (1 database, 1 queries)" in shown
-    assert shown.count("left out 1 file (1 .webp); in datasets only .jpg, .jpeg and .png count") == 2
-
-
 def test_pipes_and_devices_are_no_photos(tmp_path, photo, caplog, capsys):
     photo("a.jpg")
     photo("away.jpg").rename(tmp_path / "away")
@@ -150,6 +100,58 @@ def test_pipes_and_devices_are_no_photos(tmp_path, photo, caplog, capsys):
     assert "5 files (4 pipe, socket or device, 1 without suffix) skipped" in capsys.readouterr().out
 
 
+def test_the_order_of_the_disk_does_not_matter(tmp_path, photo, monkeypatch):
+    for n in range(6):
+        photo(f"d{n}/{n}.jpg")
+        (tmp_path / f"l{n}").symlink_to(tmp_path / f"d{(n + 1) % 6}")
+    expected = scan(tmp_path)
+    real = os.walk
+
+    def backwards(top, **settings):
+        for parent, folders, files in real(top, **settings):
+            folders.reverse()
+            yield parent, folders, files[::-1]
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert scan(tmp_path) == expected and len(expected.paths) == 6
+
+
+def test_left_out_files_are_counted_by_suffix(tmp_path, photo, caplog):
+    photo("a.jpg")
+    for name in ("b.HEIC", "c.heic", "d.mov", "README", "sub/e.Json", ".DS_Store", "f.jpg.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "again").symlink_to("sub")
+    assert below(tmp_path, list_images(tmp_path, PHOTO_SUFFIXES)) == ["a.jpg"]
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path}: left out 6 files (2 .heic, 1 ")
+    assert all(f"1 {kind}" in line for kind in (".mov", ".json", ".txt", "without suffix"))
+    assert f" and 1 link to folders already listed, e.g. {tmp_path}/again; convert photos to JPEG" in line
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(ValueError, match=r"no image .* in .*, but 6 files \(2 .heic, .*converted"):
+        list_images(tmp_path, PHOTO_SUFFIXES)
+
+
+def test_every_format_of_photos_is_read_in_plain_folders_only(tmp_path, photo, listed, caplog):
+    kinds = "jpg jpeg png webp avif bmp gif tif tiff jp2 ppm tga jfif".split()
+    for number, suffix in enumerate(kinds):
+        path = photo(f"known/{number:02d}.{suffix}")
+        shutil.copy(path, photo(f"asked/{number:02d}.{suffix.upper()}"))
+    (tmp_path / "asked" / "movie.mp4").touch()
+    dataset = listed(labelled=False)
+    assert len(dataset.database_paths) == len(dataset.queries_paths) == len(kinds)
+    for a, b in zip(dataset.database_paths, dataset.queries_paths, strict=True):
+        assert torch.equal(read_pixels(a), read_pixels(b))
+    assert caplog.messages == [f"{tmp_path}/asked: left out 1 file (1 .mp4); convert photos to JPEG"]
+
+    caplog.clear()
+    for side in ("database", "queries"):
+        photo(f"data/town/images/test/{side}/@0@0@.jpg")
+        photo(f"data/town/images/test/{side}/@0@0@.webp")
+    assert str(listed(dataset="town")) == "town test (1 database, 1 queries)"
+    assert caplog.text.count("left out 1 file (1 .webp); in datasets only .jpg, .jpeg and .png count") == 2
+
+
 @pytest.fixture
 def places(photo, tmp_path):
     """Three known places, and photos of two of them, named by their positions."""
@@ -162,7 +164,7 @@ def places(photo, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["below", "links", "hard links", "linked folder"])
-def test_queries_among_the_database_are_left_out_of_it(places, evaluated, how):
+def test_queries_among_the_database_are_left_out_of_it(places, listed, caplog, how):
     if how == "below":
         shutil.move(places / "asked", places / "known" / "asked")
         (places / "asked").symlink_to(places / "known" / "asked")
@@ -172,65 +174,64 @@ def test_queries_among_the_database_are_left_out_of_it(places, evaluated, how):
         for path in (places / "asked").iterdir():
             new = places / "known" / path.name
             new.symlink_to(path) if how == "links" else new.hardlink_to(path)
-    shown, folder = evaluated()
-    assert f"2 of the 5 photos in {places}/known are also queries: they are left out of the database" in shown
-    assert "asked in known (3 database, 2 queries): R@1: 100.0" in shown
-    assert not any("asked" in row["database"] for row in rows_of(folder))
+    dataset = listed()
+    assert f"2 of the 5 photos in {places}/known are also queries: they are left out of the database" in caplog.text
+    assert len(dataset.database_paths) == 3 and not any("asked" in path for path in dataset.database_paths)
 
 
-def test_nothing_left_of_the_database(places, evaluated, capsys):
+def test_nothing_left_of_the_database(places, listed):
     (places / "all").mkdir()
     (places / "all" / "known").symlink_to(places / "known")
     for queries in ("known", "all"):
-        line = refusal(capsys, lambda queries=queries: evaluated(queries=queries))
-        assert f"every photo in {places}/known is also a query, in {places / queries}; name a " in line
+        with pytest.raises(ValueError, match=f"every photo in {places}/known is also a query, in {places / queries}; "):
+            listed(queries=queries)
     (places / "asked" / "more.png").symlink_to(places / "known" / "@0@0@known@.png")
     for n in (1000, 2000):
         (places / f"known/@{n}@0@known@.png").write_bytes(b"")
-    line = refusal(capsys, lambda: evaluated("--skip_unreadable"))
-    assert f"every photo in {places}/known that can be read is also a query" in line
+    with pytest.raises(ValueError, match=f"every photo in {places}/known that can be read is also a query"):
+        listed(skip_unreadable=True)
 
 
-def test_a_dataset_keeps_queries_among_its_database(places, evaluated):
+@pytest.fixture
+def town(places):
+    """The same as a dataset: its folder."""
     for side, source in (("database", "known"), ("queries", "asked")):
         shutil.copytree(places / source, places / "data/town/images/test" / side)
-    images = places / "data/town/images/test"
-    (images / "database" / "@9000@0@.png").symlink_to(next((images / "queries").iterdir()))
-    shown, folder = evaluated(dataset="town")
-    assert f"1 of the 4 photos in {images}/database are also queries: they find themselves, and stay" in shown
-    assert results_of(folder)["dataset"]["database"] == 4
+    return places / "data/town/images/test"
+
+
+def test_a_dataset_keeps_queries_among_its_database(town, listed, caplog):
+    (town / "database" / "@9000@0@.png").symlink_to(next((town / "queries").iterdir()))
+    assert len(listed(dataset="town").database_paths) == 4
+    assert f"1 of the 4 photos in {town}/database are also queries: they find themselves, and stay" in caplog.text
+
+
+def test_unreadable_photos_of_datasets_and_positives(town, places, listed):
+    """Left out of datasets too when asked, and indices still count all that the folder holds."""
+    (town / "database/@0@0@known@.png").write_bytes(b"no photo")
+    (places / "right.csv").write_text("query,database\n0,0\n1,1\n")
+    dataset = listed(dataset="town", skip_unreadable=True, positives_file=places / "right.csv")
+    assert len(dataset.database_paths) == 2 and [row.tolist() for row in dataset.positives(25.0)] == [[], [0]]
 
 
 def test_unreadable_photos_are_left_out_when_asked(places, evaluated, capsys):
+    folders = f"--database_folder={places}/known", f"--queries_folder={places}/asked", "--recall_values=1"
     bad = places / "known" / "@1000@0@known@.png"
     bad.write_bytes(bad.read_bytes()[:200])
+    line = refusal(capsys, lambda: evaluated(*folders))
+    assert "cannot read the image" in line and "with --skip_unreadable" in line
     empty = places / "asked" / "@5@5@.webp"
     empty.touch()
-    shown, folder = evaluated("--skip_unreadable")
+    folder = evaluated(*folders, "--skip_unreadable")
+    shown = capsys.readouterr().err
     assert f"1 of 3 photos in {places}/known cannot be read and are left out: {bad}" in shown
     assert f"1 of 3 photos in {places}/asked cannot be read and are left out: {empty}" in shown
     assert "(2 database, 2 queries): R@1: 50.0" in shown
     assert "cannot read the image" in (folder / "debug.log").read_text()
     for path in (places / "asked").iterdir():
         path.write_bytes(b"")
-    line = refusal(capsys, lambda: evaluated("--skip_unreadable"))
+    line = refusal(capsys, lambda: evaluated(*folders, "--skip_unreadable"))
     assert f"none of the 3 photos in {places}/asked can be read" in line
-
-
-def test_unreadable_photos_of_datasets_and_positives(places, evaluated):
-    """Left out of datasets too when asked, and indices still count all that the folder holds."""
-    for side, source in (("database", "known"), ("queries", "asked")):
-        shutil.copytree(places / source, places / "data/town/images/test" / side)
-    (places / "data/town/images/test/database/@0@0@known@.png").write_bytes(b"no photo")
-    (places / "right.csv").write_text("query,database\n0,0\n1,1\n")
-    shown, _ = evaluated("--skip_unreadable", f"--positives_file={places}/right.csv", dataset="town")
-    assert "1 of 3 photos in" in shown and "(2 database, 2 queries): R@1: 50.0" in shown
-
-
-def test_an_unreadable_photo_ends_a_run_that_did_not_ask(places, evaluated, capsys):
-    (places / "asked" / "@5@5@.png").write_bytes(b"no photo")
-    line = refusal(capsys, evaluated)
-    assert "cannot read the image" in line and "with --skip_unreadable" in line
 
 
 @pytest.mark.parametrize(
@@ -271,14 +272,8 @@ def test_a_callers_errors_for_deprecation_meet_none(places, photo, evaluated):
     for folder in ("known", "asked"):
         photo(f"{folder}/@9000@0@more@.jpg")
     assert prepare(photo("a.jpg")).shape == (3, 322, 322)
-    assert "R@1" in evaluated("--save_predictions=1", "--num_workers=2")[0]
-
-
-def test_hidden_tables_are_no_cities(tmp_path):
-    (tmp_path / "Dataframes").mkdir()
-    for name in ("London", "._London"):
-        (tmp_path / "Dataframes" / f"{name}.csv").write_bytes(b"\x00\x05\xff")
-    assert find_cities(tmp_path) == ["London"]
+    folders = f"--database_folder={places}/known", f"--queries_folder={places}/asked"
+    assert results_of(evaluated(*folders, "--save_predictions=1", "--num_workers=2"))["recalls"]
 
 
 def test_check_of_plain_folders(places, photo, capsys):
@@ -351,14 +346,15 @@ def test_a_stray_position_hides_no_degrees(exact, strays, warned, stray):
         assert not like_degrees(np.array([*[metres] * exact, *[stray] * strays], dtype=float))
 
 
-def test_degrees_in_names_are_told_where_they_are_only_shown(places, evaluated):
+def test_degrees_in_names_are_told_where_they_are_only_shown(places, listed, caplog):
     for n, path in enumerate(sorted((places / "known").iterdir())):
         path.rename(path.with_name(f"@48.{n}@2.{n}@.png"))
     (places / "right.csv").write_text("query,database\n0,0\n1,1\n")
-    for flag in ("--no_labels", f"--positives_file={places}/right.csv"):
-        shown, _ = evaluated(flag)
-        assert shown.count("the positions of the database images look like degrees (nearly all within 90") == 1
-        assert "the positions of the queries look" not in shown
+    for settings in ({"labelled": False}, {"positives_file": places / "right.csv"}):
+        caplog.clear()
+        listed(**settings).located(exif=True)
+        assert caplog.text.count("the positions of the database images look like degrees (nearly all within 90") == 1
+        assert "the positions of the queries look" not in caplog.text
 
 
 def test_a_missing_folder_is_told_by_its_first_missing_part(tmp_path):

@@ -10,7 +10,6 @@ from PIL import Image
 
 from datasets.check import main as check
 from datasets.photos.batches import ImageList
-from datasets.photos.pixel_modes import to_rgb
 from datasets.photos.transforms import open_noted, read_pixels
 from utils.system.reading import read_batches
 
@@ -153,13 +152,6 @@ def test_8_bits_a_channel_are_what_pillow_makes_of_them(read, content, mode):
         assert image.mode == mode
         np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
     assert how == ""
-
-
-def test_what_has_no_file_of_its_own_converts_too():
-    """Modes that only programs make; Pillow may open one some day."""
-    for mode in ("HSV", "RGBX", "RGBa", "La", "I;16L", "I;16N"):
-        image, _ = to_rgb(Image.new(mode, (2, 2)))
-        assert image.mode == "RGB"
 
 
 def test_colours_multiplied_by_their_opacity_are_divided_again(read):

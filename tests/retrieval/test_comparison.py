@@ -2,12 +2,13 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
 
 from utils import compare
-from utils.retrieval.comparison import bootstrap_interval, compare_hits, in_words, mcnemar, spread
+from utils.retrieval.comparison import bootstrap_interval, compare_hits, in_words, mcnemar, spread, wilson_interval
 
 TEN = np.array([1, 1, 1, 1, 0, 0, 0, 0, 1, 0], bool), np.array([1, 1, 1, 1, 1, 1, 0, 0, 0, 0], bool)
 
@@ -23,6 +24,22 @@ def test_ten_queries_by_hand():
     assert in_words(1, row, 10).endswith("the difference can be chance; at least about 112 queries would be needed")
     assert "more than chance" in in_words(1, compare_hits(np.zeros(50, bool), np.ones(50, bool)), 50)
     assert "the same queries" in in_words(5, compare_hits(TEN[0], TEN[0]), 10)
+
+
+@pytest.mark.parametrize(("successes", "count"), [(88, 220), (0, 10), (10, 10), (1, 1), (25_000, 27_592), (3.4, 15)])
+def test_the_ends_of_an_interval_solve_the_equation_that_defines_them(successes, count):
+    """They are the roots p of (share - p)^2 = z^2 p (1 - p) / count."""
+    share, z = successes / count, 1.959963984540054
+    a, b, c = 1 + z * z / count, -(2 * share + z * z / count), share * share
+    root = math.sqrt(b * b - 4 * a * c)
+    expected = (-b - root) / (2 * a), (-b + root) / (2 * a)
+    assert wilson_interval(successes, count) == pytest.approx(expected, abs=1e-12)
+
+
+def test_intervals_of_several_shares():
+    ends = wilson_interval([[0, 5, 10]] * 2, 10)
+    assert ends.shape == (2, 2, 3)
+    np.testing.assert_allclose(ends[0], 1 - ends[1, :, ::-1], atol=1e-12)
 
 
 @pytest.mark.parametrize(  # scipy.stats.binomtest(min(a, b), a + b).pvalue, scipy 1.16

@@ -66,12 +66,11 @@ def plain(photos):
     ("model", "flags"),
     [
         ("encoder", ("--encoder_context", "independent", "file_order")),
-        ("plain", ("--pca_dim=7", "--pca_dataset_folder=toy_city/images/test/database")),
         ("plain", ("--pca_dim=7", "--pca_dataset_folder=toy_city/images/test/database", "--pca_whiten")),
+        ("plain", ("--pca_dim=7", "--pca_dataset_folder=toy_city/images/test/database", "--descriptor_dtype=float16")),
         ("plain", ("--test_method=five_crops", "--antialias")),
-        ("plain", ("--descriptor_dtype=float16",)),
     ],
-    ids=["encoder", "pca", "whitened", "prepared", "float16"],
+    ids=["encoder", "whitened", "float16", "prepared"],
 )
 def test_a_map_answers_as_the_evaluation_that_made_it(city, dataset, run, tmp_path, monkeypatch, model, flags):
     folder = run(*dataset, *"--resize 56 70".split(), f"--save_map={tmp_path}/city.npz", *flags, model=model)
@@ -91,9 +90,6 @@ def test_a_map_answers_as_the_evaluation_that_made_it(city, dataset, run, tmp_pa
     results = results_of(asked)
     assert results["recalls"] == results_of(folder)["recalls"] and results["recalls"]["5"] > 0
     assert results["options"]["resize"] == [56, 70]
-    size = (tmp_path / "city.npz").stat().st_size
-    numbers = 15 * (7 if "pca" in str(flags) else 384) * (2 if "float16" in str(flags) else 4)
-    assert numbers < size < numbers + 9000 + 4 * 8 * 384
 
 
 def test_a_map_moves_with_its_photos_and_does_without_them(made, photos, run, tmp_path, capsys):
@@ -172,21 +168,6 @@ def test_photos_behind_a_link_are_named_as_the_file_system_finds_them(photos, ru
     links = re.findall('href="([^"]*jpg)"', (folder / "matches/index.html").read_text())
     assert links and all(Path(os.path.normpath(folder / "matches" / unquote(link))).exists() for link in links)
     assert PlaceMap(tmp_path / "here/map.npz").root == str(photos / "database")
-
-
-def test_a_map_finds_its_photos_through_links(made, photos, tmp_path):
-    """Of a link to the folder above the map, and of one to the map itself; `..` of a link leads elsewhere."""
-    (photos / "maps").mkdir()
-    with open(made, "rb") as file, np.load(file) as content:
-        arrays = {name: content[name] for name in content.files}
-    settings = json.loads(str(arrays["settings"]))
-    arrays["settings"] = np.array(json.dumps({**settings, "root_from_map": "../database", "root": "/nowhere"}))
-    np.savez(photos / "maps/map.npz", **arrays)
-    (tmp_path / "link").symlink_to("photos/maps")
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links/map.npz").symlink_to("../photos/maps/map.npz")
-    for path in ("photos/maps/map.npz", "link/map.npz", "links/map.npz"):
-        assert PlaceMap(tmp_path / path).root == str(photos / "database")
 
 
 def test_recall_counts_the_queries_that_have_a_position(made, photos, run, tmp_path, capsys):
@@ -357,9 +338,6 @@ def test_the_nearest_is_that_of_an_exact_search(tmp_path, count, dim, dtype):
     assert distance == 0, "to itself"
     with pytest.raises(ValueError, match=f"must have {dim} finite numbers"):
         asked.nearest(np.full(dim, np.nan))
-
-
-def test_descriptors_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(ValueError, match="descriptors are not finite"):
         written(tmp_path / "map.npz", np.full((4, 8), np.inf, dtype=np.float32)).load()
 
@@ -402,14 +380,14 @@ def test_what_is_damaged_or_no_map_is_one_line(tmp_path):
         return "the same"  # a bit of a date, say
 
     chance = random.Random(0)
-    for length in range(0, len(good), 97):
+    for length in range(0, len(good), 197):
         assert outcome(good[:length]) == "refused"
     outcomes = []
-    for _ in range(300):
+    for _ in range(150):
         data = bytearray(good)
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         outcomes.append(outcome(bytes(data)))
-    assert outcomes.count("refused") > 250
+    assert outcomes.count("refused") > 125
     assert outcome(b"") == outcome(b"PK\x03\x04" + bytes(100)) == "refused"
     assert outcome(good) == "the same"
     for name, arrays in {

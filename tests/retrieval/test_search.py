@@ -1,4 +1,4 @@
-"""What is searched where: FAISS, a GPU (by stand-ins); and what stays if the search fails."""
+"""Nearest neighbours, merged crops and recall against plain loops; what is searched where; what stays if that fails."""
 
 import logging
 import shlex
@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import warm
-from helpers import SMALL
+from helpers import SMALL, only_run
 
 import eval as eval_script
 from utils.retrieval import contexts as retrieval
-from utils.retrieval import faiss_index, search
-from utils.retrieval.search import CPU, knn_by_torch, nearest
+from utils.retrieval import search
+from utils.retrieval.faiss_index import nearest_by_index
+from utils.retrieval.search import CPU, knn_by_torch, merge_crops, nearest, recall_at
 from utils.system import device as device_module
 from utils.system import distributed
 
@@ -90,6 +91,94 @@ def test_tf32_is_off_around_the_search_by_torch(monkeypatch):
         device_module.allow_tf32(False)
 
 
+@pytest.mark.parametrize("size", [50, 20, 3])
+@pytest.mark.parametrize("k", [10, 60])
+def test_search_is_exact_however_the_database_comes(size, k):
+    rng = np.random.default_rng(0)
+    queries, database = rng.standard_normal((7, 12)).astype("f"), rng.standard_normal((50, 12)).astype("f")
+    distances, predictions = nearest(queries, chunked(database, size, rng.permutation(50)), k)
+    expected = ((queries[:, None] - database[None]) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(predictions, np.argsort(expected, axis=1)[:, :k])
+    np.testing.assert_allclose(distances, np.sort(expected, axis=1)[:, :k], rtol=1e-5)
+
+
+def test_descriptors_that_are_not_finite_are_refused():
+    for queries, database in ((np.nan, 1), (1, np.inf)):
+        with pytest.raises(ValueError, match="descriptors are not finite"):
+            nearest(np.full((2, 3), queries, "f"), chunked(np.full((2, 3), database, "f"), 2), 1)
+
+
+def test_faiss_errors_of_exact_search_are_errors_of_ours(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("Error in void* faiss::f(int) at /x/GpuResources.cpp:530: Error: 'err' failed: no memory")
+
+    monkeypatch.setattr("faiss.knn", fails)
+    with pytest.raises(ValueError, match="^FAISS cannot search exactly: 'err' failed: no memory"):
+        nearest(np.eye(3, dtype="f"), chunked(np.eye(3, dtype="f"), 3), 1)
+
+
+@pytest.mark.parametrize(("factory", "exact"), [("Flat", True), ("HNSW16", False), ("IVF4,Flat", False)])
+def test_an_index_is_compared_with_exact_search(factory, exact, caplog):
+    rng = np.random.default_rng(0)
+    database = rng.standard_normal((300, 16)).astype("f")
+    queries = database[::3] + 0.01 * rng.standard_normal((100, 16)).astype("f")
+    chunks = chunked(database, 100, rng.permutation(300))
+    with caplog.at_level(logging.INFO):
+        distances, predictions, (agreement,) = nearest_by_index(queries, lambda: chunks, 300, 5, factory=factory)
+    _, expected = nearest(queries, chunks, 5)
+    shared = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(predictions, expected, strict=True)])
+    assert agreement["first_k"] == pytest.approx(100 * shared) and agreement["queries"] == 100
+    assert (agreement["first_k"] == 100) == exact and agreement["nearest"] > 90
+    assert f"index {factory} finds the nearest image of" in caplog.text
+    filled = predictions >= 0
+    squared = ((queries[:, None] - database[predictions]) ** 2).sum(axis=2)
+    np.testing.assert_allclose(distances[filled], squared[filled], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("factory", "parameters"), [("IVF", ""), ("Flat", "nonsense=3"), ("IVF4096,Flat", "")])
+def test_an_index_that_cannot_be_made(factory, parameters):
+    database = np.random.default_rng(0).standard_normal((300, 16)).astype("f")
+    with pytest.raises(ValueError, match=f"index '{factory}.* leave out index"):
+        nearest_by_index(database, lambda: chunked(database, 300), 300, 5, factory=factory, parameters=parameters)
+
+
+def test_recall_counts_every_query():
+    predictions = np.array([[4, 0, 2], [1, 2, 3], [3, 4, 0], [0, 1, 2]])
+    positives = [np.array([2, 3]), np.array([], dtype=int), np.array([3]), np.array([4])]
+    assert recall_at(predictions, positives, [1, 2, 3, 50]) == {1: 25.0, 2: 25.0, 3: 50.0, 50: 50.0}
+
+
+def test_recall_against_plain_loops():
+    rng = np.random.default_rng(3)
+    predictions = np.array([rng.permutation(40)[:20] for _ in range(30)])
+    positives = [rng.choice(40, size=rng.integers(0, 4), replace=False) for _ in range(30)]
+    for n, recall in recall_at(predictions, positives, [1, 5, 10, 20]).items():
+        hits = [not {*row[:n]}.isdisjoint(right) for row, right in zip(predictions.tolist(), positives, strict=True)]
+        assert recall == pytest.approx(100 * sum(hits) / 30)
+
+
+def test_merging_keeps_the_nearest_occurrence():
+    predictions = np.array([[1, 2], [3, 1]])
+    distances = np.array([[0.5, 0.6], [0.1, 0.2]], dtype="f")
+    lengths, merged = merge_crops(distances, predictions, crops=2)
+    assert merged.tolist() == [[3, 1]] and lengths.ravel().tolist() == pytest.approx([0.1, 0.2])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+def test_merging_what_an_index_did_not_fill(weight):
+    distances = np.array([[0.5, np.inf], [0.1, np.inf]], dtype="f")
+    lengths, merged = merge_crops(distances, np.array([[1, -1], [1, -1]]), crops=2, majority_weight=weight)
+    assert merged.tolist() == [[1, -1]] and np.isinf(lengths[0, 1])
+
+
+def test_agreeing_crops_move_an_image_up():
+    predictions = np.array([[1, 2], [3, 1], [4, 2], [5, 6], [7, 8]])
+    distances = np.array([[0.500, 0.9], [0.495, 0.501], [0.9, 0.9], [0.9, 0.9], [0.9, 0.9]], dtype="f")
+    assert merge_crops(distances, predictions)[1].tolist() == [[3, 1]]
+    # Image 1 stands twice among the first 5 columns: 0.500 - 0.01 * 2/5 - 0.01 * 2/10 = 0.494.
+    assert merge_crops(distances, predictions, majority_weight=0.01)[1].tolist() == [[1, 3]]
+
+
 class StandIn:
     """A GPU whose memory is the main memory, and full from the n-th time on that it searches."""
 
@@ -112,26 +201,18 @@ class StandIn:
         monkeypatch.setattr(faiss, "knn", by_faiss)
 
 
-@pytest.mark.parametrize("full_from", [None, 1, 3])
-def test_a_gpu_finds_what_the_cpu_finds_and_leaves_the_rest_to_it(monkeypatch, caplog, full_from):
+@pytest.mark.parametrize(("full_from", "sets"), [(None, ()), (None, (7, 23)), (1, ()), (3, ())])
+def test_a_gpu_finds_what_the_cpu_finds_and_leaves_the_rest_to_it(monkeypatch, caplog, full_from, sets):
     queries, database = whole_numbers(30, 300)
     database[::40] = queries[0]
     chunks = chunked(database, 60, np.random.default_rng(1).permutation(300))
     expected = nearest(queries, chunks, 60)
     gpu = StandIn(monkeypatch, full_from)
-    assert_same(nearest(queries, chunks, 60, GPU), expected)
-    assert sum(rows is queries or len(rows) == 30 for rows in gpu.uploaded) == 1, "the queries stay there"
+    assert_same(nearest(queries, chunks, 60, GPU, sets), expected)
+    assert sum(len(rows) != 60 for rows in gpu.uploaded) == max(1, len(sets)), "the queries stay there"
     assert gpu.on_cpu == (0 if full_from is None else 6 - full_from)
     warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == (full_from is not None) and all("CUDA out of memory." in line for line in warnings)
-
-
-def test_each_set_is_searched_as_if_alone_on_a_gpu_too(monkeypatch):
-    queries, database = whole_numbers(30, 300)
-    expected = nearest(queries, chunked(database, 100), 5)
-    gpu = StandIn(monkeypatch)
-    assert_same(nearest(queries, chunked(database, 100), 5, GPU, sets=[7, 23]), expected)
-    assert gpu.searched == 6 and gpu.on_cpu == 0
 
 
 def test_the_cpu_that_was_asked_for_is_used(monkeypatch, evaluate):
@@ -139,9 +220,8 @@ def test_the_cpu_that_was_asked_for_is_used(monkeypatch, evaluate):
     queries, database = whole_numbers(30, 300)
     nearest(queries, chunked(database, 100), 5, torch.device("mps"))
     assert gpu.on_cpu == 3
-    assert evaluate()[0] == 0  # --device=cpu
-    assert evaluate("--index=Flat")[0] == 0
-    assert gpu.on_cpu == 5 and gpu.searched == 0
+    assert evaluate("--index=Flat")[0] == 0  # --device=cpu
+    assert gpu.on_cpu == 4 and gpu.searched == 0
 
 
 def test_the_search_has_the_cores_of_those_that_wait(monkeypatch):
@@ -175,13 +255,13 @@ def evaluate(flags, tmp_path, capsys):
     """Runs eval.py; returns the exit status, what it said, and the run's folder."""
 
     def run(*more, names=("toy_city",)):
-        earlier = set(tmp_path.glob("runs/*"))
+        earlier = set(tmp_path.glob("runs/[!l]*"))  # not the link to the latest
         status = 0
         try:
             eval_script.main([*flags, "--eval_dataset_name", *names, *more])
         except SystemExit as exit_:
             status = exit_.code
-        (folder,) = set(tmp_path.glob("runs/*")) - earlier
+        (folder,) = set(tmp_path.glob("runs/[!l]*")) - earlier
         return status, capsys.readouterr().err, folder
 
     return run
@@ -190,8 +270,7 @@ def evaluate(flags, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("owner", "name", "error", "more"),
     [
-        (faiss, "knn", RuntimeError("Error in void faiss::f() at /x/y.cpp:1: no memory"), []),
-        (faiss_index, "nearest", MemoryError("no memory"), ["--index=Flat"]),
+        (faiss, "knn", RuntimeError("Error in void faiss::f() at /x/y.cpp:1: no memory"), ["--index=Flat"]),
         (retrieval.Search, "rows", OSError("the disk"), ["--pca_dim=5", "--pca_dataset_folder=toy_city/images/train"]),
     ],
 )
@@ -244,7 +323,7 @@ def test_descriptors_outlive_the_process(evaluate, flags, passed, tmp_path):
     """As when FAISS aborts it in the search: the next run names them and goes on from them."""
     run = warm.run("aborted.py", *flags, "--eval_dataset_name=toy_city")
     assert run.returncode == -signal.SIGABRT, run.stderr
-    (aborted,) = (tmp_path / "runs").iterdir()
+    aborted = only_run(tmp_path / "runs")
     status, said, _ = evaluate("--recall_values=1")
     (line,) = [line for line in said.splitlines() if "interrupted run" in line]
     advice = next(word.rstrip(";") for word in line.split() if word.startswith("--descriptors_folder="))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import SMALL
 from sklearn.decomposition import PCA
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -19,7 +18,6 @@ from datasets.photos.transforms import CROPS, evaluation_transform, open_image, 
 from model import build_model
 from parser import Machine, Protocol, TrainOptions, parse
 from test import evaluate_split
-from utils.outputs.tables import format_recalls
 from utils.retrieval import extraction, search
 from utils.retrieval.contexts import Search
 from utils.retrieval.descriptor_store import DescriptorStore
@@ -233,25 +231,6 @@ def test_images_of_several_sizes_share_a_batch():
     torch.testing.assert_close(together, torch.cat([transform(image[None]) for image in images]))
 
 
-def test_format():
-    assert format_recalls({1: 27.04, 5: 42.35}) == "R@1: 27.0, R@5: 42.4"
-
-
-class Memory(TorchDispatchMode):
-    """Counts the results of `numel` real numbers that have a memory of their own."""
-
-    def __init__(self, numel):
-        super().__init__()
-        self.numel, self.seen = numel, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        large = isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel() >= self.numel
-        if large and all(result.untyped_storage().data_ptr() != of.untyped_storage().data_ptr() for of in self.seen):
-            self.seen.append(result)  # kept, so that its memory is not given out again
-        return result
-
-
 @pytest.mark.parametrize("shape", [(3, 40, 50), (2, 3, 40, 50), (2, 5, 3, 28, 28)])
 def test_normalising_is_torchvisions_and_can_overwrite(shape):
     values = torch.rand(shape)
@@ -260,35 +239,6 @@ def test_normalising_is_torchvisions_and_can_overwrite(shape):
     overwritten = values.clone()
     again = transforms.normalize(overwritten, inplace=True)
     assert torch.equal(again, expected) and again.data_ptr() == overwritten.data_ptr()
-
-
-def test_a_training_step_holds_its_images_once(city, tmp_path, monkeypatch):
-    """As real numbers, beside the bytes that came: 289 MB for the recipe's 480 images."""
-    counted = []
-    to_unit, normalize = train_script.to_unit, train_script.normalize
-
-    def unit(pixels):
-        counted.append(Memory(pixels.numel()).__enter__())
-        return to_unit(pixels)
-
-    def normal(*values, **settings):
-        result = normalize(*values, **settings)
-        counted[-1].__exit__(None, None, None)
-        return result
-
-    monkeypatch.setattr(train_script, "to_unit", unit)
-    monkeypatch.setattr(train_script, "normalize", normal)
-    train_script.main([*TRAIN, f"--eval_datasets_folder={city}", f"--save_dir={tmp_path}"])
-    assert counted and all(len(memory.seen) == 1 for memory in counted)
-
-
-@pytest.mark.parametrize(("name", "results"), [("hard_resize", 2), ("central_crop", 2), ("five_crops", 7)])
-def test_a_transform_makes_no_copy_to_normalise(name, results):
-    """There are real numbers of all pixels, resized or scaled ones, and of five crops each one and all together."""
-    pixels = torch.randint(0, 256, (1, 3, 60, 80), dtype=torch.uint8)
-    with Memory(3 * 56 * 56) as memory:
-        transforms.evaluation_transform((56, 56), test_method=name)(pixels)
-    assert len(memory.seen) <= results
 
 
 def test_the_precision_of_validation(city, tmp_path, monkeypatch):
@@ -303,11 +253,3 @@ def test_the_precision_of_validation(city, tmp_path, monkeypatch):
         half = len(taken) // 2
         assert half and taken == [precision] * half + ["fp32"] * half
     assert recalls["bf16"] == recalls["fp32"], "one epoch, so the best is the last; the test split is in fp32"
-
-
-def test_validation_precision_decides_and_is_a_known_one():
-    argv = ["--eval_datasets_folder=data"]
-    assert parse(TrainOptions, argv).machine.val_precision == "fp32"
-    assert "val_precision" not in train_script.MAY_CHANGE
-    with pytest.raises(SystemExit):
-        parse(TrainOptions, [*argv, "--val_precision=int8"])

@@ -87,11 +87,9 @@ def test_a_gpu_that_cannot_be_used_is_told(monkeypatch, caplog):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize(
-    "settings", [{"backbone": "dino_tiny"}, {"backbone": "dinov3_tiny", "backbone_blocks": 2}], ids=["2", "3"]
-)
-def test_compiled_blocks_compute_the_same(settings):
-    model = build_model(**settings).eval()
+@pytest.mark.parametrize("backbone", ["dino_tiny", "dinov3_tiny"])
+def test_compiled_blocks_compute_the_same(backbone):
+    model = build_model(backbone=backbone, backbone_blocks=2).eval()
     names = list(model.state_dict())
     batches = [torch.randn(count, 3, 112, 112) for count in (3, 2)]
     with torch.inference_mode():

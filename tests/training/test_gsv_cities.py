@@ -1,6 +1,5 @@
 """GSV-Cities: its tables, the order of its places, the items."""
 
-import pickle
 from collections import Counter
 
 import numpy as np
@@ -11,8 +10,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from datasets.photos.transforms import open_image
-from datasets.training import gsv_cities
-from datasets.training.gsv_cities import GSVCities, PlaceBatches, image_name, read_city
+from datasets.training import gsv_cities, randaugment
+from datasets.training.gsv_cities import GSVCities, PlaceBatches, read_city
 from datasets.training.randaugment import RandAugment, TrainingTransform
 
 HEADER = "place_id,year,month,northdeg,city_id,lat,lon,panoid\n"
@@ -29,16 +28,12 @@ def places_of(folder, transform=pil_to_tensor, **options):
     return GSVCities(folder, transform=transform, **options)
 
 
-def test_image_name_of_the_documentation():
-    row = dict(zip(HEADER.strip().split(","), ["13", "2012", "6", "45", "London", "51.5", "-0.12", "abc"], strict=True))
-    assert image_name([*row.values()]) == "London_0000013_2012_06_045_51.5_-0.12_abc.jpg"
-
-
 def test_places_labels_and_paths(tmp_path):
     assert len(set(gsv_cities.CITIES)) == 23 and gsv_cities.CITIES[12] == "Boston"
     write_table(tmp_path, "London", [(7, 5), (3, 4), (9, 3)])
     write_table(tmp_path, "Boston", [(3, 4)])
     write_table(tmp_path, "Atlantis", [(1, 6)])
+    (tmp_path / "Dataframes/._London.csv").write_bytes(b"\x00\x05\xff")  # as macOS leaves
     places = places_of(tmp_path)
     assert places.cities == ["Boston", "London", "Atlantis"]
     assert places.labels.tolist() == [3, 100_003, 100_007, 200_001]
@@ -104,11 +99,11 @@ def test_cities_are_selected_over_all_folders(three_folders, caplog):
     assert places.cities == ["Zoo", "London", "London"]
     assert [path.split("/")[-4] for path in map(places.image_paths, (0, 2, 4)) for path in path[:1]] == ["C", "A", "B"]
     assert [message.split(":")[0].split()[0] for message in caplog.messages] == ["London"]
-    places_of(three_folders, cities=["Zoo", "Boston"])
-    assert caplog.messages[-1] == f"--cities Zoo Boston uses nothing from {three_folders[1]}"
     with pytest.raises(FileNotFoundError, match="cities Oslo Rome in .*A/Dataframes, "):
         places_of(three_folders, cities=["Rome", "Zoo", "Oslo"])
-    with pytest.raises(ValueError, match="train_dataset_folder .*A and .*A/../A are the same folder"):
+    with pytest.raises(
+        ValueError, match="A/../A/.*Boston.csv and .*A/.*Boston.csv share 9 photos.* each train_dataset_folder once"
+    ):
         places_of([three_folders[0], three_folders[1], three_folders[0] / ".." / "A"])
     with pytest.raises(FileNotFoundError, match="no GSV-Cities in .*nowhere: .*A has no nowhere, only "):
         places_of([three_folders[0], three_folders[0] / "nowhere"])
@@ -155,20 +150,16 @@ def test_tables_as_they_come(tmp_path, text):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ((HEADER + ROWS[0] + "\n" + "\u00fc").encode("latin-1"), "line 3: .*not UTF-8 .*; save the table as UTF-8"),
-        ((HEADER + ROWS[0] + "\n" + "\u00fc").replace("\n", "\r").encode("latin-1"), "line 3: .*not UTF-8"),
-        ((HEADER + ROWS[0]).encode("utf-16"), "line 1: .*not UTF-8"),
+        ((HEADER + ROWS[0] + "\n" + ROWS[1].replace("b", "\u00fc")).encode("latin-1"), "line 3: .*in UTF-8"),
+        ((HEADER + ROWS[0]).encode("utf-16"), "line 1: .*UTF-16; save it as UTF-8"),
         ((HEADER + ROWS[0] + '\n"8\n9",2013').encode(), "line 4"),
-        ((HEADER + ROWS[0].replace("7", "1_0", 1)).encode(), "line 2: .*'1_0' is not a whole number"),
-        ((HEADER + ROWS[0].replace("7", "7.0", 1)).encode(), "line 2: .*'7.0' is not a whole number"),
+        ((HEADER + ROWS[0].replace("7", "7.0", 1)).encode(), "line 2: .*'7.0'.* as whole numbers"),
         ((HEADER + "\n".join(ROWS).replace("2013", "x")).encode(), "line 3: .*'x'"),
         ((HEADER + ROWS[0].replace("51.5", "north")).encode(), "line 2: .*north"),
-        ((HEADER + ROWS[0].replace("51.5", "5_1.5")).encode(), "line 2: .*5_1.5, -0.12"),
         ((HEADER + '"' + "x" * 200_000 + '",1').encode(), "line 2: .*field larger"),
         ((HEADER + ROWS[0]).replace(",", ";").encode(), "line 1: no column place_id, year, .*separated by commas"),
         (b"place_id,year\n7,2012\n", "line 1: no column month"),
-        (b'"' + b"x" * 200_000, "line 1: field larger"),
-        (b"", "line 1: no column place_id"),
+        (b"", "line 0: no column place_id"),
     ],
 )
 def test_tables_that_do_not_follow_the_format(tmp_path, content, message):
@@ -178,7 +169,7 @@ def test_tables_that_do_not_follow_the_format(tmp_path, content, message):
         read_city(tmp_path, "London")
 
 
-def test_a_photo_of_two_tables_is_refused(tmp_path):
+def test_a_photo_of_two_tables_is_refused_and_rows_that_repeat_are_counted(tmp_path, caplog):
     """As a browser names a second download: each photo would be its own negative."""
     write_table(tmp_path, "London", [(7, 5), (3, 4)])
     tables = tmp_path / "Dataframes"
@@ -186,26 +177,9 @@ def test_a_photo_of_two_tables_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"London \(1\).csv and .*London.csv share 9 photos, .* cities"):
         places_of(tmp_path)
     assert len(places_of(tmp_path, cities=["London"])) == 2
-
-
-def test_rows_that_a_table_repeats_are_counted(tmp_path, caplog):
-    write_table(tmp_path, "London", [(7, 5), (3, 4)])
-    table = tmp_path / "Dataframes/London.csv"
+    table = tables / "London.csv"
     table.write_text(table.read_text() + table.read_text().removeprefix(HEADER))
-    assert places_of(tmp_path).image_count == 18 and f"{table} repeats 9 of its rows" in caplog.text
-
-
-def test_a_column_of_whole_numbers_is_named_as_the_files_are(tmp_path):
-    """GSV-Cities' own loader takes such a column for integers; no published table has one."""
-    (tmp_path / "Dataframes").mkdir()
-    table = HEADER + "7,2012,6,45,London,51,0,a\n8,2013,7,46,London,52,-1,b\n"
-    (tmp_path / "Dataframes" / "London.csv").write_text(table)
-    assert read_city(tmp_path, "London")[1][1].endswith(b"_52.0_-1.0_b.jpg")
-    (tmp_path / "Images" / "London").mkdir(parents=True)
-    (tmp_path / "Images" / "London" / "London_0000007_2012_06_045_51_0_a.jpg").touch()
-    assert read_city(tmp_path, "London")[1][1].endswith(b"_52_-1_b.jpg")
-    (tmp_path / "Dataframes" / "London.csv").write_text(table + "9,2013,7,46,London,52.5,1,c\n")
-    assert read_city(tmp_path, "London")[1][2].endswith(b"_52.5_1.0_c.jpg"), "unless the first file says otherwise"
+    assert places_of(tmp_path, cities=["London"]).image_count == 18 and f"{table} repeats 9 of its rows" in caplog.text
 
 
 def test_digests_tell_tables_apart(tmp_path):
@@ -253,18 +227,14 @@ def test_items_depend_on_seed_epoch_and_place_alone(city):
     def same(a, b):
         return all(torch.equal(x, y) and torch.equal(m, n) for (x, m), (y, n) in zip(a, b, strict=True))
 
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    places_of(city / "gsv_cities", TrainingTransform((56, 56), 3))[0, 0]
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
     plain = items(0)
     assert plain[0][0].shape == (4, 4, 3, 56, 56) and plain[0][0].dtype == torch.uint8
     torch.manual_seed(99)
     assert same(plain, items(0)) and same(plain, items(2))
     assert not same(plain, items(0, epoch=1)) and not same(plain, items(0, seed=1))
-
-
-def test_drawing_an_item_leaves_the_global_generators_alone(city):
-    places = places_of(city / "gsv_cities", TrainingTransform((56, 56), 3))
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    places[0, 0]
-    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
 
 
 def test_images_of_a_place_are_drawn_anew_without_replacement(city):
@@ -279,24 +249,19 @@ def test_images_of_a_place_are_drawn_anew_without_replacement(city):
     assert len(seen) == 5 and min(seen.values()) >= 10
 
 
-def test_randaugment_is_torchvisions(city):
+def test_randaugment_is_torchvisions(city, monkeypatch):
     """The same random draws give the same bytes, every operation with either sign."""
-    photo = open_image(next((city / "toy_city/images/test/queries").iterdir())).resize((112, 84))
-    pickle.dumps(RandAugment(2, (84, 112)))  # as it is sent to workers that are not forked
-    ours, theirs = RandAugment(2, (84, 112)), v2.RandAugment(2, interpolation=InterpolationMode.BILINEAR)
-    drawn = []
-    for index, (operation, level, signed) in enumerate(ours.operations):
-        ours.operations[index] = (
-            (lambda image, at, i=index, f=operation: drawn.append((i, at > 0)) or f(image, at)),
-            level,
-            signed,
-        )
-    for seed in range(250):
+    photo = open_image(next((city / "toy_city/images/test/queries").iterdir())).resize((56, 42))
+    ours, theirs = RandAugment(3, (42, 56)), v2.RandAugment(3, interpolation=InterpolationMode.BILINEAR)
+    drawn, real = set(), randaugment.applied
+    monkeypatch.setattr(
+        randaugment, "applied", lambda name, image, at: drawn.add((name, at > 0)) or real(name, image, at)
+    )
+    for seed in range(120):
         torch.manual_seed(seed)
         expected = theirs(photo)
         after = torch.get_rng_state()
         torch.manual_seed(seed)
         assert ours(photo).tobytes() == expected.tobytes(), seed
         assert torch.equal(torch.get_rng_state(), after)
-    signed = sum(signed for _, _, signed in ours.operations)
-    assert len(set(drawn)) == len(ours.operations) + signed == 23
+    assert len(drawn) == len(ours.operations) + sum(signed for _, _, signed in ours.operations) == 23

@@ -93,23 +93,19 @@ def draw_first_match(
         for row, mark in zip(best, "oD", strict=True):
             if row is not None:
                 both.plot(curve.recall[row], curve.precision[row], mark, color=f"C{number}", markersize=5)
+        if not number:  # nothing changes between two distances
+            for what, values, line in (("precision", curve.precision, "-"), ("recall", curve.recall, ":")):
+                over_distance.plot(curve.thresholds, values, line, color="C0", drawstyle="steps-post", label=what)
     both.set(xlabel="recall (% of queries with a correct photo)", ylabel="precision (%)", xlim=(0, 103), ylim=(0, 103))
     if both.lines:
         heading = "recall at 100% (●) and 99% (◆) precision"
         # Below the axes: the names of five contexts would cover the curves.
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
         both.legend(**below, fontsize="small", title=heading, title_fontsize="small")
-    name, matches = next(iter(contexts.items()))
-    curve = matches.curve
-    if curve.positives and len(curve.thresholds):
-        # Nothing changes between two distances.
-        for what, values, line in (("precision", curve.precision, "-"), ("recall", curve.recall, ":")):
-            over_distance.plot(curve.thresholds, values, line, color="C0", drawstyle="steps-post", label=what)
     if accepted_distance is not None:
         label = f"--accept {first_matches.written(accepted_distance)}"
-        last = curve.thresholds[-1] if len(curve.thresholds) else accepted_distance
-        over_distance.axvline(min(accepted_distance, 1.05 * last), color="black", linewidth=1, label=label)
-    over_distance.set(xlabel=f"accepted squared descriptor distance, {name}", ylabel="%", ylim=(0, 103))
+        over_distance.axvline(accepted_distance, color="black", linewidth=1, label=label)
+    over_distance.set(xlabel=f"accepted squared descriptor distance, {next(iter(contexts))}", ylabel="%", ylim=(0, 103))
     if over_distance.lines:
         over_distance.legend(loc="best", fontsize="small")
     for axes in (both, over_distance):

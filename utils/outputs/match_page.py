@@ -27,17 +27,17 @@ def write_match_page(
     queries: Sequence[str],
     database: Sequence[str],
     predictions: NDArray[np.int64],
-    correct: NDArray[np.bool_] | None,
-    metres: NDArray[np.float64] | None,
     read: Callable[[str], Image.Image | None],
-    judged: NDArray[np.bool_] | None,
-    similarity: NDArray[np.float64] | None,
-    rule: str,
-    findable: NDArray[np.bool_] | None,
-    accepted: NDArray[np.bool_] | None,
-    accepted_rule: str,
     shown: int,
-    metres_to: Callable[[int], NDArray[np.float64] | None],
+    correct: NDArray[np.bool_] | None = None,
+    judged: NDArray[np.bool_] | None = None,
+    metres: NDArray[np.float64] | None = None,
+    metres_to: Callable[[int], NDArray[np.float64] | None] = lambda _: None,
+    similarity: NDArray[np.float64] | None = None,
+    rule: str = "",
+    has_positive: NDArray[np.bool_] | None = None,
+    accepted: NDArray[np.bool_] | None = None,
+    accepted_rule: str = "",
     groups: Mapping[str, NDArray[np.bool_]] | None = None,
 ) -> None:
     """Writes `index.html` and a thumbnail of each image shown: one row per query, to filter in the browser.
@@ -47,17 +47,17 @@ def write_match_page(
         queries: paths of Q images.
         database: paths of N images.
         predictions: Q x K database indices, best first; -1 is none.
-        correct: which of them are correct, Q x K; None if unknown.
-        metres: distance of each to its query, Q x K, NaN where a position is unknown; None if all are.
         read: returns an image as the model saw it, or smaller, down to `THUMBNAIL_SIDE`; None for a missing one.
-        judged: for which matches it is known whether they are correct, Q x K; None with `correct`.
-        similarity: cosine of the descriptors of query and match, Q x K; None if unknown.
-        rule, accepted_rule: by which a match is correct, e.g. "within 25 m", and by which it is accepted.
-        findable: which queries have a correct image in the database, Q; None if unknown.
-        accepted: which matches are accepted, Q x K; None without a threshold.
         shown: how many matches of a query are shown. If none of these is correct, the best-ranked correct one of the
             others follows, or else the database image nearest to the query.
+        correct: which of them are correct, Q x K; None if unknown.
+        judged: for which matches this is known, Q x K; None for all or, without `correct`, for none.
+        metres: distance of each to its query, Q x K, NaN where a position is unknown; None if all are.
         metres_to: returns the distances of a query to all database images, N, NaN if unknown; None if all are.
+        similarity: cosine of the descriptors of query and match, Q x K; None if unknown.
+        rule, accepted_rule: by which a match is correct, e.g. "within 25 m", and by which it is accepted.
+        has_positive: which queries have a correct image in the database, Q; None if unknown.
+        accepted: which matches are accepted, Q x K; None without a threshold.
         groups: further groups of queries to filter by, Q each, by label.
     """
     from jinja2 import Environment, StrictUndefined
@@ -65,9 +65,9 @@ def write_match_page(
     count, depth = predictions.shape
     k = min(shown, depth)
     matched = predictions >= 0
-    judged = np.zeros_like(matched) if judged is None else judged
+    judged = np.full(matched.shape, correct is not None) if judged is None else judged
     right = matched & judged & (correct is not None and correct)
-    findable = np.ones(count, dtype=bool) if findable is None else findable
+    has_positive = np.ones(count, dtype=bool) if has_positive is None else has_positive
     failed: NDArray[np.bool_] = np.zeros(count, dtype=bool)
     filters: list[tuple[str, str, Any]] = [("all", "all", np.ones(count, dtype=bool))]  # value, label, queries
     filters += [(label.replace(" ", "-"), label, members) for label, members in (groups or {}).items()]
@@ -75,8 +75,8 @@ def write_match_page(
         filters.append(("first-wrong", "first match wrong", judged[:, 0] & ~right[:, 0]))
         failed = np.asarray(judged[:, :k].any(axis=1) & ~right[:, :k].any(axis=1))
         filters.append(("none-correct", f"no correct match among {k}", failed))
-        if not findable.all():
-            filters.append(("nothing-to-find", "nothing to find", ~findable))
+        if not has_positive.all():
+            filters.append(("nothing-to-find", "nothing to find", ~has_positive))
     if accepted is not None:
         taken = accepted[:, 0] & matched[:, 0]
         filters += [("accepted", "first match accepted", taken), ("rejected", "not accepted", ~taken)]
@@ -120,7 +120,7 @@ def write_match_page(
         more=more,
         judged=judged,
         right=right,
-        findable=findable,
+        has_positive=has_positive,
         accepted=accepted,
         metres=metres,
         similarity=similarity,

@@ -22,10 +22,9 @@ DATASET = "global_descriptor"  # hloc's name for an image's descriptor
 
 
 def require_names(queries: Sequence[str], database: Sequence[str], *, flag: str, there: bool = True) -> None:
-    """Checks that the photos' names can be written to a list, by the option `flag`; `there`: the photos of a map exist.
+    """Raises ValueError if hloc and COLMAP would read a photo's name in a list as two, as a comment, or not at all.
 
-    Raises:
-        ValueError: hloc and COLMAP would read a name as two, as a comment, or not at all; or photos are missing.
+    `flag` is the option that asks for it, `there` whether the photos exist, which those of a map may not.
     """
     if not there:
         raise ValueError(f"{flag} is for programs that read the photos, but those of the map are missing; leave it out")
@@ -52,11 +51,7 @@ def require_h5py() -> Any:
 
 
 def require_one_each(test_method: str, pca_dim: int) -> None:
-    """Checks that `write_h5` can write what hloc reads; warns if hloc will rank differently, after a PCA.
-
-    Raises:
-        ValueError: h5py is missing, or a query has several descriptors.
-    """
+    """Raises ValueError if h5py is missing or a query has several descriptors; warns if hloc will rank otherwise."""
     require_h5py()
     if test_method in ("nearest_crop", "maj_voting"):
         raise ValueError(f"--save_h5 writes one descriptor per photo, --test_method {test_method} has one per crop")

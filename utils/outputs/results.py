@@ -94,6 +94,10 @@ def write_outputs(
         with failures.writing(str(folder / "assignments")):
             _write_assignments(evaluation, judged, wanted.save_assignments, failures, assigned)
     if wanted.save_predictions:
+        title = str(dataset)
+        if recalls := evaluation.recalls.get(searched.context):
+            encoder = "alignment" in evaluation.results  # without one, all contexts are the same
+            title += f", {searched.context}" * encoder + f", {tables.format_recalls(recalls)}"
         # A PCA, an index and a mean over crops change the norm or the distances.
         normalised = protocol.pca_whiten if protocol.pca_dim else query_set.test_method != "five_crops"
         unit = normalised and query_set.test_method != "maj_voting" and search.index is None
@@ -104,7 +108,7 @@ def write_outputs(
         with failures.writing(str(folder / "matches")), atomic_write(folder / "matches") as unfinished:
             match_page.write_match_page(
                 unfinished,
-                title=_title(evaluation),
+                title=title,
                 queries=queries,
                 database=database,
                 predictions=predictions,
@@ -114,7 +118,7 @@ def write_outputs(
                 read=read,
                 similarity=1 - evaluation.distances.astype(np.float64) / 2 if unit else None,
                 rule=query_set.rule,
-                findable=query_set.has_positive,
+                has_positive=query_set.has_positive,
                 accepted=None if accept is None else first_matches.accepted(evaluation.distances, accept),
                 accepted_rule=accepted_rule,
                 shown=wanted.save_predictions,
@@ -122,15 +126,6 @@ def write_outputs(
             )
         if (page := folder / "matches/index.html").exists():
             logger.info("open in a browser: %s", Path(absolute(str(page))).as_uri())
-
-
-def _title(evaluation: Any) -> str:
-    """The page's title: the dataset, the context if the model has an encoder, and its recalls."""
-    title, context = str(evaluation.query_set.dataset), evaluation.search.context
-    if recalls := evaluation.recalls.get(context):
-        encoder = "alignment" in evaluation.results  # without one, all contexts are the same
-        title += f", {context}" * encoder + f", {tables.format_recalls(recalls)}"
-    return title
 
 
 def _write_assignments(

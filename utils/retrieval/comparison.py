@@ -61,11 +61,9 @@ def bootstrap_interval(differences: NDArray[np.int64], *, block: int = 1, seed: 
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Exact two-sided p of McNemar's test: how likely so uneven a split of the queries is that only one run finds."""
-    count, term, total = only_a + only_b, 1, 0
-    for successes in range(min(only_a, only_b) + 1):
-        total += term
-        term = term * (count - successes) // (successes + 1)  # the next binomial coefficient
-    return min(1.0, 2 * (total / 2**count if count < 1000 else math.exp(math.log(total) - count * math.log(2))))
+    from scipy.stats import binomtest  # takes a second to import
+
+    return float(binomtest(only_a, max(1, only_a + only_b)).pvalue)  # 1 if there are none
 
 
 def compare_hits(a: NDArray[np.bool_], b: NDArray[np.bool_], *, block: int = 1) -> dict[str, Any]:

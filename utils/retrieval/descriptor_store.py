@@ -59,25 +59,19 @@ class RowFile:
 
     def write(self, indices: NDArray[np.int64], rows: NDArray[Any]) -> None:
         """Writes the rows at `indices`."""
-        with open(self.path, "r+b", buffering=0) as file:
+        with open(self.path, "r+b") as file:
             for run, first in self._runs(indices):
                 file.seek(first)
-                data = np.ascontiguousarray(rows[run], dtype=self.dtype).view(np.uint8).reshape(-1).data
-                while data:  # one call writes at most 2 GB
-                    data = data[file.write(data) :]
+                file.write(np.ascontiguousarray(rows[run], dtype=self.dtype).data)
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Reads the rows at `indices`; raises OSError if the file ends before them."""
         rows = np.empty((len(indices), *self.shape[1:]), dtype=self.dtype)
-        with open(self.path, "rb", buffering=0) as file:
+        with open(self.path, "rb") as file:
             for run, first in self._runs(indices):
                 file.seek(first)
-                wanted = rows[run].view(np.uint8).reshape(-1).data
-                while wanted:
-                    count = file.readinto(wanted)
-                    if not count:
-                        raise OSError(f"{self.path} is cut short; remove it and start again")
-                    wanted = wanted[count:]
+                if file.readinto(rows[run].data) < rows[run].nbytes:
+                    raise OSError(f"{self.path} is cut short; remove it and start again")
         return rows
 
     def _runs(self, indices: NDArray[np.int64]) -> Iterator[tuple[slice, int]]:
@@ -136,8 +130,8 @@ class DescriptorStore:
         return self.shape[0]
 
     def _begin(self, content: dict[str, Any], photos: Sequence[str]) -> None:
-        if photos and content["images"] is None:
-            content["images"] = _contents_digest(photos)
+        if photos:
+            content["images"] = content["images"] or _contents_digest(photos)
         try:  # in this order, so that a half-made store can be told from other files
             self._done_path.write_bytes(bytes(len(self)))
             self._rows.create()
@@ -156,15 +150,11 @@ class DescriptorStore:
         if not here:
             return False
         if here == [self.path]:
-            problem = (
-                f"{self.path} was not made by --descriptors_folder: there is no {self._record_path.name} beside it"
-            )
+            problem = f"{self.path} was not made by --descriptors_folder, since {self._record_path.name} is missing"
             raise ValueError(f"{problem}; move it away, or name another --descriptors_folder")
         try:
-            written = json.loads(self._record_path.read_text())
-            if not isinstance(written, dict):
-                raise ValueError("no record")
-        except (ValueError, FileNotFoundError, RecursionError):  # other errors of reading are no damage
+            written = dict(json.loads(self._record_path.read_text()))
+        except (ValueError, TypeError, FileNotFoundError, RecursionError):  # other errors of reading are no damage
             return self._begun_anew(f"{self._record_path.name} is missing or damaged")
         expected = dict(written)
         if photos:
@@ -236,8 +226,6 @@ class DescriptorStore:
 
 def _require_same(written: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
     keys = [key for key in wanted | written if key != "files" and written.get(key) != wanted.get(key)]
-    if {"images", "weights"} & set(keys):
-        keys = [key for key in keys if key != "shape"]  # it follows from them
     if keys:
         differences = "; ".join(_in_words(key, written.get(key), wanted.get(key), path.stem) for key in keys)
         remedy = "use the same weights and options, or another --descriptors_folder"
@@ -258,7 +246,6 @@ def _in_words(key: str, was: Any, now: Any, name: str) -> str:
 
 def _files_digest(paths: Sequence[str]) -> str:
     """Digest of what changes when a file is written, replaced, moved or touched."""
-
     lines = []
     for path in paths:
         stat = os.stat(path)
@@ -293,7 +280,7 @@ def warn_of_leftovers(runs: Iterable[Path]) -> None:
         go_on = f"eval.py goes on from them with its command and --descriptors_folder={shlex.quote(str(top))}; "
         logger.warning(
             "an interrupted run left %s of descriptors; %sto remove them: rm -r %s",
-            f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB",
+            f"{size / 1e6:.1f} MB",
             go_on * (top.name == EXTRACTED),
             shlex.quote(str(top)),
         )

@@ -70,8 +70,7 @@ class Curve:
     def point(self, row: int | None) -> dict[str, Any]:
         """One threshold with its precision and recall; None means that nothing is accepted."""
         if row is None:
-            recall = 0.0 if self.positives else None
-            return {"threshold": None, "accepted": 0, "precision": None, "recall": recall}
+            return {"threshold": None, "accepted": 0, "precision": None, "recall": 0.0 if self.positives else None}
         return {
             "threshold": float(self.thresholds[row]),
             "accepted": int(self.accepted[row]),
@@ -112,8 +111,8 @@ class FirstMatches:
     def summary(self) -> dict[str, Any]:
         """The entry in `results.json`: percentages, and thresholds as squared distances."""
         curve = self.curve
-        rows = np.unique(np.linspace(0, len(curve.thresholds) - 1, CURVE_POINTS).round().astype(int))
-        points = [curve.point(int(row)) for row in rows if len(curve.thresholds)]
+        rows = np.linspace(0, len(curve.thresholds) - 1, CURVE_POINTS).round().astype(int)
+        points = [curve.point(row) for row in sorted({*rows.tolist()}) if len(curve.thresholds)]
         return {
             "queries": len(self.distances),
             "queries_with_positives": curve.positives,
@@ -138,12 +137,12 @@ def first_matches(
 
     Only `judged` queries count, of which it is known whether the first match is correct; -1 predicts nothing.
     """
-    counts, there = judged.astype(bool), predictions >= 0
+    there = predictions >= 0
     return FirstMatches(
-        distances=np.where(there, as_written(distances), np.inf)[counts],
-        correct=(correct & there)[counts],
-        has_positive=has_positive[counts],
-        left_out=int((~counts).sum()),
+        distances=np.where(there, as_written(distances), np.inf)[judged],
+        correct=(correct & there)[judged],
+        has_positive=has_positive[judged],
+        left_out=int((~judged).sum()),
     )
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ..system.files import atomic_write, common_root, relative_to
 from . import first_matches
-from .search import Chunk, require_finite, to_unit_norm
+from .search import Chunk, cores, require_finite, to_unit_norm
 
 logger = logging.getLogger(__name__)
 
@@ -204,11 +204,11 @@ class PlaceMap:
             self._weights: str = settings["weights"]
             self._checkpoint: str = settings["checkpoint"]
             self.named_root: str = settings["root"]
-            # Relative to the file itself, and to a link to it; links above are followed, since .. leaves them.
-            folders = (os.path.dirname(os.path.realpath(self.path)), os.path.realpath(self.path.absolute().parent))
-            moved = [os.path.normpath(os.path.join(folder, settings["root_from_map"])) for folder in folders]
+            # Relative to the file itself; links are followed, since .. leaves them.
+            folder = os.path.dirname(os.path.realpath(self.path))
+            moved = os.path.normpath(os.path.join(folder, settings["root_from_map"]))
         # The folder of the photos, None if they are missing; N paths below it, and names where they are not there.
-        self.root, self.paths, others = _find_photos((*moved, self.named_root), names, sizes)
+        self.root, self.paths, others = _find_photos((moved, self.named_root), names, sizes)
         self.photos_there = self.root is not None and not len(others)
         if len(others):
             facts = len(others), len(self), self.root, self.path, names[others[0]]
@@ -265,8 +265,7 @@ class PlaceMap:
         """All descriptors from the file, in chunks: indices and n x D, float32."""
         together = max(1, READ_TOGETHER // (4 * self.descriptor_dim))
         with self._reading() as archive, archive.zip.open("descriptors.npy") as member:
-            if _header(member) != (self._shape, self._dtype):
-                raise ValueError("it has changed")
+            _header(member)
             for start in range(0, len(self), together):
                 count = min(together, len(self) - start)
                 data = member.read(count * self.descriptor_dim * self._dtype.itemsize)  # checks the sum at the end
@@ -279,8 +278,6 @@ class PlaceMap:
         try:
             with np.load(self.path) as archive:
                 yield archive
-        except GeneratorExit:
-            raise
         except Exception as error:  # zip files and NumPy headers can be damaged in many ways
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # as a damaged offset gives
                 raise OSError(f"{self.path} cannot be read ({error.strerror}); check the disk") from error
@@ -313,12 +310,8 @@ class PlaceMap:
             query = self.pca.transform(query)
             if self.pca.whiten:
                 to_unit_norm(query)
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)  # waiting for a second busy core takes longer than the search
-        try:
+        with cores(1):  # waiting for a second busy core takes longer than the search
             distances, rows = faiss.knn(query, self._descriptors, 1)
-        finally:
-            faiss.omp_set_num_threads(threads)
         return int(rows[0, 0]), float(distances[0, 0])
 
     def locate(self, photo: NDArray[np.uint8]) -> Place:
@@ -347,10 +340,7 @@ def _header(member: IO[bytes]) -> tuple[tuple[int, int], np.dtype[Any]]:
 
 def _size(path: str) -> int:
     """Size of a file in bytes; -1 if it is missing."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+    return os.path.getsize(path) if os.path.exists(path) else -1
 
 
 def _find_photos(

@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 # A part of the database: indices (n) and descriptors (n x D).
 Chunk = tuple[NDArray[np.int64], NDArray[np.float32]]
 
-PAIRS_TOGETHER = 2**20  # pairs of a query and a correct image in memory at a time, roughly
 DISTANCES_TOGETHER = 2**24  # that `knn_by_torch` holds at a time, roughly
 CPU = torch.device("cpu")
 
@@ -157,30 +156,8 @@ def require_finite(descriptors: NDArray[np.float32]) -> None:
 
 
 def correct_among(predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
-    """Which of Q x k predictions, database indices or -1 for none, are among the query's `positives`.
-
-    Each query's positives are read once; at most about a million are in memory at a time.
-    """
-    correct = np.zeros(predictions.shape, dtype=bool)
-    start, pairs = 0, 0
-    waiting: list[NDArray[np.int64]] = []
-    for query, images in enumerate(positives):
-        waiting.append(images)
-        pairs += len(images)
-        if pairs >= PAIRS_TOGETHER or query == len(predictions) - 1:
-            rows = slice(start, query + 1)
-            correct[rows] = _correct_of_some(predictions[rows], waiting)
-            start, pairs, waiting = query + 1, 0, []
-    return correct
-
-
-def _correct_of_some(predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
-    # Each (query, image) pair as one number, to look up all queries at once.
-    images = 1 + max(predictions.max(initial=0), max((p.max(initial=0) for p in positives), default=0))
-    query_of_positive = np.repeat(np.arange(len(positives)), [len(p) for p in positives])
-    correct_pairs = query_of_positive * images + np.concatenate(positives)
-    predicted_pairs = np.arange(len(predictions))[:, None] * images + predictions
-    return np.isin(predicted_pairs, correct_pairs) & (predictions >= 0)
+    """Which of Q x k predictions, indices or -1 for none, are among the query's `positives`, which are read once."""
+    return np.array([np.isin(row, images) for row, images in zip(predictions, positives, strict=True)])
 
 
 def recall_at(

@@ -4,8 +4,6 @@ import itertools
 import json
 import logging
 import os
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable
@@ -23,11 +21,11 @@ import torchvision
 from tqdm import tqdm
 
 from ..system import distributed
-from ..system.command_line import write_all_names
+from ..system.command_line import with_dashes, write_all_names
 from ..system.files import atomic_write
 from ..system.lock import FolderLock
 from ..system.reading import end_of_a_worker
-from ..system.version import version
+from ..system.version import git_revision, version
 from . import checkpoint, options_file
 
 logger = logging.getLogger(__name__)
@@ -46,13 +44,12 @@ def require_outside(folders: Iterable[Path], **places: Path | None) -> None:
     Raises:
         ValueError: one does; the message has its name.
     """
-    for name, place in places.items():
-        for folder in folders if place is not None else ():
-            if Path(os.path.realpath(str(place))).is_relative_to(os.path.realpath(folder)):
-                raise ValueError(
-                    f"{place} lies in {folder}, so later runs would read what is written there as photos; name a "
-                    f"{name} outside of it"
-                )
+    for (name, place), folder in itertools.product(places.items(), folders):
+        if place is not None and Path(os.path.realpath(place)).is_relative_to(os.path.realpath(folder)):
+            raise ValueError(
+                f"{place} lies in {folder}, so later runs would read what is written there as photos; name a {name} "
+                "outside of it"
+            )
 
 
 class Terminal:
@@ -167,6 +164,8 @@ class RunLog:
     def open(self, save_dir: Path, folder: Path | None = None, *, named: bool = False) -> Path:
         """Makes `logs/<save_dir>/<time>` (an absolute `save_dir` replaces `logs/<save_dir>`), or continues in a folder.
 
+        The link `latest` beside a new folder leads to it.
+
         If `save_dir` was `named`, a run whose folder cannot be written to continues in a new one.
 
         Raises:
@@ -183,13 +182,9 @@ class RunLog:
             self.lock(folder)
             checkpoint.remove_leftovers(folder)
             for name, level in (("info.log", logging.INFO), ("debug.log", logging.DEBUG)):
-                try:
-                    file = LogFile(folder / name)
-                except OSError as error:
-                    logger.warning("cannot write %s (%s); the run continues without it", folder / name, error.strerror)
-                else:
-                    self._add(file, level)
-                    self._copy_buffer(file)
+                file = LogFile(folder / name)
+                self._add(file, level)
+                self._copy_buffer(file)
             self._root.removeHandler(self._buffer)
         self._folder = distributed.broadcast(folder)
         assert self._folder is not None
@@ -228,7 +223,7 @@ def _in_one_line(error: BaseException | None, flags: Collection[str]) -> tuple[s
         message = str(error)
         if message.startswith("Caught "):  # from a DataLoader's worker, which wraps the message in its traceback
             message = message.splitlines()[-1].split(": ", 1)[-1]
-        return _with_dashes(message, flags), 2
+        return with_dashes(message, flags), 2
     if isinstance(error, RuntimeError) and (reason := end_of_a_worker(error)):
         return reason, 1
     if isinstance(error, RuntimeError) and distributed.is_of_a_lost_process(error):
@@ -240,16 +235,6 @@ def _in_one_line(error: BaseException | None, flags: Collection[str]) -> tuple[s
     return "", 0
 
 
-def _with_dashes(message: str, flags: Collection[str]) -> str:
-    """The message with -- before names of options: the first word, and words that no text has, with an underscore."""
-
-    def dashed(word: re.Match[str]) -> str:
-        is_option = word[0] in flags and ("_" in word[0] or word.start() == 0)
-        return f"--{word[0]}" if is_option else word[0]
-
-    return re.sub(r"(?<![\w/.-])\w+(?![\w/-]|\.\w)", dashed, message)  # not in paths, and not where they are already
-
-
 def _make_folder(parent: Path) -> Path:
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     try:
@@ -258,10 +243,20 @@ def _make_folder(parent: Path) -> Path:
             folder = parent / (stamp if number == 1 else f"{stamp}_{number}")  # runs started in the same second
             with suppress(FileExistsError):
                 folder.mkdir()
+                _link(folder)
                 return folder
     except OSError as error:
         raise OSError(f"cannot make a run folder in {parent} ({error}); name another --save_dir") from error
     raise AssertionError("itertools.count ended")
+
+
+def _link(folder: Path) -> None:
+    """Lets `latest` beside a new run's folder lead to it, where links are possible; a file of that name stays."""
+    link, temporary = folder.with_name("latest"), folder.with_name(f".{folder.name}")
+    if link.is_symlink() or not link.exists():
+        with suppress(OSError):
+            temporary.symlink_to(folder.name)
+            temporary.replace(link)
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -278,22 +273,6 @@ def environment(device: torch.device) -> dict[str, str]:
         "version": version(),
         "git": git_revision(),
     }
-
-
-def git_revision() -> str:
-    """The checked-out commit, followed by "-dirty" if files differ; "unknown" without git, or in another repository."""
-    root = Path(__file__).resolve().parents[2]
-    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # set in hooks of another repository
-    environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, env=environment, capture_output=True, text=True).stdout.strip()
-
-    try:
-        ours = git("rev-parse", "--show-toplevel") == str(root)
-        return (git("describe", "--always", "--dirty") if ours else "") or "unknown"
-    except OSError:
-        return "unknown"
 
 
 def log_header(options: Any, device: torch.device) -> None:
@@ -313,10 +292,7 @@ def log_header(options: Any, device: torch.device) -> None:
 def write_options(folder: Path, options: Any) -> None:
     """Writes the options that were given into the run's folder, to repeat it; see `options_file`."""
     if distributed.is_main():
-        try:
-            options_file.write(folder, options.flat)
-        except OSError as error:  # as with the log, the run continues without it
-            logger.warning("cannot write %s (%s)", folder / options_file.FILE, error.strerror)
+        options_file.write(folder, options.flat)
 
 
 def write_results(folder: Path, results: dict[str, Any], options: Any, device: torch.device) -> None:

@@ -17,20 +17,11 @@ def append_row(folder: Path, row: dict[str, Any]) -> None:
     path = folder / FILE
     text = io.StringIO()
     writer = csv.DictWriter(text, list(row))
-    before = path.stat().st_size if path.exists() else 0
+    before = path.read_bytes() if path.exists() else b""
     if not before:
         writer.writeheader()
     writer.writerow(row)
-    content = text.getvalue().encode()
-    try:
-        with open(path, "ab", buffering=0) as file:
-            if file.write(content) != len(content):
-                raise OSError("the disk is full")
-            os.fsync(file.fileno())
-    except OSError as error:
-        if path.exists():
-            os.truncate(path, before)
-        raise OSError(f"cannot write {path} ({error}); free space and resume with --resume auto") from error
+    _write(path, before + text.getvalue().encode())
 
 
 def cut_rows(folder: Path, epochs: int) -> None:
@@ -46,11 +37,17 @@ def cut_rows(folder: Path, epochs: int) -> None:
     if len(kept) < epochs:
         logger.warning("%s lacks rows for %d of the %d epochs so far", path, epochs - len(kept), epochs)
     wanted = b"".join([header, *kept] if kept else [])
-    if wanted == content:
-        return
+    if wanted != content:
+        _write(path, wanted)
+
+
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{FILE}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(wanted)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

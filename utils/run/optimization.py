@@ -28,8 +28,6 @@ def _schedule(
             f"warmup_steps {warmup_steps} leaves no steps for lr_schedule {name}: the run has {total_steps}; use "
             "fewer, or more epochs_num"
         )
-    if name == "halving" and 0 < total_steps <= warmup_steps:
-        logger.warning("--warmup_steps %d covers the whole run of %d steps", warmup_steps, total_steps)
 
     def half_wave(step: int) -> float:  # CosineAnnealingLR would end at the same rate in all groups
         return (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2

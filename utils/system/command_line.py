@@ -3,9 +3,10 @@
 import argparse
 import io
 import os
+import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import field, fields
 from difflib import get_close_matches
@@ -20,6 +21,19 @@ from .version import version
 def printable(line: str) -> str:
     """The same as one line of text, since a file name may contain a line break, or bytes that are not text."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+
+
+def with_dashes(message: str, flags: Collection[str]) -> str:
+    """An error of the libraries, which name parameters, with -- before names of options.
+
+    These are the first word, and words that no text has, with an underscore or before a `=`.
+    """
+
+    def dashed(word: re.Match[str]) -> str:
+        marked = "_" in word[0] or word.start() == 0 or message[word.end() :].startswith("=")
+        return f"--{word[0]}" if marked and word[0] in flags else word[0]
+
+    return re.sub(r"(?<![\w/.-])\w+(?![\w/-]|\.\w)", dashed, message)  # not in paths, and not where they are already
 
 
 def write_all_names() -> None:
@@ -49,10 +63,14 @@ def path(text: str) -> Path:
 
 
 def _number(text: str, kind: type, least: float | None, above: float | None) -> float:
-    value: float = kind(text)
+    number = "a whole number" if kind is int else "a number"
+    allowed = f"use {number} above {above}" if least is None else f"use {number} of {least} or more"
+    try:
+        value: float = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is none; {allowed}") from None
     if value is not None and ((least is not None and not value >= least) or (above is not None and not value > above)):
-        remedy = f"above {above}" if least is None else f"of {least} or more"
-        raise argparse.ArgumentTypeError(f"{text} is out of range; use a number {remedy}")
+        raise argparse.ArgumentTypeError(f"{text} is out of range; {allowed}")
     return value
 
 

@@ -5,7 +5,6 @@ import math
 import os
 import resource
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -119,18 +118,6 @@ def to_cpu(results: Iterable[Tensor]) -> Iterator[Tensor]:
     if under_way is not None:
         under_way[1].synchronize()
         yield under_way[0]
-
-
-def estimated_hours(backbone: nn.Module, *, size: Sequence[int], images: int) -> float:
-    """Hours to train a backbone on `images` images of `size` (height, width), estimated from one timed forward pass."""
-    parameters = [(p.numel(), p.requires_grad) for p in backbone.parameters()]
-    trained = sum(n for n, trainable in parameters if trainable) / sum(n for n, _ in parameters)
-    image = torch.zeros(1, 3, *size, device=next(backbone.parameters()).device)
-    with torch.inference_mode():
-        backbone(image)  # the first call also allocates memory
-        started = time.perf_counter()
-        backbone(image)
-    return (time.perf_counter() - started) * (1 + 2 * trained) * images / 3600  # the backward pass takes twice as long
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

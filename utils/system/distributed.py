@@ -126,29 +126,19 @@ def maximum(value: int) -> int:
     return int(shared)
 
 
-def gather_rows(rows: NDArray[Number]) -> NDArray[Number]:
-    """All processes' rows, any number each, concatenated for the main process; the others get their own back."""
-    shapes = gather_objects(rows.shape)
-    if len(shapes) == 1:
-        return rows
-    if not is_main():
-        if len(rows):
-            dist.send(torch.from_numpy(np.ascontiguousarray(rows)), dst=0)
-        return rows
-    row_shape = next((shape[1:] for shape in shapes if shape[0]), rows.shape[1:])
-    gathered = np.empty((sum(shape[0] for shape in shapes), *row_shape), dtype=rows.dtype)
-    gathered[: len(rows)] = rows.reshape(len(rows), *row_shape)
-    start = len(rows)
-    for source, (count, *_) in enumerate(shapes):
-        if source and count:
-            dist.recv(torch.from_numpy(gathered[start : start + count]), src=source)
-            start += count
-    return gathered
-
-
 def gather_shares(count: int, rows_of: Callable[[slice], NDArray[Number]], unit: int = 1) -> NDArray[Number]:
-    """The rows of `count` items, gathered like `gather_rows`; `rows_of` computes those of a share, perhaps none."""
-    return gather_rows(rows_of(shares(count, unit)[rank()]))
+    """The rows of `count` items for the main process; the others get their own back.
+
+    Args:
+        rows_of: computes the rows of a share, perhaps none.
+        unit: rows that stay together, see `shares`.
+    """
+    rows = rows_of(shares(count, unit)[rank()])
+    if world_size() == 1:
+        return rows
+    parts: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(rows, parts, dst=0)
+    return rows if parts is None else np.concatenate([part for part in parts if len(part)] or [rows])
 
 
 def gather_with_gradient(rows: Tensor, counts: Sequence[int]) -> Tensor:
