@@ -23,6 +23,7 @@ from PIL import Image
 
 from datasets.evaluation.map_queries import map_queries
 from datasets.evaluation.query_sets import QuerySet, only_set, pca_images, select, warn_before_extraction
+from datasets.photos.corruptions import corrupt
 from datasets.photos.positions import image_key
 from datasets.photos.transforms import evaluation_transform, read_pixels, read_reduced
 from model import SuperVLADNet, build_model
@@ -30,7 +31,7 @@ from model import weights as weight_files
 from model.sizes import BACKBONES, MODEL_OPTIONS, fitted
 from test import Evaluation, evaluate, extract_images
 from utils.outputs import match_page, pairs
-from utils.outputs.results import write_outputs
+from utils.outputs.results import write_corruptions, write_outputs
 from utils.outputs.tables import recall_table
 from utils.retrieval.descriptor_store import EXTRACTED, DescriptorStore, kept_in, warn_of_leftovers
 from utils.retrieval.faiss_index import require_index
@@ -93,6 +94,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
             )
         for group in groups:
             check_before_extraction(group, options, model, contexts, place_map)
+        groups = [sum([each.with_corruptions(data.query_corruptions) for each in group], []) for group in groups]
         model.to(device).eval()
         cast_weights(model.backbone, machine.precision)
         if machine.compile:
@@ -138,6 +140,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                     weights=weights,
                     kept=not temporary,
                     title=group[0].dataset_name,
+                    corruptions={each.store: each.corruption for each in group},
                 )
             for group, of_group in zip(groups if distributed.is_main() else (), stores, strict=False):
                 evaluations += evaluate(
@@ -162,6 +165,8 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
             logger.info("%s", recall_table(table))
         if len(evaluations) > 1:
             record(folder, {"recalls": table})
+        if data.query_corruptions and evaluations:
+            record(folder, {"recalls": table, "mean_over_corruptions": write_corruptions(evaluations, failures)})
 
         # Outputs to look at, and for other programs.
         for evaluation in evaluations:
@@ -355,6 +360,7 @@ def write(
 ) -> None:
     """Writes the outputs of a query set."""
     resize, antialias, upright = (evaluation.results[name] for name in PREPARATION)
+    query_set = evaluation.query_set
 
     def read(path: str) -> Image.Image | None:
         if options.data.map is not None and not (os.path.isabs(path) and os.path.exists(path)):
@@ -364,6 +370,8 @@ def write(
     @torch.inference_mode()
     def assigned(path: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         pixels = read_pixels(path, upright=upright)
+        if query_set.corruption and path in query_set.dataset.queries_paths:
+            pixels = corrupt(pixels, path, corruption=query_set.corruption, seed=options.machine.seed)
         transform = evaluation_transform(resize, antialias)
         with autocast(device, options.machine.precision):
             assignment = model.assignments(transform(pixels[None]).to(device))[0]

@@ -5,6 +5,7 @@ needs no file, ranges and contradictions. Defaults that depend on the checkpoint
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +19,7 @@ from utils.run import options_file
 from utils.system.command_line import Parser, folder_name, option, path
 
 TEST_METHODS = ("hard_resize", "single_query", "central_crop", "five_crops", "nearest_crop", "maj_voting")
+CORRUPTIONS = ("noise", "blur", "motion_blur", "jpeg", "brightness", "contrast", "fog", "occlusion")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 SUBMITTED = 20  # least images per query: the MSLS challenge scores the first 1, 5, 10 and 20
 # What a map decides, and what needs more than a map.
@@ -46,6 +48,13 @@ def queries_name(text: str) -> str:
     return (folder_name(dataset) if colon else "") + colon + folder_name(queries)
 
 
+def corruption(text: str) -> str:
+    """A kind of corruption, alone or with a severity."""
+    if not re.fullmatch(f"({'|'.join(CORRUPTIONS)})(:[1-5])?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none; use {', '.join(CORRUPTIONS)}, alone or with :1 to :5")
+    return text
+
+
 def accepted_distance(text: str) -> float:
     """A squared descriptor distance."""
     if text.startswith("auto@"):
@@ -72,6 +81,9 @@ class EvalData:
     no_labels: bool = option(False, "search without labels: photos need no positions, and no recall is computed")
     positives_file: Path | None = option(None, "file of each query's correct database images, instead of positions")
     query_keys: Path | None = option(None, "text file of query keys to evaluate only, e.g. the official ones of MSLS")
+    query_corruptions: tuple[str, ...] = option(
+        (), "evaluate the queries under these too, e.g. blur jpeg:3; without :1 to :5 all five", type=corruption
+    )
     skip_unreadable: bool = option(False, "read all photos first, leave out those that cannot be read, and name them")
     val_positive_dist_threshold: float | None = option(None, "metres that are correct, else the dataset's own", above=0)
 

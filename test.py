@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from datasets.evaluation.query_sets import QuerySet
 from datasets.evaluation.tree import DatabaseQueries
 from datasets.photos.batches import image_batches
+from datasets.photos.corruptions import corrupt
 from datasets.photos.transforms import CROPS, evaluation_transform
 from utils.outputs.tables import format_recalls
 from utils.retrieval import first_matches
@@ -97,6 +98,7 @@ def extract_images(
     weights: str | None = None,
     kept: bool = False,
     title: str = "",
+    corruptions: Mapping[str, str] | None = None,
 ) -> None:
     """Runs the backbone and the layer on images, except on those whose descriptors are there already.
 
@@ -106,14 +108,16 @@ def extract_images(
         weights: digest of the model's weights, from which a later run knows what it can reuse; None if none will.
         kept: whether the folder is to be used for long, so that copies of the photos must be known.
         title: name of the dataset, for the progress bar.
+        corruptions: of the images of some names; "" is none.
         others: as in `evaluate_split`.
     """
     batch_size = machine.extraction_batch_size or usual_batch_size(device)
     for name, (paths, test_method) in images.items():
-        fingerprint = None
+        fingerprint, corruption = None, (corruptions or {}).get(name)
         if weights is not None:
             fingerprint = {"weights": weights, "test_method": test_method, "precision": machine.precision}
             fingerprint |= {**preparation, "resize": list(preparation["resize"])}
+            fingerprint |= {"corruption": corruption, "seed": machine.seed} if corruption else {}
         crops = CROPS[test_method]
         stores[name] = DescriptorStore(
             folder,
@@ -136,6 +140,7 @@ def extract_images(
             device=device,
             progress=f"{title} {name}".lstrip(),
             upright=preparation["upright"],
+            change=partial(corrupt, corruption=corruption, seed=machine.seed) if corruption else None,
             stop=stop,
         )
         extract(model, paths, stores[name], read_images, machine.precision)
@@ -183,7 +188,7 @@ def evaluate(
     Args:
         protocol, search: the groups of options.
         depth: database images to find for each query.
-        seed: of the random orders and of a PCA.
+        seed: of the random orders, of a PCA and of corruptions.
         folder: the run's folder; results of several sets go below it.
         facts: what the results say of the model and the run.
         record: writes results into a folder.
@@ -217,7 +222,7 @@ def evaluate(
                     Evaluation(
                         query_set=query_set,
                         folder=folder / query_set.subfolder,
-                        results={**_facts_of(query_set, encoder=model.encoder is not None), **facts},
+                        results={**_facts_of(query_set, seed, encoder=model.encoder is not None), **facts},
                         search=searches[0],
                         distances=matches[0][0],
                         predictions=matches[0][1],
@@ -240,7 +245,7 @@ def evaluate(
     return evaluations
 
 
-def _facts_of(query_set: QuerySet, *, encoder: bool) -> dict[str, Any]:
+def _facts_of(query_set: QuerySet, seed: int, *, encoder: bool) -> dict[str, Any]:
     """What `results.json` says about a query set besides what was found."""
     results: dict[str, Any] = {}
     if query_set.has_positive is not None:
@@ -248,6 +253,8 @@ def _facts_of(query_set: QuerySet, *, encoder: bool) -> dict[str, Any]:
         results["queries_without_positives"] = int((~query_set.has_positive).sum())
         if encoder:
             results["alignment"] = query_set.alignment
+    if query_set.corruption:
+        results["corruption"] = {"name": query_set.corruption, "seed": seed}
     return {**results, "dataset": query_set.facts, "test_method": query_set.test_method}
 
 

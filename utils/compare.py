@@ -105,7 +105,7 @@ def require_comparable(a: Matches, b: Matches) -> list[str]:
         raise ValueError(
             f"{name}: the runs have other {' and '.join(differ) or 'queries'}; compare runs that share them"
         )
-    for key in ("test_method", "resize", "antialias"):
+    for key in ("test_method", "resize", "antialias", "corruption"):
         values = [m.results.get(key, m.results.get("options", {}).get(key)) for m in (a, b)]
         if values[0] != values[1]:
             lines.append(f"{name}: other {key}, {values[0]} and {values[1]}")

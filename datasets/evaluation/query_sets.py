@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,14 @@ class QuerySet:
     positives_file: Path | None = None  # lists the correct images instead
     infer_batch_size: int  # images that share a batch in the cross-image encoder
     subfolder: str = ""  # folder for the results, below the run's folder
+    corruption: str = ""  # of the queries, such as "blur:3", see `photos.corruptions`
     tested: bool = False  # the queries are also those of the test split, though another split is evaluated
 
     @property
     def store(self) -> str:
         """Name under which the queries' descriptors are kept, unique among the sets and other stores."""
-        name = quote(os.fsencode(self.name), safe="")  # has no / and no =
+        name = quote(os.fsencode(self.name), safe="")  # has no /, no = and no +
+        name += f"+{self.corruption.replace(':', '_')}" * bool(self.corruption)
         return name if name.startswith("queries") else f"queries={name}"
 
     @property
@@ -91,6 +93,20 @@ class QuerySet:
     def batch_size(self) -> int:
         """Queries that share a batch in the encoder; none do where each photo keeps its shape."""
         return 1 if self.test_method == "single_query" else self.infer_batch_size
+
+    def with_corruptions(self, corruptions: Sequence[str]) -> list["QuerySet"]:
+        """This set, then its queries under each corruption, all in folders of their own; itself if there is none.
+
+        A kind without a severity stands for all five. This set keeps its name, so that other runs can be compared.
+        """
+        words = [word if ":" in word else f"{word}:{severity}" for word in corruptions for severity in range(1, 6)]
+        sets = [replace(self, subfolder=os.path.join(self.subfolder, "clean"))] if words else [self]
+        for word in dict.fromkeys(words):
+            name = f"{self.dataset.name.removesuffix(f' {self.name}')} {self.name}, {word}"
+            subfolder = os.path.join(self.subfolder, word.replace(":", "_"))
+            dataset = replace(self.dataset, name=name)
+            sets.append(replace(self, dataset=dataset, corruption=word, subfolder=subfolder))
+        return sets
 
 
 def select(data: Any, *, test_method: str | None, infer_batch_size: int) -> list[list[QuerySet]]:

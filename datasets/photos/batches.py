@@ -24,6 +24,8 @@ class ImageList:
     With `upright`, they are turned as their EXIF data says.
     """
 
+    change: Callable[[Tensor, str], Tensor] | None = None  # turns the bytes and the path of each into other bytes
+
     def __init__(self, paths: Sequence[str], transform: Transform | None = None, *, upright: bool = False):
         self.paths = paths
         self.transform = transform
@@ -35,6 +37,8 @@ class ImageList:
 
     def __getitem__(self, index: int) -> Tensor:
         pixels, self.deep[index] = read_noted(self.paths[index], upright=self.upright)
+        if self.change is not None:
+            pixels = self.change(pixels, self.paths[index])
         return pixels if self.transform is None else prepare(pixels, self.transform)
 
     def log_deep(self, name: str) -> None:
@@ -56,6 +60,7 @@ def image_batches(
     device: torch.device,
     progress: str,
     upright: bool = False,
+    change: Callable[[Tensor, str], Tensor] | None = None,
     stop: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Reads images in order, under a progress bar.
@@ -67,6 +72,7 @@ def image_batches(
         progress: name of the progress bar.
         upright: turn the images as their EXIF data says. Such photos can be large, so the reading threads resize them:
             full-size ones would fill the memory.
+        change: turns the bytes and the path of each image into other bytes, before the transform.
         stop: called before each batch; it may raise to stop.
 
     Yields:
@@ -77,6 +83,7 @@ def image_batches(
     """
     on_device = device.type != "cpu" and not upright
     images = ImageList(paths, None if on_device else transform, upright=upright)
+    images.change = change
 
     def pack(items: list[Tensor]) -> Sequence[Any]:
         if on_device:

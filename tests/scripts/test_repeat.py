@@ -96,7 +96,7 @@ BESIDE = {
     "map": "/m.npz --queries_folder /q", "recall_values": "1 30", "encoder_context": "shuffled independent",
     "pca_dim": "8 --pca_dataset_folder P/images", "positives_file": "-odd.csv", "cities": "Rome Oslo",
     "train_dataset_folder": "/g /h/i", "train_resize": "112 126", "freeze_te": "none", "weight_decay": "1e-09",
-    "mixed_precision": "--precision fp16", "rerank": "120", "backbone_blocks": "9",
+    "mixed_precision": "--precision fp16", "rerank": "120", "backbone_blocks": "9", "query_corruptions": "blur jpeg:3",
 }  # fmt: skip
 
 

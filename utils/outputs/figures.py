@@ -69,6 +69,21 @@ def draw_recalls(
     save_figure(figure, folder / "recalls.png", dpi=120)
 
 
+def draw_corruptions(folder: Path, title: str, clean: float, recalls: Mapping[str, float], n: int) -> None:
+    """Draws recall@n in percent over severity, 0 for `clean` queries, a line for each kind of corruption, into the
+    run's `corruptions.png`; the names of `recalls` are like "blur:3"."""
+    figure = load_matplotlib().figure.Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for kind in dict.fromkeys(name.partition(":")[0] for name in recalls):
+        line = {0: clean} | {s: recalls[f"{kind}:{s}"] for s in range(1, 6) if f"{kind}:{s}" in recalls}
+        axes.plot([*line], [*line.values()], marker="o", markersize=3, label=kind)
+    axes.set(xlabel="severity", ylabel=f"recall@{n} (%)", ylim=(0, 103))
+    axes.set_title(drawable(title), parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small", ncols=2)
+    save_figure(figure, folder / "corruptions.png", dpi=120)
+
+
 def draw_first_match(
     folder: Path,
     title: str,

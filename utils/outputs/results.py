@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,25 @@ def write_outputs(
             )
         if (page := folder / "matches/index.html").exists():
             logger.info("open in a browser: %s", Path(absolute(str(page))).as_uri())
+
+
+def write_corruptions(evaluations: Sequence[Any], failures: Outputs) -> dict[str, dict[str, dict[int, float]]]:
+    """Logs and returns the mean recall over the corruptions of each query set, `{dataset: {context: {N: percent}}}`,
+    and draws recall over severity in the first context. Those of a set lie in one folder, the clean one first."""
+    means: dict[str, dict[str, dict[int, float]]] = {}
+    for folder, (clean, *corrupted) in groupby(evaluations, key=lambda evaluation: evaluation.folder.parent):
+        name = clean.query_set.dataset.name
+        for context, recalls in clean.recalls.items():
+            mean = {n: float(np.mean([each.recalls[context][n] for each in corrupted])) for n in recalls}
+            words = tables.format_recalls(mean)
+            logger.info("mean over corruptions (%d) of %s, %s: %s", len(corrupted), name, context, words)
+            if name not in means:
+                n = min(recalls)
+                severities = {each.query_set.corruption: each.recalls[context][n] for each in corrupted}
+                with failures.writing(str(folder / "corruptions.png")):
+                    figures.draw_corruptions(folder, f"{name}, {context}", recalls[n], severities, n)
+            means.setdefault(name, {})[context] = mean
+    return means
 
 
 def _write_assignments(
