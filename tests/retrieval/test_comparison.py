@@ -143,7 +143,11 @@ def test_what_cannot_be_compared(run, tmp_path, capsys):
     other = {"database": "d", "queries": "q", "labels": "x"}
     (tmp_path / "link").symlink_to(a)
     old, moved = run("old", [1, 0], digests=None), run("moved", [1, 1], digests=None)
+    gap = run("gap", [1, 0])  # as if an index had found nothing for the first query
+    table = gap / "predictions.csv"
+    table.write_text("".join(line for line in table.open() if not line.startswith("/q/0")))
     for runs, told in (
+        ([a, gap], "queries in predictions.csv"),
         ([a, tmp_path / "link"], "each once"),
         ([a, run("labels", [1, 0], digests={"digests": other})], "labels"),
         ([a, run("set", [1, 0], set_name="city test")], "city test"),
