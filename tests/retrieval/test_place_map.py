@@ -399,6 +399,13 @@ def test_what_is_damaged_or_no_map_is_one_line(tmp_path):
         assert outcome(path.read_bytes()) == "refused", name
 
 
+def test_a_map_that_is_replaced_before_it_is_searched_is_refused(tmp_path):
+    place_map = written(tmp_path / "map.npz", unit(np.eye(4, 8)))
+    written(tmp_path / "map.npz", unit(np.eye(6, 8)))
+    with pytest.raises(ValueError, match="it has changed"):
+        list(place_map.chunks())
+
+
 def test_a_model_that_this_version_does_not_know_is_named(tmp_path):
     """A later version's option; one that this version has left out is the default."""
     rows = np.eye(3, dtype="f")

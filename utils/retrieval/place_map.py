@@ -265,7 +265,8 @@ class PlaceMap:
         """All descriptors from the file, in chunks: indices and n x D, float32."""
         together = max(1, READ_TOGETHER // (4 * self.descriptor_dim))
         with self._reading() as archive, archive.zip.open("descriptors.npy") as member:
-            _header(member)
+            if _header(member) != (self._shape, self._dtype):
+                raise ValueError("it has changed")
             for start in range(0, len(self), together):
                 count = min(together, len(self) - start)
                 data = member.read(count * self.descriptor_dim * self._dtype.itemsize)  # checks the sum at the end

@@ -1,5 +1,6 @@
 """The version of this repository, and its commit: standard library only."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -18,7 +19,9 @@ def git_revision() -> str:
     if not (root / ".git").exists():
         return "unknown"
     command = ["git", "describe", "--always", "--dirty"]
+    # Without what a hook of another repository sets, such as GIT_DIR.
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or "unknown"
+        return subprocess.run(command, cwd=root, env=ours, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:
         return "unknown"
