@@ -31,7 +31,7 @@ from model import weights as weight_files
 from model.sizes import BACKBONES, MODEL_OPTIONS, fitted
 from test import Evaluation, evaluate, extract_images
 from utils.outputs import match_page, pairs
-from utils.outputs.results import write_corruptions, write_outputs
+from utils.outputs.results import draw_corruptions, mean_over_corruptions, write_outputs
 from utils.outputs.tables import recall_table
 from utils.retrieval.descriptor_store import EXTRACTED, DescriptorStore, kept_in, warn_of_leftovers
 from utils.retrieval.faiss_index import require_index
@@ -164,11 +164,12 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
         if len(evaluations) > 1 or len(contexts) > 1:
             logger.info("%s", recall_table(table))
         if len(evaluations) > 1:
-            record(folder, {"recalls": table})
-        if data.query_corruptions and evaluations:
-            record(folder, {"recalls": table, "mean_over_corruptions": write_corruptions(evaluations, failures)})
+            means = {"mean_over_corruptions": mean_over_corruptions(evaluations)} if data.query_corruptions else {}
+            record(folder, {"recalls": table, **means})
 
         # Outputs to look at, and for other programs.
+        if data.query_corruptions:
+            draw_corruptions(evaluations, failures)
         for evaluation in evaluations:
             write(evaluation, options, model, failures, device)
         if outputs.save_map is not None and evaluations:

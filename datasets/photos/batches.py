@@ -21,15 +21,21 @@ logger = logging.getLogger(__name__)
 class ImageList:
     """The images at the given paths, in that order, each transformed; bytes 3 x H x W without a transform.
 
-    With `upright`, they are turned as their EXIF data says.
+    With `upright`, they are turned as their EXIF data says; `change` as in `image_batches`.
     """
 
-    change: Callable[[Tensor, str], Tensor] | None = None  # turns the bytes and the path of each into other bytes
-
-    def __init__(self, paths: Sequence[str], transform: Transform | None = None, *, upright: bool = False):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        transform: Transform | None = None,
+        *,
+        upright: bool = False,
+        change: Callable[[Tensor, str], Tensor] | None = None,
+    ):
         self.paths = paths
         self.transform = transform
         self.upright = upright
+        self.change = change
         self.deep = [False] * len(paths)  # those read so far that have more than 8 bits per channel
 
     def __len__(self) -> int:
@@ -82,8 +88,7 @@ def image_batches(
         ValueError: an image cannot be read; the message names the first such file in order.
     """
     on_device = device.type != "cpu" and not upright
-    images = ImageList(paths, None if on_device else transform, upright=upright)
-    images.change = change
+    images = ImageList(paths, None if on_device else transform, upright=upright, change=change)
 
     def pack(items: list[Tensor]) -> Sequence[Any]:
         if on_device:

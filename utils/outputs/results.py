@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -129,23 +129,34 @@ def write_outputs(
             logger.info("open in a browser: %s", Path(absolute(str(page))).as_uri())
 
 
-def write_corruptions(evaluations: Sequence[Any], failures: Outputs) -> dict[str, dict[str, dict[int, float]]]:
-    """Logs and returns the mean recall over the corruptions of each query set, `{dataset: {context: {N: percent}}}`,
-    and draws recall over severity in the first context. Those of a set lie in one folder, the clean one first."""
+def mean_over_corruptions(evaluations: Sequence[Any]) -> dict[str, dict[str, dict[int, float]]]:
+    """Logs and returns the mean recall over the corruptions of each query set, `{dataset: {context: {N: percent}}}`."""
     means: dict[str, dict[str, dict[int, float]]] = {}
-    for folder, (clean, *corrupted) in groupby(evaluations, key=lambda evaluation: evaluation.folder.parent):
+    for clean, corrupted in _corrupted_sets(evaluations):
         name = clean.query_set.dataset.name
         for context, recalls in clean.recalls.items():
             mean = {n: float(np.mean([each.recalls[context][n] for each in corrupted])) for n in recalls}
+            means.setdefault(name, {})[context] = mean
             words = tables.format_recalls(mean)
             logger.info("mean over corruptions (%d) of %s, %s: %s", len(corrupted), name, context, words)
-            if name not in means:
-                n = min(recalls)
-                severities = {each.query_set.corruption: each.recalls[context][n] for each in corrupted}
-                with failures.writing(str(folder / "corruptions.png")):
-                    figures.draw_corruptions(folder, f"{name}, {context}", recalls[n], severities, n)
-            means.setdefault(name, {})[context] = mean
     return means
+
+
+def draw_corruptions(evaluations: Sequence[Any], failures: Outputs) -> None:
+    """Draws recall over severity for each query set with labels, in the first context."""
+    for clean, corrupted in _corrupted_sets(evaluations):
+        folder, context = clean.folder.parent, clean.search.context
+        if recalls := clean.recalls.get(context):
+            n, title = min(recalls), f"{clean.query_set.dataset.name}, {context}"
+            severities = {each.query_set.corruption: each.recalls[context][n] for each in corrupted}
+            with failures.writing(str(folder / "corruptions.png")):
+                figures.draw_corruptions(folder, title, recalls[n], severities, n)
+
+
+def _corrupted_sets(evaluations: Sequence[Any]) -> Iterator[tuple[Any, list[Any]]]:
+    """The clean evaluation of each query set, and those of its corruptions, which lie in one folder, it first."""
+    for _, (clean, *corrupted) in groupby(evaluations, key=lambda evaluation: evaluation.folder.parent):
+        yield clean, corrupted
 
 
 def _write_assignments(
