@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from datasets.evaluation.map_queries import map_queries
 from datasets.evaluation.query_sets import QuerySet, only_set, pca_images, select, warn_before_extraction
+from datasets.evaluation.tree import map_queries
 from datasets.photos.corruptions import corrupt
 from datasets.photos.positions import image_key
 from datasets.photos.transforms import evaluation_transform, read_pixels, read_reduced

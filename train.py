@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets.evaluation.layout import split_folder
+from datasets.evaluation.query_sets import validation_and_test
 from datasets.evaluation.tree import DatabaseQueries
-from datasets.evaluation.validation import validation_and_test
 from datasets.photos.batches import image_batches
 from datasets.photos.transforms import evaluation_transform, normalize, to_unit
 from datasets.training import similar_places

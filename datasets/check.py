@@ -11,40 +11,37 @@ is 0 without faults, 1 with any, and 2 for a folder that is none of these.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from utils.system.command_line import Parser
+from utils.system.command_line import Parser, option
 from utils.system.signals import left_on_signals, quiet_ctrl_c
 
 
-def command_line() -> Parser:
-    """The parser of the command line."""
+@dataclass(frozen=True)
+class Checks:
+    """How to check."""
+
+    threshold: float = option(25.0, "metres from a query to a positive", least=0)
+    workers: int | None = option(None, "processes that read photos, by default one per core", least=1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit status is 1 if there is any fault."""
     parser = Parser(
         prog="python -m datasets.check",
         usage="%(prog)s FOLDER [FOLDER ...] [--option value ...]; --help lists all options",
         description="Check photos and tables without a model.",
     )
-    parser.add_argument(
-        "folders", type=Path, nargs="+", metavar="FOLDER", help="evaluation dataset, GSV-Cities, or plain photos"
-    )
-    parser.add_argument("--threshold", type=float, default=25.0, help="metres from a query to a positive (default: 25)")
-    parser.add_argument("--workers", type=int, help="processes that read photos (default: one per core)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit status is 1 if there is any fault."""
-    parser = command_line()
-    args = parser.parse(argv)
-    if not args.threshold >= 0:
-        parser.error(f"--threshold {args.threshold} is not a distance; give metres, 0 or more")
-    if args.workers is not None and args.workers < 1:
-        parser.error(f"--workers {args.workers} is too few; give 1 or more")
+    kinds = "evaluation dataset, GSV-Cities, or plain photos"
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help=kinds)
+    parser.add_group(Checks)
+    args = vars(parser.parse(argv))
     from .faults import check  # takes seconds: a misspelt option is answered before
 
     try:
         with left_on_signals():
-            return 1 if check(args.folders, threshold=args.threshold, workers=args.workers) else 0
+            return 1 if check(args.pop("folders"), **vars(Checks(**args))) else 0
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from utils.system.command_line import printable
 from utils.system.signals import mapped, process_pool
 
-from .evaluation.tree import DatabaseQueries, database_folder
+from .evaluation.positives import Near
+from .evaluation.tree import database_folder
 from .photos.exif import why_unreadable
 from .photos.listing import IMAGE_SUFFIXES, PHOTO_SUFFIXES, UNREAD_PHOTOS, Listing, identity, scan
 from .photos.positions import known, like_degrees, named_positions, photo_positions, several_zones
@@ -23,7 +24,6 @@ from .photos.transforms import open_noted
 from .training.gsv_cities import read_city, tables
 
 SPLITS = ("train", "val", "test")
-IMAGES_PER_TASK = 16
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def content_faults(paths: Sequence[str], *, workers: int | None, name: str) -> t
     first: dict[bytes, str] = {}
     readable: list[str] = []
     faults: list[Fault] = []
-    with mapped(process_pool(workers), read_image, paths, chunksize=IMAGES_PER_TASK) as results:
+    with mapped(process_pool(workers), read_image, paths, chunksize=16) as results:
         shown = tqdm(results, total=len(paths), unit="image", desc=name, disable=not paths)
         for path, (digest, fault) in zip(paths, shown, strict=True):
             faults += [fault] if fault else []
@@ -91,18 +91,16 @@ def folder_faults(folder: Path, listing: Listing) -> list[Fault]:
     return faults
 
 
-def zone_faults(folder: Path, paths: Sequence[str]) -> list[Fault]:
-    """A note if the metres in the names of photos are not of one map."""
-    if not (zones := several_zones(paths)):
-        return []
-    advice = f"names state {zones}: metres between them are wrong; evaluate each zone by itself"
-    return [Fault("zones", str(folder), advice, note=True)]
-
-
-def degree_faults(folder: Path, paths: Sequence[str]) -> list[Fault]:
-    """A note if the positions in the names of a folder's photos seem to be degrees."""
+def name_notes(folder: Path, parts: dict[Path, list[str]]) -> list[Fault]:
+    """Notes if the positions in the names of a part's photos seem to be degrees, and if the metres in the names of all
+    that is below the folder are not of one map."""
     advice = "positions in the names look like degrees, but are read as metres; name photos by UTM metres"
-    return [Fault("degrees", str(folder), advice, note=True)] if like_degrees(named_positions(paths)) else []
+    degrees = [part for part, paths in parts.items() if like_degrees(named_positions(paths))]
+    notes = [Fault("degrees", str(part), advice, note=True) for part in degrees]
+    if zones := several_zones(sum(parts.values(), [])):
+        advice = f"names state {zones}: metres between them are wrong; evaluate each zone by itself"
+        notes.append(Fault("zones", str(folder), advice, note=True))
+    return notes
 
 
 def is_tree(folder: Path) -> bool:
@@ -116,26 +114,6 @@ def parts_of(split: Path) -> list[Path]:
     return [database_folder(split), *(sets or [split / "queries"])]
 
 
-def find_splits(folder: Path) -> dict[str, dict[Path, Listing]]:
-    """The splits of an evaluation dataset, each with its folders as in `parts_of`; one folder under two names (as
-    MSLS's test, a link to its val) is one split, called "val = test"."""
-    same: dict[str, list[str]] = {}
-    for name in SPLITS:
-        path = folder / "images" / name
-        if os.path.lexists(path):
-            same.setdefault(os.path.realpath(path), []).append(name)
-    return {
-        " = ".join(names): {part: images_below(part) for part in parts_of(folder / "images" / names[0])}
-        for names in same.values()
-    }
-
-
-def sides_of(split: dict[Path, Listing]) -> tuple[list[str], list[str]]:
-    """Paths of the database images, and of all queries, each sorted within its folder."""
-    database, *queries = (listing.paths for listing in split.values())
-    return database, sum(queries, [])
-
-
 def position_faults(sides: Sequence[list[str]], threshold: float) -> list[Fault]:
     """Names without coordinates, and queries with no database image within `threshold` metres (inclusive)."""
     positions = [named_positions(paths) for paths in sides]
@@ -147,70 +125,65 @@ def position_faults(sides: Sequence[list[str]], threshold: float) -> list[Fault]
     ]
     if not all(known(named).any() for named in positions):
         return faults
-    dataset = DatabaseQueries(
-        name="",
-        database_paths=sides[0],
-        queries_paths=sides[1],
-        database_positions=positions[0],
-        queries_positions=positions[1],
-    )
     advice = f"no database image within {threshold:g} m, so it is always a miss; add one or remove the query"
-    queries = zip(sides[1], known(positions[1]), dataset.positives(threshold), strict=True)
+    near = Near(positions[0], positions[1], geographic=False, distance=threshold)
+    queries = zip(sides[1], known(positions[1]), near, strict=True)
     return faults + [Fault("no-positive", path, advice) for path, located, near in queries if located and not len(near)]
 
 
-def check_tree(folder: Path, *, threshold: float = 25.0, workers: int | None = None) -> list[Fault]:
-    """The faults of an evaluation dataset, split by split: folders, names, queries without a database image within
-    `threshold` metres, content; each sorted by path, database first."""
-    faults = []
-    for name, split in find_splits(folder).items():
-        sides = sides_of(split)
-        for part, listing in split.items():
-            faults += folder_faults(part, listing) + degree_faults(part, listing.paths)
-        faults += zone_faults(folder / "images" / name.split(" ")[0], sum(sides, []))
-        faults += position_faults(sides, threshold)
-        faults += content_faults(sum(sides, []), workers=workers, name=f"{folder.name} {name}")[1]
-    return faults
+def check_tree(folder: Path, *, threshold: float, workers: int | None) -> tuple[int, list[Fault]]:
+    """Prints how many images an evaluation dataset has, and returns the number of all and the faults, split by split:
+    folders, names, queries without a database image within `threshold` metres, content; each sorted by path, database
+    first. One folder under two names (as MSLS's test, a link to its val) is one split, "val = test"."""
+    count, faults = 0, list[Fault]()
+    same: dict[str, list[Path]] = {}
+    for split in (folder / "images" / name for name in SPLITS):
+        if os.path.lexists(split):
+            same.setdefault(os.path.realpath(split), []).append(split)
+    for split, *links in same.values():
+        name = " = ".join(path.name for path in (split, *links))
+        listings = {part: images_below(part) for part in parts_of(split)}
+        parts = {part: listing.paths for part, listing in listings.items()}
+        database, *others = parts.values()
+        queries = sum(others, [])
+        print(f"{folder}, {name}: {len(database)} database, {len(queries)} queries")
+        count += len(database) + len(queries)
+        for part, listing in listings.items():
+            faults += folder_faults(part, listing)
+        faults += name_notes(split, parts)
+        faults += position_faults((database, queries), threshold)
+        faults += content_faults(database + queries, workers=workers, name=f"{folder.name} {name}")[1]
+    return count, faults
 
 
-def is_gsv_cities(folder: Path) -> bool:
-    """Whether the folder has `Dataframes`."""
-    return (folder / "Dataframes").is_dir()
-
-
-def read_tables(folder: Path) -> tuple[dict[Path, tuple[int, list[str]]], list[Fault]]:
-    """The tables that parse and have rows, sorted by name, each with its number of places and each row's image below
-    `Images`; and the faults of the others."""
-    cities: dict[Path, tuple[int, list[str]]] = {}
-    faults = []
+def check_gsv_cities(folder: Path, *, workers: int | None) -> tuple[int, list[Fault]]:
+    """Prints what GSV-Cities' tables have, and returns the number of their rows and the faults: tables by name, rows
+    that repeat others; missing images and unreadable ones in the order of the rows; images that no row names. A folder
+    with all images missing, or that no row names, is one fault."""
+    faults, broken = list[Fault](), set[str]()
+    named: dict[str, None] = {}  # the images below `Images`, in the order of the rows
+    row_count = place_count = 0
     for path in tables(folder):
         try:
-            places, images = read_city(folder, path.stem)
-            if not len(images):
+            places, names = read_city(folder, path.stem)
+            if not len(names):
                 raise ValueError("no row in it")
         except (OSError, ValueError, csv.Error) as error:
             what = str(error).removeprefix(str(path)).lstrip(", ")
             faults.append(Fault("table", str(path), f"{what}; repair it and check again: its images were left out"))
-        else:
-            cities[path] = len(np.unique(places)), [name.decode() for name in images]
-    return cities, faults
-
-
-def check_gsv_cities(folder: Path, *, workers: int | None = None) -> list[Fault]:
-    """The faults of GSV-Cities: tables by name; repeated rows, missing images and unreadable ones in the order of the
-    rows; images that no row names. A folder with all images missing, or that no row names, is one fault."""
-    cities, faults = read_tables(folder)
-    broken = {Path(fault.path).stem for fault in faults}
-    if not cities and not faults:
-        return [Fault("missing", str(folder / "Dataframes"), "no <City>.csv in it; download GSV-Cities' tables")]
-
-    named: dict[str, None] = {}  # in the order of the rows
-    for path, (_, names) in cities.items():
-        for row, name in enumerate(names, 1):
+            broken.add(path.stem)
+            continue
+        print(f"{folder}, {path.stem}: {len(np.unique(places))} places, {len(names)} images")
+        row_count += len(names)
+        place_count += len(np.unique(places))
+        for row, name in enumerate(map(bytes.decode, names.tolist()), 1):
             if name in named:
                 again = f"row {row} below the header names {name} again; remove it"
                 faults.append(Fault("repeated-row", str(path), again))
             named[name] = None
+    if not named and not faults:
+        return 0, [Fault("missing", str(folder / "Dataframes"), "no <City>.csv in it; download GSV-Cities' tables")]
+    print(f"{folder}, in all: {place_count} places, {row_count} images")
 
     images = folder / "Images"
     present = dict.fromkeys(path.removeprefix(f"{images}{os.sep}") for path in images_below(images).paths)
@@ -231,48 +204,48 @@ def check_gsv_cities(folder: Path, *, workers: int | None = None) -> list[Fault]
     faults += [fault for fault in content if fault.kind != "duplicate"]  # of several places, perhaps
     unnamed = [name for name in present if name not in named and name.split("/")[0] not in broken]
     advice = "no row names any of its {} images; add the city's csv to Dataframes or remove it"
-    return faults + one_sided("unnamed", unnamed, named, advice, "no row names it; add its row or remove it")
+    return row_count, faults + one_sided("unnamed", unnamed, named, advice, "no row names it; add its row or remove it")
 
 
 def is_photos(folder: Path) -> bool:
     """Whether the folder has files, and is neither the `images` of a dataset nor above datasets."""
     if not folder.is_dir() or (folder.name == "images" and is_tree(folder.parent)):
         return False
-    if any(is_tree(below) or is_gsv_cities(below) for below in folder.iterdir() if below.is_dir()):
+    if any(is_tree(below) or (below / "Dataframes").is_dir() for below in folder.iterdir() if below.is_dir()):
         return False
     listing = scan(folder, PHOTO_SUFFIXES)
     return bool(listing.paths or listing.others)
 
 
-def check_photos(folders: Sequence[Path], *, workers: int | None = None) -> list[Fault]:
-    """The faults of folders of plain photos, checked together, e.g. a database and queries: folder by folder, what is
-    left out or also in an earlier folder; then `content_faults`; then photos without a position."""
-    faults: list[Fault] = []
+def check_photos(folders: Sequence[Path], *, workers: int | None) -> tuple[int, list[Fault]]:
+    """Prints how many photos plain folders have, which are checked together, e.g. a database and queries, and returns
+    the number of all and the faults: folder by folder, what is left out or also in an earlier folder; then
+    `content_faults`; then photos without a position."""
+    count, faults = 0, list[Fault]()
     first: dict[object, Path] = {}
     paths: dict[Path, list[str]] = {}
     for folder in folders:
         listing = images_below(folder, PHOTO_SUFFIXES)
+        print(f"{folder}, {len(listing.paths)} photos")
+        count += len(listing.paths)
         faults += folder_faults(folder, listing)
         owners = [first.setdefault(identity(path), folder) for path in listing.paths]
         paths[folder] = [path for path, owner in zip(listing.paths, owners, strict=True) if owner is folder]
-        for earlier, count in Counter(owner for owner in owners if owner is not folder).items():
-            advice = f"photos also in {earlier}: {count}; as queries they are left out of the database"
+        for earlier, number in Counter(owner for owner in owners if owner is not folder).items():
+            advice = f"photos also in {earlier}: {number}; as queries they are left out of the database"
             faults.append(Fault("shared", str(folder), advice))
     name = " ".join(folder.name for folder in folders)
     readable, unreadable = content_faults(sum(paths.values(), []), workers=workers, name=name)
-    return faults + unreadable + location_faults(paths, readable)
+    return count, faults + unreadable + location_faults(paths, readable)
 
 
 def location_faults(folders: dict[Path, list[str]], paths: list[str]) -> list[Fault]:
     """Those of `paths`, the readable photos of the folders, that have no position in names or EXIF data, whichever
     more have; the first says what to do about all."""
     if known(named_positions(paths)).all():
-        degrees = [fault for folder, below in folders.items() for fault in degree_faults(folder, below)]
-        return degrees + zone_faults(next(iter(folders)), paths)
-    first = set(next(iter(folders.values())))  # the database, perhaps
-    count = sum(path in first for path in paths)
-    database, queries, _ = photo_positions(paths[:count], paths[count:])
-    positions = np.concatenate((database, queries))
+        return name_notes(next(iter(folders)), folders)
+    count = len(set(paths) & set(next(iter(folders.values()))))  # of the database, perhaps
+    positions = np.concatenate(photo_positions(paths[:count], paths[count:])[:2])
     if not known(positions).any():
         advice = "no photo has a position in its name or EXIF data; use --no_labels"
         return [Fault("no-position", str(folder), advice) for folder, below in folders.items() if below]
@@ -282,31 +255,12 @@ def location_faults(folders: dict[Path, list[str]], paths: list[str]) -> list[Fa
     return [Fault("no-position", path, advice + remedy * (path == lost[0])) for path in lost]
 
 
-def totals(folder: Path) -> tuple[int, list[str]]:
-    """The number of images to check, and a line for each split or city."""
-    images, lines = 0, []
-    for name, split in find_splits(folder).items() if is_tree(folder) else ():
-        database, queries = map(len, sides_of(split))
-        images += database + queries
-        lines.append(f"{name}: {database} database, {queries} queries")
-    if is_gsv_cities(folder):
-        cities, _ = read_tables(folder)
-        lines += [f"{path.stem}: {places} places, {len(names)} images" for path, (places, names) in cities.items()]
-        rows = sum(len(names) for _, names in cities.values())
-        lines.append(f"in all: {sum(places for places, _ in cities.values())} places, {rows} images")
-        images += rows
-    if not lines:
-        images = len(images_below(folder, PHOTO_SUFFIXES).paths)
-        lines.append(f"{images} photos")
-    return images, lines
-
-
 def check(folders: Sequence[Path], *, threshold: float, workers: int | None) -> int:
     """Checks folders, prints what it finds, and returns the number of faults; ValueError if one is of no known kind."""
     distinct: dict[str, Path] = {}
     again = [folder for folder in folders if distinct.setdefault(os.path.realpath(folder), folder) is not folder]
     folders = list(distinct.values())
-    photos = [folder for folder in folders if not (is_tree(folder) or is_gsv_cities(folder))]
+    photos = [folder for folder in folders if not (is_tree(folder) or (folder / "Dataframes").is_dir())]
     if strange := [folder for folder in photos if not is_photos(folder)]:
         raise ValueError(
             f"{strange[0]} is neither an evaluation dataset (no images/<split>/database or queries in it) nor "
@@ -314,20 +268,22 @@ def check(folders: Sequence[Path], *, threshold: float, workers: int | None) -> 
         )
     for folder in again:
         print(f"{folder}, the same folder as {distinct[os.path.realpath(folder)]}: checked once")
-    fault_count = note_count = image_count = 0
-    for folder in folders:
-        images, lines = totals(folder)
-        image_count += images
-        print(*(f"{folder}, {line}" for line in lines), sep="\n")
-        faults = check_tree(folder, threshold=threshold, workers=workers) if is_tree(folder) else []
-        if is_gsv_cities(folder):
-            faults += check_gsv_cities(folder, workers=workers)
-        if photos and folder == photos[-1]:  # all are known now
-            faults += check_photos(photos, workers=workers)
+    totals: Counter[str] = Counter()
+
+    def report(images: int, faults: list[Fault]) -> None:
         for fault in faults:
             print(fault)
-        note_count += sum(fault.note for fault in faults)
-        fault_count += sum(not fault.note for fault in faults)
-    notes = f", {note_count} note{'s' if note_count > 1 else ''}" if note_count else ""
-    print(f"{fault_count or 'no'} fault{'s' if fault_count > 1 else ''} in {image_count} images{notes}")
-    return fault_count
+            totals["notes" if fault.note else "faults"] += 1
+        totals["images"] += images
+
+    for folder in folders:
+        if is_tree(folder):
+            report(*check_tree(folder, threshold=threshold, workers=workers))
+        if (folder / "Dataframes").is_dir():
+            report(*check_gsv_cities(folder, workers=workers))
+    if photos:
+        report(*check_photos(photos, workers=workers))
+    faults, notes = totals["faults"], totals["notes"]
+    end = f", {notes} note{'s' * (notes > 1)}" if notes else ""
+    print(f"{faults or 'no'} fault{'s' * (faults > 1)} in {totals['images']} images{end}")
+    return faults

@@ -13,25 +13,26 @@ logger = logging.getLogger(__name__)
 SAME_POSITION = 0.01  # metres; coordinates are written to the centimetre
 
 
-def aligned_queries(
+def alignment(
     dataset: DatabaseQueries, positives: Sequence[NDArray[np.int64]], batch_size: int
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """The queries whose batch, in file order, holds the same places as the database batch of the same number.
+) -> dict[str, bool | int]:
+    """Counts, for `results.json`, the queries whose batch, in file order, holds the same places as the database batch
+    of the same number.
 
     There, an encoder that looks across a batch sees the same places on both sides, and descriptors can match by that.
     A single batch on a side gives nothing away.
 
     Returns:
-        Two masks of the queries, Q each. In the first, a query's places are the correct images at its own position, or
-        all correct images in a file: the pairs of a one-to-one set. In the second, they are its nearest correct images,
-        for two sides that follow one route.
+        `queries` is the number with a correct image. For `paired`, a query's places are the correct images at its own
+        position, or all correct images in a file: the pairs of a one-to-one set. For `nearest`, they are its nearest
+        correct images, for two sides that follow one route. `warned` is true if the majority is paired.
     """
-    queries = len(dataset.queries_paths)
-    masks, elsewhere = np.zeros((2, 2, queries), dtype=bool)
-    if batch_size == 1 or min(queries, len(dataset.database_paths)) <= batch_size:
-        return masks[0], masks[1]
+    masks, elsewhere = np.zeros((2, 2, len(dataset.queries_paths)), dtype=bool)
+    several = min(len(dataset.queries_paths), len(dataset.database_paths)) > batch_size > 1
+    queries = 0
     for query, images in enumerate(positives):
-        if not len(images):
+        queries += len(images) > 0
+        if not several or not len(images):
             continue
         metres = dataset.metres_to(query, images)
         here = images // batch_size == query // batch_size
@@ -39,21 +40,11 @@ def aligned_queries(
         for which, places in enumerate((metres <= SAME_POSITION, metres == metres.min())):
             masks[which, query] = here[places].any()
             elsewhere[which, query] = places.any() and not masks[which, query]
-    for start in range(0, queries, batch_size):
+    for start in range(0, len(positives), batch_size):
         batch = slice(start, start + batch_size)
         masks[elsewhere[:, batch].any(axis=1), batch] = False
-    return masks[0], masks[1]
-
-
-def alignment(
-    dataset: DatabaseQueries, positives: Sequence[NDArray[np.int64]], batch_size: int
-) -> dict[str, bool | int]:
-    """Counts of `aligned_queries`, for `results.json`: `queries` with a correct image, and of these those in the first
-    mask, `paired`, and the second, `nearest`; `warned` is true if the majority is paired."""
-    paired, nearest = aligned_queries(dataset, positives, batch_size)
-    queries = sum(map(bool, map(len, positives)))
-    counts = {"queries": queries, "paired": int(paired.sum()), "nearest": int(nearest.sum())}
-    return {"warned": 2 * counts["paired"] > queries, **counts}
+    paired, nearest = map(int, masks.sum(axis=1))
+    return {"warned": 2 * paired > queries, "queries": queries, "paired": paired, "nearest": nearest}
 
 
 def log_alignment(dataset: DatabaseQueries, counts: dict[str, bool | int]) -> None:

@@ -1,17 +1,20 @@
 """Which of the listed photos take part in an evaluation."""
 
 import logging
+import os
 from collections.abc import Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from utils.system import distributed
 from utils.system.files import read_text
 
-from ..photos.listing import identity, unreadable
+from ..photos.listing import identity
 from ..photos.positions import image_key
 from ..photos.transforms import read_pixels
 
@@ -35,18 +38,27 @@ def other_than_queries(
 
 def readable(paths: Sequence[str], folder: Path, *, upright: bool) -> NDArray[np.bool_]:
     """Which photos can be read, with `upright` or without, at least one; the log counts and names the others."""
-    reasons = distributed.on_main(
-        lambda: unreadable(paths, partial(read_pixels, upright=upright), progress=f"reading {folder.name}")
-    )
-    if reasons:
-        for reason in reasons.values():
-            logger.debug("%s", reason)
-        shown = ", ".join([*reasons][:LISTED]) + ", ... (see debug.log)" * (len(reasons) > LISTED)
-        counts = len(reasons), len(paths)
-        logger.warning("%d of %d photos in %s cannot be read and are left out: %s", *counts, folder, shown)
-    if len(reasons) == len(paths):
+
+    def reason(path: str) -> str:
+        try:
+            read_pixels(path, upright=upright)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def all_reasons() -> list[str]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(tqdm(pool.map(reason, paths), f"reading {folder.name}", len(paths), unit="image"))
+
+    reasons = distributed.on_main(all_reasons)
+    if lost := list(compress(paths, reasons)):
+        logger.debug("%s", "\n".join(filter(None, reasons)))
+        shown = ", ".join(lost[:LISTED]) + ", ... (see debug.log)" * (len(lost) > LISTED)
+        wording = "%d of %d photos in %s cannot be read and are left out: %s"
+        logger.warning(wording, len(lost), len(paths), folder, shown)
+    if len(lost) == len(paths):
         raise ValueError(f"none of the {len(paths)} photos in {folder} can be read; replace them")
-    return np.array([path not in reasons for path in paths])
+    return np.array([not why for why in reasons])
 
 
 def with_keys(queries: Sequence[str], keys_file: Path) -> list[str]:

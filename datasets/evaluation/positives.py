@@ -1,6 +1,7 @@
-"""Reads which database images are correct for each query, in one of three forms.
+"""Which database images are correct for each query: those within a distance, or those that a file says.
 
-An index counts the photos of its side by name or, if all names of a side are plain numbers, by number, as in VPR-Bench.
+A file has one of three forms. An index in it counts the photos of its side by name or, if all names of a side are plain
+numbers, by number, as in VPR-Bench.
 """
 
 import csv
@@ -9,7 +10,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,61 @@ from numpy.typing import NDArray
 
 from utils.system.files import read_text
 
+from ..photos.positions import EARTH_RADIUS, known
 from .object_arrays import object_rows
 
 logger = logging.getLogger(__name__)
 
+PAIRS_TOGETHER = 2**20  # pairs of a query and a database image at a time: all of them may be positives
 FORMS = (
     "give positives_file a .csv with the header `query,database` and a row of names or indices for each correct pair, "
     "a .npy with a boolean matrix, queries x database, or with each query's indices, padded by -1, or VPR-Bench's .npy"
 )
+
+
+class Near(Sequence[NDArray[np.int64]]):
+    """For each query, the database images within a distance; computed at each pass, since dense ones fill the memory.
+
+    Args:
+        database: N x 2 positions, NaN where unknown; at least one is known.
+        queries: Q x 2, likewise.
+        geographic: whether these are latitude and longitude in degrees rather than metres.
+        distance: in metres, inclusive.
+    """
+
+    def __init__(
+        self, database: NDArray[np.float64], queries: NDArray[np.float64], *, geographic: bool, distance: float
+    ):
+        from sklearn.neighbors import BallTree, KDTree  # takes nearly a second to import
+
+        self._images = np.flatnonzero(known(database))
+        located = database[self._images]
+        self._tree: Any
+        if geographic:
+            self._tree = BallTree(np.radians(located), leaf_size=30, metric="haversine")
+            self._queries, self._radius = np.radians(queries), distance / EARTH_RADIUS
+        else:
+            self._tree = KDTree(located, leaf_size=30)
+            self._queries, self._radius = queries, distance
+
+    def __len__(self) -> int:
+        return len(self._queries)
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        step = max(1, PAIRS_TOGETHER // len(self._images))
+        for start in range(0, len(self), step):
+            yield from self._of(slice(start, start + step))
+
+    def __getitem__(self, query: Any) -> Any:
+        index = range(len(self))[query]
+        return next(self._of(slice(index, index + 1)))
+
+    def _of(self, some: slice) -> Iterator[NDArray[np.int64]]:
+        queries = self._queries[some]
+        located = known(queries)
+        images = iter(self._tree.query_radius(queries[located], self._radius) if located.any() else ())
+        for is_located in located:
+            yield self._images[next(images)] if is_located else self._images[:0]
 
 
 def read_positives(
@@ -38,9 +86,8 @@ def read_positives(
     """Reads from a file which database images are correct for each query.
 
     Args:
-        path: a `.csv` with the header `query,database` and a row for each correct pair, both as indices (from 0) or
-            as file names, with or without folders; a `.npy` with a boolean matrix Q x N, or with integers Q x P, the
-            indices of each query's correct images padded by -1; or an object array of VPR-Bench, see `object_rows`.
+        path: in one of the `FORMS`, of shape Q x N for a matrix and Q x P for indices, which count from 0; names may
+            have folders. For VPR-Bench's form see `object_rows`.
         database_paths, queries_paths: the N images of the database and the Q queries, sorted.
         folders: folders of database and queries, to which paths in the file may be relative.
 

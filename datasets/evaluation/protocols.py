@@ -23,22 +23,12 @@ FRAME = 25 / 10.5  # metres between consecutive Nordland frames in the positions
 class Protocol:
     """How a test set is evaluated."""
 
-    metres: float = 25.0  # a database image within this many metres of a query is correct
+    positive_distance: float = 25.0  # a database image within this many metres of a query is correct
     test_method: str = "hard_resize"  # how queries are prepared, a name from `transforms.TEST_METHODS`
     database: int | None = None  # expected number of images; None for any
     queries: tuple[int, ...] = ()  # expected numbers in the folder `queries`, one for each usual selection
     query_sets: Mapping[str, int] = field(default_factory=dict)  # expected numbers in other query folders, by name
-    metres_a_frame: float | None = None  # metres between consecutive frames of a video with made-up coordinates
-    frames: int | None = None  # a database image within this many frames is correct, instead of the distance
     source: str = ""  # where the numbers come from, and what is unchecked
-
-    @property
-    def positive_distance(self) -> float:
-        """Metres within which a database image is correct, of frames half-way to the first wrong one."""
-        if self.frames is None:
-            return self.metres
-        assert self.metres_a_frame is not None
-        return (self.frames + 0.5) * self.metres_a_frame
 
 
 PROTOCOLS = {
@@ -58,27 +48,23 @@ PROTOCOLS = {
     "nordland": Protocol(
         database=27_592,
         queries=(27_592,),
-        metres_a_frame=FRAME,
         source=f"winter in summer within 10 frames: download_nordland.py {REMOVED}",
     ),
     "nordland_subset": Protocol(
         database=27_592,
         queries=(2_760,),
-        metres_a_frame=25 / 1.5,
         source="every tenth winter frame in summer within 1 frame: download_nordland_subset.py in pull request 16 of "
         f"{DOWNLOADER}, never merged",
     ),
     "nordland_swapped": Protocol(
         database=27_592,
         queries=(2_760,),
-        metres_a_frame=FRAME,
-        frames=1,
+        positive_distance=1.5 * FRAME,  # half-way to the second frame
         source=f"every tenth summer frame in winter within 1 frame: {SALAD}/Nordland, counted; positions are taken to "
         "be those of the downloader's nordland",
     ),
     "nordland_3450": Protocol(
-        metres_a_frame=FRAME,
-        frames=2,
+        positive_distance=2.5 * FRAME,
         source="3,450 frames of each side, as the name says, within 2 frames; positions are taken to count these "
         "frames as nordland's count theirs",
     ),
@@ -119,11 +105,12 @@ def warn_of_counts(dataset: "DatabaseQueries", protocol: Protocol, queries: str 
 
     `queries` names the set; None is for only the database, which several sets share.
     """
-    of_set = protocol.queries if queries == "queries" else tuple(filter(None, [protocol.query_sets.get(queries or "")]))
-    of_database = (protocol.database,) if protocol.database and queries in ("queries", None) else ()
+    set_count = protocol.query_sets.get(queries or "")
+    query_counts = protocol.queries if queries == "queries" else (set_count,) if set_count else ()
+    database_counts = (protocol.database,) if protocol.database and queries in ("queries", None) else ()
     for what, expected, count in (
-        ("database images", of_database, len(dataset.database_paths)),
-        ("queries", of_set, len(dataset.queries_paths)),
+        ("database images", database_counts, len(dataset.database_paths)),
+        ("queries", query_counts, len(dataset.queries_paths)),
     ):
         if expected and count not in expected:
             has, published = f"{count:,} {what}", " or ".join(f"{number:,}" for number in expected)

@@ -13,7 +13,9 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from ..photos.listing import identity, list_images
+from utils.system import distributed
+
+from ..photos.listing import identity, list_images, scan
 from .alignment import alignment, log_alignment, pair_up
 from .layout import split_folder
 from .left_out import readable
@@ -140,19 +142,19 @@ def select(data: Any, *, test_method: str | None, infer_batch_size: int) -> list
             warn_of_counts(dataset, protocol, None)
         distance = data.val_positive_dist_threshold
         groups.append([])
-        for set_name, of_set in zip(names, dataset.sets(names), strict=True):
+        for set_name, one_set in zip(names, dataset.sets(names), strict=True):
             if split == "test":
-                warn_of_counts(of_set, protocol, set_name)
+                warn_of_counts(one_set, protocol, set_name)
             several = [name] * (len(data.eval_dataset_name) > 1) + [set_name] * (len(names) > 1)
             groups[-1].append(
                 QuerySet(
-                    dataset=of_set,
+                    dataset=one_set,
                     name=set_name,
                     dataset_name=f"{name} {split}",
                     test_method=test_method or protocol.test_method,
                     positive_distance=protocol.positive_distance if distance is None else distance,
                     subfolder="/".join(several),
-                    tested=split != "test" and _shared_with_test(of_set, data.eval_datasets_folder, name, set_name),
+                    tested=split != "test" and _shared_with_test(one_set, data.eval_datasets_folder, name, set_name),
                     **common,
                 )
             )
@@ -175,10 +177,8 @@ def only_set(dataset: DatabaseQueries, *, test_method: str | None, distance: flo
 
 def _shared_with_test(dataset: DatabaseQueries, datasets_folder: Path, name: str, queries: str) -> bool:
     """Whether a query is also one of the test split, under any path."""
-    try:
-        tested = set(map(identity, list_images(split_folder(datasets_folder, name, "test") / queries)))
-    except (FileNotFoundError, ValueError):  # there is no such split
-        return False
+    folder = split_folder(datasets_folder, name, "test") / queries
+    tested = set(map(identity, scan(folder).paths if folder.is_dir() else ()))
     return any(identity(path) in tested for path in dataset.queries_paths)
 
 
@@ -197,6 +197,44 @@ def pca_images(
             f"at most {most}"
         )
     return list(chosen.tolist())
+
+
+def validation_and_test(
+    datasets_folder: Path, name: str, *, distance: float, query_keys: Path | None, batch_size: int | None
+) -> tuple[DatabaseQueries, DatabaseQueries, int]:
+    """The validation and test splits of a dataset, and how many validation queries are test queries too.
+
+    Warns of that, by the files and whatever their names, and if file order tells the cross-image encoder which photos
+    match.
+
+    Args:
+        datasets_folder: folder that holds the dataset.
+        name: name of the dataset's folder.
+        distance: a database image within this many metres of a query is correct.
+        query_keys: a text file with the keys of the queries to keep, if not all.
+        batch_size: images that share a batch in the encoder; None without it.
+    """
+    splits = []
+    for part in ("val", "test"):
+        split = DatabaseQueries.from_folder(datasets_folder, name, part, query_keys=query_keys)
+        near = split.positives(distance)
+        if not any(len(images) for images in near):
+            raise ValueError(
+                f"{split}: no query has a database image within {distance:g} m, so every recall would be 0; check the "
+                "split, or give a larger val_positive_dist_threshold"
+            )
+        if batch_size is not None and distributed.is_main():
+            log_alignment(split, alignment(split, near, batch_size))
+        splits.append(split)
+    val, test = splits
+    tested = set(map(identity, test.queries_paths))
+    shared = sum(identity(path) in tested for path in val.queries_paths)
+    if shared:
+        logger.warning(
+            "%d of the %d queries of %s are the same files as queries of %s, so that recall is optimistic",
+            *(shared, len(val.queries_paths), val.name, test.name),
+        )
+    return val, test, shared
 
 
 def warn_before_extraction(query_sets: Sequence[QuerySet], contexts: Sequence[str]) -> None:

@@ -4,7 +4,8 @@ import csv
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from utils.system.files import atomic_write
 from utils.system.plotting import load_matplotlib
 
 from ..photos.transforms import read_pixels
-from ..training.gsv_cities import COLUMNS, LABELS_PER_CITY, image_name
-from .photos import LABELS, Collection, Photo
-from .places import apart, cells_of, connected_share, extents, heading_bins, in_area, nearer
+from ..training.gsv_cities import COLUMNS, image_name
+from . import Settings
+from .photos import LABELS, Collection, Photo, collect
+from .places import apart, cells_of, connected_share, heading_bins, nearer
 
 Uses = NDArray[np.object_]
 Places = NDArray[np.int64]
@@ -32,39 +34,30 @@ TRAIN, SPLITS = "train", ("val", "test")
 KEPT = (TRAIN, *(f"{split}/{part}" for split in SPLITS for part in ("database", "queries")))
 
 
-def hold_out(
-    collection: Collection,
-    cells: NDArray[np.int64],
-    areas: Mapping[str, Sequence[float] | None],
-    shares: Mapping[str, float],
-    *,
-    gap: float,
-    queries: str | None,
-    seed: int,
-) -> tuple[Uses, list[str]]:
-    """The use of each photo, dropping only what is too near to held-out photos; and lines to print.
-
-    Of each split `areas` has two corners, as positions in the source are given, or `shares` a share of all photos.
-    """
-    photos, metres = collection.photos, collection.metres
-    rng, lines = np.random.default_rng(seed), list[str]()
+def hold_out(collection: Collection, cells: NDArray[np.int64], settings: Settings) -> tuple[Uses, list[str]]:
+    """The use of each photo, dropping only what is too near to held-out photos; and lines to print."""
+    photos, metres, gap = collection.photos, collection.metres, settings.gap
+    rng, lines = np.random.default_rng(settings.seed), list[str]()
     uses = np.full(len(photos), TRAIN, dtype=object)
-    for split in SPLITS:
+    for split, area, share in (
+        ("val", settings.val_area, settings.val_share),
+        ("test", settings.test_area, settings.test_share),
+    ):
         free = uses == TRAIN
-        if area := areas[split]:
+        if area and share:
+            raise ValueError(f"--{split}_area and --{split}_share both say what to hold out; give one of them")
+        if area:
             if collection.kind == LABELS:
                 raise ValueError(f"--{split}_area needs positions, but there are only labels; use --{split}_share")
-            given = np.array([photo.position for photo in photos])
-            inside = in_area(given, area)
+            given, corners = np.array([photo.position for photo in photos]), np.reshape(area, (2, 2))
+            inside = ((given >= corners.min(axis=0)) & (given <= corners.max(axis=0))).all(axis=1)
             held = free & inside
             if taken := int((inside & ~free).sum()):
                 lines.append(f"{taken} photos in --{split}_area are not in {split}: they are in val or near it")
             if not held.any():
-                corners, low, high = (
-                    " ".join(f"{value:.10g}" for value in corner) for corner in (area, given.min(0), given.max(0))
-                )
-                raise ValueError(f"--{split}_area {corners} contains no photo; the photos lie between {low} and {high}")
-        elif share := shares[split]:
+                ends = f"{given.min(axis=0).tolist()} and {given.max(axis=0).tolist()}"
+                raise ValueError(f"--{split}_area {area} contains no photo; the photos lie between {ends}")
+        elif share:
             if (left := int(free.sum())) < 2:
                 raise ValueError(
                     f"--{split}_share {share:g}: what is held out and within --gap {gap:g} m of it leaves {left} of "
@@ -73,13 +66,13 @@ def hold_out(
             held = np.zeros(len(photos), dtype=bool)
             held[free] = connected_share(metres[free], cells[free], share * len(photos) / left, gap, rng)
             if not 0.5 <= (reached := held.mean() / share) <= 2:
-                why = f"cells stay whole, and the largest has {np.bincount(cells).max()} of {len(photos)} photos"
                 lines.append(
-                    f"--{split}_share {share:g}: {reached * share:.0%} of the photos are held out, since {why}"
+                    f"--{split}_share {share:g}: {reached * share:.0%} of the photos are held out, since cells stay "
+                    f"whole, and the largest has {np.bincount(cells).max()} of {len(photos)} photos"
                 )
         else:
             continue
-        is_query, how = _queries(photos, np.flatnonzero(held), split, queries, rng)
+        is_query, how = _queries([photos[index] for index in np.flatnonzero(held)], split, settings.queries, rng)
         uses[held] = np.where(is_query, f"{split}/queries", f"{split}/database").astype(object)
         near = nearer(metres[held][is_query], metres[held][~is_query], np.nextafter(POSITIVE, 99))
         lines.append(f"{split}: {int((~is_query).sum())} database photos and {len(near)} queries, {how}")
@@ -89,11 +82,9 @@ def hold_out(
     return uses, lines
 
 
-def _queries(
-    photos: Sequence[Photo], held: NDArray[np.int64], split: str, queries: str | None, rng: Generator
-) -> tuple[NDArray[np.bool_], str]:
+def _queries(held: list[Photo], split: str, queries: str | None, rng: Generator) -> tuple[NDArray[np.bool_], str]:
     """Which of the held-out photos are the queries: the later half, or a random half; and that in words."""
-    times = [time for index in held if (time := photos[index].time) is not None]
+    times = [photo.time for photo in held if photo.time is not None]
     if queries == "time" and len(times) < len(held):
         lacking = f"{len(held) - len(times)} of {len(held)} photos held out for {split}"
         raise ValueError(f"--queries time: {lacking} have no time; use --queries random")
@@ -111,47 +102,33 @@ def _queries(
     return seconds >= beginnings[np.abs(later - len(held) / 2).argmin()], "the later ones"
 
 
-def assign(
-    collection: Collection,
-    *,
-    areas: Mapping[str, Sequence[float] | None],
-    shares: Mapping[str, float],
-    cell: float,
-    min_images: int,
-    bins: int,
-    gap: float,
-    queries: str | None,
-    seed: int,
-) -> tuple[Uses, Places, list[str]]:
-    """Decides what becomes of each photo; for the arguments see the command's options and `hold_out`.
+def assign(collection: Collection, settings: Settings) -> tuple[Uses, Places, list[str]]:
+    """Decides what becomes of each photo.
+
+    Of places closer than the gap only the one with more photos stays, since a batch must not hold a place under two
+    labels. Merging them instead would turn whole streets into places: of a walk with a photo every 10 m, 111 cells, it
+    made 1 place, while leaving out keeps 23.
 
     Returns:
         For each of N photos one of `KEPT` or why it was dropped; its place, -1 for none; and lines to print.
     """
     photos, metres = collection.photos, collection.metres
-    gap = 0.0 if collection.kind == LABELS else gap  # labels are distinct places
+    if collection.kind == LABELS:
+        settings = replace(settings, gap=0.0)  # labels are distinct places
     labels = [photo.label or "" for photo in photos]
     if any(labels) and not all(labels):
         raise ValueError(f"{labels.count('')} of {len(labels)} photos have no label; give labels to all, or none")
-    cells = np.unique(labels, return_inverse=True)[1] if any(labels) else cells_of(metres, cell)
-    uses, lines = hold_out(collection, cells, areas, shares, gap=gap, queries=queries, seed=seed)
-    if any(labels):
-        no_effect = "--cell and --gap have" if collection.kind == LABELS else "--cell has"
-        lines.append(f"labels define the places: {no_effect} no effect")
-        reach = np.hypot(*extents(metres, cells).T)
-        if large := int((reach > max(gap, POSITIVE)).sum()):
-            farthest = f"{labels[int((cells == reach.argmax()).argmax())]} {reach.max():.0f} m"
-            lines[-1] += f"; {large} labels reach farther than {max(gap, POSITIVE):g} m, {farthest}"
-
-    train = np.flatnonzero(uses == TRAIN)
-    directions = heading_bins([photos[index] for index in train], bins)
+    cells = np.unique(labels, return_inverse=True)[1] if any(labels) else cells_of(metres, settings.cell)
+    uses, lines = hold_out(collection, cells, settings)
+    train, bins = np.flatnonzero(uses == TRAIN), settings.heading_bins
+    directions = heading_bins(np.array([photos[index].heading for index in train]), bins)
     uses[train[directions < 0]] = "no heading, which --heading_bins asks for"
     train, directions = train[directions >= 0], directions[directions >= 0]
     groups = np.unique(np.column_stack((cells[train], directions)), axis=0, return_inverse=True)[1].ravel()
-    enough = np.bincount(groups)[groups] >= min_images
-    uses[train[~enough]] = f"a place of fewer than {min_images} photos (--min_images)"
+    enough = np.bincount(groups)[groups] >= settings.min_images
+    uses[train[~enough]] = f"a place of fewer than {settings.min_images} photos (--min_images)"
     stays = np.zeros(len(train), dtype=bool)
-    stays[enough] = apart(metres[train[enough]], groups[enough], directions[enough], gap, bins)
+    stays[enough] = apart(metres[train[enough]], groups[enough], directions[enough], settings.gap, bins)
     uses[train[enough & ~stays]] = "a place nearer than --gap to one with as many photos or more"
     places = np.full(len(photos), -1)
     places[train[stays]] = np.unique(groups[stays], return_inverse=True)[1]
@@ -163,8 +140,6 @@ def assign(
             f"{len(photos)} photos in {len(np.unique(cells))} cells make {count} places to train on, but two are "
             f"needed ({reasons}); lower --min_images, --heading_bins or --gap, change --cell, or hold out less"
         )
-    if count > LABELS_PER_CITY:
-        raise ValueError(f"{count} places, but a table holds at most {LABELS_PER_CITY}; convert a region at a time")
     return uses, places, lines
 
 
@@ -175,52 +150,50 @@ def _lost(collection: Collection, uses: Uses, kept: Sequence[str] = KEPT) -> Cou
     return lost
 
 
-def write(
-    output: Path, collection: Collection, uses: Uses, places: Places, lines: list[str], *, name: str, copy: bool
-) -> list[str]:
-    """Writes what `assign` decided into a new folder, completely or not at all, and returns the lines of its summary;
-    for `name` and `copy` see the command's options."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+def convert(sources: Sequence[Path], output: Path, settings: Settings, notes: list[str]) -> list[str]:
+    """Converts the sources into a new folder, completely or not at all, and returns the lines of its summary; for
+    `notes` see `collect`."""
     with atomic_write(output) as folder:
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed one
-        folder.mkdir()
-        lines = summary(collection, uses, places) + lines + _write_photos(folder, collection, uses, places, name, copy)
+        folder.mkdir(parents=True)  # now, since reading many photos takes long
+        collection = collect(sources, notes)
+        uses, places, lines = assign(collection, settings)
+        lines = summary(collection, uses, places) + lines + write(folder, collection, uses, places, settings)
         lines = [printable(line) for line in lines]
         (folder / "summary.txt").write_text("\n".join(lines) + "\n", errors="surrogateescape")
     return lines
 
 
-def _write_photos(folder: Path, collection: Collection, uses: Uses, places: Places, name: str, copy: bool) -> list[str]:
-    photos, metres, lines = collection.photos, collection.metres, list[str]()
+def write(folder: Path, collection: Collection, uses: Uses, places: Places, settings: Settings) -> list[str]:
+    """Writes what `assign` decided: photos, tables and the plot. Returns lines to print."""
+    photos, metres, name, lines = collection.photos, collection.metres, settings.name, list[str]()
     degrees = np.array([photo.degrees for photo in photos])
     if not (np.abs(degrees) <= (90, 180)).all():  # also if a number is missing
         degrees = metres[:, ::-1] / METRES_PER_DEGREE
         if collection.kind != LABELS:
             lines.append("the columns lat and lon hold metres / 111,320, since not all photos have degrees")
-    table: list[tuple[str, ...]] = [COLUMNS]
+    table, evaluation = [COLUMNS], folder / name / "images"
     for index in np.argsort(places, kind="stable").tolist():
-        photo, use = photos[index], uses[index]
+        photo, use, panoid = photos[index], uses[index], f"{index:07d}"
         latitude, longitude = (f"{value:.7f}" for value in degrees[index])
         heading = str(round(np.nan_to_num(photo.heading % 360)) % 360)
         if use == TRAIN:
             year, month = (photo.time.year, photo.time.month) if photo.time else (0, 0)
-            where = str(places[index]), str(year), str(month), heading, name, latitude, longitude
-            table.append((*where, f"{index:07d}"))
-            target = folder / "gsv_cities" / "Images" / name / image_name((*where, f"{index:07d}"))
+            table.append((str(places[index]), str(year), str(month), heading, name, latitude, longitude, panoid))
+            target = folder / "gsv_cities" / "Images" / name / image_name(table[-1])
         elif use in KEPT:
             east, north = metres[index]
             stamp = photo.time.strftime("%Y%m%d_%H%M%S") if photo.time else ""
-            fields = (f"{east:.2f}", f"{north:.2f}", "", "", latitude, longitude, f"{index:07d}", "", heading)
-            target = folder / name / "images" / use / ("@" + "@".join((*fields, "", "", "", stamp, "", ".jpg")))
+            fields = (f"{east:.2f}", f"{north:.2f}", "", "", latitude, longitude, panoid, "", heading)
+            target = evaluation / use / ("@" + "@".join((*fields, "", "", "", stamp, "", ".jpg")))
         else:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        place_photo(photo, target, copy=copy)
+        place_photo(photo, target, copy=settings.copy)
     if turned := sum(photo.turn != 1 and use in KEPT for photo, use in zip(photos, uses, strict=True)):
         lines.append(f"{turned} photos were rewritten, turned as EXIF says")
     (folder / "gsv_cities" / "Dataframes").mkdir()
     _write_csv(folder / "gsv_cities" / "Dataframes" / f"{name}.csv", table)
-    evaluation = folder / name / "images"
     for there, missing in (SPLITS, SPLITS[::-1]):
         if (evaluation / there).is_dir() and not (evaluation / missing).is_dir():
             (evaluation / missing).symlink_to(there)
@@ -257,10 +230,7 @@ def place_photo(photo: Photo, target: Path, *, copy: bool) -> None:
 
 def draw_map(path: Path, metres: NDArray[np.float64], uses: Uses, places: Places) -> None:
     """Plots where the photos are, those to train on in the colour of their place, and what became of the others."""
-    metres = metres - metres.min(axis=0)
-    width, height = metres.max(axis=0) + 1
-    size = 10, float(np.clip(10 * height / width, 3, 10))
-    figure = load_matplotlib().figure.Figure(figsize=size, layout="constrained")
+    figure = load_matplotlib().figure.Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots()
     kinds = np.array([use if use in KEPT else "dropped" for use in uses])
     for kind, style in {
@@ -272,7 +242,7 @@ def draw_map(path: Path, metres: NDArray[np.float64], uses: Uses, places: Places
         "test/queries": {"color": "red", "marker": "x"},
     }.items():
         if (kinds == kind).any():
-            east, north = metres[kinds == kind].T
+            east, north = (metres - metres.min(axis=0))[kinds == kind].T
             axes.scatter(east, north, s=25, label=f"{kind} ({len(east)})", linewidths=0.8, **style)  # type: ignore
     axes.set(xlabel="metres east", ylabel="metres north")
     axes.set_aspect("equal", adjustable="datalim")
@@ -291,8 +261,4 @@ def summary(collection: Collection, uses: Uses, places: Places) -> list[str]:
         advice = "train.py leaves them out unless --images_per_place is lower"
         lines.append(f"{small} places have fewer than {IMAGES_PER_PLACE} photos: {advice}")
     lines += [f"dropped: {count}, {reason}" for reason, count in _lost(collection, uses).items()]
-    if collection.copies:  # an easy pair within a place, or the answer to its copy
-        copy, original = next(iter(collection.copies.items()))
-        count = f"{len(collection.copies)} photos are copies of others, byte for byte"
-        lines.append(f"{count}, e.g. {copy} of {original}: kept, but they teach nothing, and a query finds its copy")
     return lines

@@ -1,16 +1,16 @@
 """Your photos, with positions and more from file names, EXIF data or a csv."""
 
 import csv
-import hashlib
 import io
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -23,28 +23,24 @@ from utils.system.signals import mapped
 
 from ..photos.exif import gps_position, opened, orientation
 from ..photos.listing import PHOTO_SUFFIXES, identity, scan
-from ..photos.positions import like_degrees
+from ..photos.positions import known, like_degrees, named_positions, several_zones
 from ..photos.transforms import read_reduced
-from .utm import to_utm, zone_of
+from .utm import to_utm
 
 SPLITS = ("train", "val", "test")
 LARGEST = 2e7  # metres; no map reaches farther
 METRES, DEGREES, LABELS = "metres", "degrees", "labels"
-TIMES = ("%Y:%m:%d %H:%M:%S", "%Y%m%d_%H%M%S", "%Y-%m")
-DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 14: "%Y%m%d%H%M%S"}  # by length, since strptime takes one-digit months
-PAIRS = {METRES: ("east", "north"), DEGREES: ("lat", "lon")}  # columns of a csv
-COLUMNS = {"path", "label", "heading", "time"}.union(*PAIRS.values())
+COLUMNS = {METRES: ("east", "north"), DEGREES: ("lat", "lon"), LABELS: ("label",)}  # of a csv, by what it gives
 WANTED = "a csv starts with the columns path, and east,north or lat,lon or label; heading, time and label may follow"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class Photo:
     """A photo, and what its source says of it."""
 
     path: str
     position: tuple[float, float] = (np.nan, np.nan)  # east and north, or latitude and longitude: as in its source
-    degrees: tuple[float, float] = (np.nan, np.nan)  # latitude and longitude
-    zone: tuple[int, bool] | None = None  # UTM zone, and whether it is north of the equator
+    degrees: tuple[float, float] = (np.nan, np.nan)  # latitude and longitude, of -180 to 180 once collected
     heading: float = np.nan  # degrees from north, clockwise
     time: datetime | None = None
     label: str | None = None  # of its place; None if positions define places
@@ -60,17 +56,16 @@ class Collection:
     kind: str  # how positions were given: METRES, DEGREES or LABELS
     dropped: dict[str, list[str]]  # paths by reason
     notes: list[str]  # lines about anything else to know
-    copies: dict[str, str]  # of photos that equal another byte for byte, and the path of that one
 
 
 def parse_time(text: str) -> datetime:
     """Parses a time of EXIF data, ISO 8601, dataset file names (201405), or (milli-, micro-, nano-)seconds since 1970;
     the result is in UTC, or without a zone if the text has none."""
-    for form in [DIGITS[len(text)]] if text.isdecimal() and len(text) in DIGITS else TIMES:
-        with suppress(ValueError):
-            return datetime.strptime(text, form)
+    if month := re.fullmatch(r"(\d{4})(?:-?(\d\d))?", text):
+        return datetime(int(month[1]), int(month[2] or 1), 1)
+    iso = re.sub(r"^(\d{4}):(\d\d):(\d\d)", r"\1-\2-\3", re.sub(r"^(\d{8})(\d{6})$", r"\1T\2", text))
     with suppress(ValueError):
-        time = datetime.fromisoformat(re.sub(r"^(\d{4}):(\d\d):(\d\d)", r"\1-\2-\3", text))
+        time = datetime.fromisoformat(iso)
         return time if time.tzinfo is None else time.astimezone(UTC)
     seconds = int(text) / 10 ** (len(text) - 10) if text.isdecimal() and len(text) in (13, 16, 19) else float(text)
     if not 10**8 <= seconds < 2**33:  # a smaller number is something else
@@ -78,43 +73,20 @@ def parse_time(text: str) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-def _to_180(longitude: float) -> float:
-    """A longitude of 0 to 360 as one of -180 to 180."""
-    return longitude - 360 if 180 < longitude <= 360 else longitude
-
-
-def from_name(path: str) -> Photo:
-    """A photo by its name, @east@north@zone@letter@lat@lon@...; ValueError if that has no position."""
-    fields = os.path.basename(path).split("@")
-    _, east, north, *_ = fields
-    photo = Photo(path=path, position=(float(east), float(north)))
-    with suppress(ValueError, IndexError):
-        photo = replace(photo, zone=(int(fields[3]), fields[4].upper() >= "N"))
-    with suppress(ValueError, IndexError):
-        photo = replace(photo, degrees=(float(fields[5]), _to_180(float(fields[6]))))
-    with suppress(ValueError, IndexError):
-        photo = replace(photo, heading=float(fields[9]))
-    with suppress(ValueError, IndexError):
-        photo = replace(photo, time=parse_time(fields[13]))
-    return photo
-
-
-def from_exif(path: str) -> Photo:
-    """A photo with what its EXIF data has of position, heading and time."""
-    position = gps_position(path)
-    photo = Photo(path=path, position=position, degrees=position)
-    with opened(path) as image:
+def read_exif(photo: Photo) -> None:
+    """Fills in what a photo's EXIF data has of position, heading and time."""
+    photo.position = photo.degrees = gps_position(photo.path)
+    with opened(photo.path) as image:
         with suppress(Exception):  # Pillow's errors on tags that are not as the standard says
-            gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
-            photo = replace(photo, heading=float(gps[ExifTags.GPS.GPSImgDirection]))
+            photo.heading = float(image.getexif().get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSImgDirection])
         with suppress(Exception):
             taken = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal]
-            photo = replace(photo, time=parse_time(str(taken).strip("\0 ")))
-    return photo
+            photo.time = parse_time(str(taken).strip("\0 "))
 
 
 def read_folder(folder: Path, notes: list[str]) -> tuple[str, list[Photo]]:
-    """The photos below a folder, with positions from their names; if these have none, EXIF data are read later.
+    """The photos below a folder, with what their names say, @east@north@zone@letter@lat@lon@...; if these have no
+    position, EXIF data are read later.
 
     In an evaluation dataset with a train split, only that counts: the others are for evaluation.
     """
@@ -129,22 +101,26 @@ def read_folder(folder: Path, notes: list[str]) -> tuple[str, list[Photo]]:
         notes.append(f"{folder}: left out {listing.left_out}; convert other formats (HEIC) to JPEG")
     if not listing.paths:
         raise ValueError(f"no photo in {folder}; put photos there, other formats (HEIC) converted to JPEG")
-    named: dict[str, Photo] = {}
-    for path in listing.paths:
-        with suppress(ValueError):
-            named[path] = from_name(path)
-    if not named:
-        return DEGREES, [Photo(path=path) for path in listing.paths]
-    if unnamed := [path for path in listing.paths if path not in named]:
+    named, photos = named_positions(listing.paths), [Photo(path) for path in listing.paths]
+    if not known(named).any():
+        return DEGREES, photos
+    if unnamed := list(compress(listing.paths, ~known(named))):
         raise ValueError(
-            f"{folder}: only {len(named)} of {len(listing.paths)} names have UTM coordinates (@<east>@<north>@...), "
-            f"unlike e.g. {unnamed[0]}; convert the two kinds separately, or list all in a csv"
+            f"{folder}: only {len(named) - len(unnamed)} of {len(named)} names have UTM coordinates "
+            f"(@<east>@<north>@...), unlike e.g. {unnamed[0]}; convert the two kinds separately, or list all in a csv"
         )
-    return METRES, [*named.values()]
+    for photo, position, degrees in zip(photos, named, named_positions(listing.paths, field=5), strict=True):
+        photo.position, photo.degrees = (position[0], position[1]), (degrees[0], degrees[1])
+        fields = os.path.basename(photo.path).split("@")
+        with suppress(ValueError, IndexError):
+            photo.heading = float(fields[9])
+        with suppress(ValueError, IndexError):
+            photo.time = parse_time(fields[13])
+    return METRES, photos
 
 
 def read_csv(path: Path, notes: list[str]) -> tuple[str, list[Photo]]:
-    """The photos that a csv names, each once; paths are relative to the csv's folder unless absolute."""
+    """The photos that a csv names; paths are relative to the csv's folder unless absolute."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
@@ -153,55 +129,39 @@ def read_csv(path: Path, notes: list[str]) -> tuple[str, list[Photo]]:
     if len(rows) < 2:
         raise ValueError(f"{path} has no row; {WANTED}")
     header = [name.lower() for name in rows[0][1]]
-    pairs = [kind for kind, pair in PAIRS.items() if {*pair} <= {*header}]
-    if len(pairs) > 1 or len(set(header)) < len(header):
-        wrong = "both east,north and lat,lon" if len(pairs) > 1 else "a column appears twice"
-        raise ValueError(f"{path}, line 1: {wrong}; keep only the columns to use")
-    if "path" not in header or (not pairs and "label" not in header):
+    kinds = [kind for kind, columns in COLUMNS.items() if {"path", *columns} <= {*header}]
+    if not kinds:
         raise ValueError(f"{path}, line 1: {','.join(header)[:80]!r}: {WANTED}, separated by commas")
-    kind = pairs[0] if pairs else LABELS
-    if ignored := [name for name in header if name not in COLUMNS]:
+    if kinds[:2] == [METRES, DEGREES] or len(set(header)) < len(header):
+        raise ValueError(f"{path}, line 1: both east,north and lat,lon, or a column twice; keep the columns to use")
+    if ignored := [name for name in header if name not in {"path", "heading", "time"}.union(*COLUMNS.values())]:
         notes.append(f"{path}: columns ignored: {', '.join(ignored)}")
-    photos: list[Photo] = []
-    lines: dict[str, int] = {}
+    kind, photos = kinds[0], []
+    pair = () if kind == LABELS else COLUMNS[kind]
     for line, row in rows[1:]:
         where = f"{path}, line {line}"
         if len(row) != len(header):
             raise ValueError(f"{where}: {len(row)} fields for {len(header)} columns; quote fields that hold a comma")
         cells = dict(zip(header, row, strict=True))
-        if not cells["path"]:
-            raise ValueError(f"{where}: no path; name the photo or remove the row")
-        cells["path"] = os.path.join(path.parent, cells["path"])
-        first = lines.setdefault(os.path.realpath(cells["path"]), line)
-        if first != line:
-            raise ValueError(f"{where}: {cells['path']} is already in line {first}; name each photo once")
-        photos.append(_from_cells(cells, kind, where))
-    return kind, photos
-
-
-def _from_cells(cells: dict[str, str], kind: str, where: str) -> Photo:
-    def number(name: str) -> float:
-        try:
-            if "_" in cells[name]:  # float() takes 1_0 too
-                raise ValueError(cells[name])
-            return float(cells[name]) if cells[name] else np.nan
-        except ValueError as error:
-            raise ValueError(f"{where}: {name} {cells[name]!r} is not a number; correct or empty it") from error
-
-    photo = Photo(path=cells["path"], label=cells.get("label"))
-    if kind != LABELS:
-        a, b = map(number, PAIRS[kind])
-        photo = replace(photo, position=(a, b), degrees=(a, _to_180(b)) if kind == DEGREES else photo.degrees)
-    if cells.get("heading"):
-        photo = replace(photo, heading=number("heading"))
+        values = {}
+        for name in ("heading", *pair):
+            try:
+                values[name] = float(cells.get(name) or np.nan)
+            except ValueError as error:
+                raise ValueError(f"{where}: {name} {cells[name]!r} is not a number; correct or empty it") from error
+        photo = Photo(os.path.join(path.parent, cells["path"]), heading=values["heading"], label=cells.get("label"))
+        if pair:
+            photo.position = values[pair[0]], values[pair[1]]
+        if kind == DEGREES:
+            photo.degrees = photo.position
         if abs(photo.heading) > 360:
             raise ValueError(f"{where}: heading {cells['heading']} is out of range; give degrees from north, 0 to 360")
-    if cells.get("time"):
         try:
-            photo = replace(photo, time=parse_time(cells["time"]))
+            photo.time = parse_time(cells["time"]) if cells.get("time") else None
         except (ValueError, OverflowError) as error:
             raise ValueError(f"{where}: time {cells['time']!r} is not understood; write 2024-05-31T12:00:00") from error
-    return photo
+        photos.append(photo)
+    return kind, photos
 
 
 def collect(sources: Sequence[Path], notes: list[str]) -> Collection:
@@ -212,11 +172,11 @@ def collect(sources: Sequence[Path], notes: list[str]) -> Collection:
     dropped: dict[str, list[str]] = defaultdict(list)
     kinds: dict[str, Path] = {}
     photos: dict[object, Photo] = {}
-    by_exif: set[str] = set()
+    in_folders: list[str] = []
     for source in sources:
         if source.is_dir():
             kind, listed = read_folder(source, notes)
-            by_exif |= {photo.path for photo in listed} if kind == DEGREES else set()
+            in_folders += [photo.path for photo in listed]
         elif source.suffix.lower() == ".csv" and source.is_file():
             kind, listed = read_csv(source, notes)
         else:
@@ -228,52 +188,45 @@ def collect(sources: Sequence[Path], notes: list[str]) -> Collection:
     if len(kinds) > 1:
         given = ", ".join(f"{source} has {kind}" for kind, source in kinds.items())
         raise ValueError(f"{given}, which cannot be combined; convert them one at a time")
-    (kind,) = kinds
-    zones = Counter(
-        "unknown" if photo.zone is None else f"{photo.zone[0]} {'north' if photo.zone[1] else 'south'}"
-        for photo in photos.values()
-    )
-    if len(zones) > 1:
-        counts = ", ".join(f"{zone}: {count} photos" for zone, count in sorted(zones.items()))
-        raise ValueError(f"names are in several UTM zones ({counts}), which are not on one map; convert each apart")
+    if kind == METRES and (zones := several_zones(in_folders)):
+        raise ValueError(f"names state {zones}, which are not on one map; convert each apart")
+    by_exif = set(in_folders) if kind == DEGREES else set()
 
-    def look(photo: Photo) -> tuple[Photo, bytes] | str:
-        """The photo with what its file says, and a digest of its bytes; or why it cannot be used."""
+    def why_dropped(photo: Photo) -> str | None:
+        """Why a photo cannot be used, or None, with what its file says filled in."""
         if not os.path.isfile(photo.path):  # reading a pipe would block
             return "a link to a file that is not there" if os.path.islink(photo.path) else "there is no such file"
-        exif = photo.path in by_exif
         try:
             read_reduced(photo.path, 64)
-            photo = replace(from_exif(photo.path) if exif else photo, turn=orientation(photo.path))
-            with open(photo.path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").digest()
+            if photo.path in by_exif:
+                read_exif(photo)
+            photo.turn = orientation(photo.path)
         except Exception:  # decoders fail on damaged files in many ways
             return "cannot be read"
         if photo.label == "":
             return "no label"
         if kind != LABELS and (np.isnan(photo.position).any() or (kind == DEGREES and photo.position == (0.0, 0.0))):
-            return "no GPS position in EXIF data" if exif else "no position"
-        return photo, content
+            return "no GPS position in EXIF data" if photo.path in by_exif else "no position"
+        return None
 
     kept = []
-    first: dict[bytes, str] = {}
-    copies: dict[str, str] = {}
-    with mapped(ThreadPoolExecutor(os.cpu_count()), look, list(photos.values())) as looked:
-        for photo, result in zip(photos.values(), tqdm(looked, total=len(photos), unit="photo"), strict=True):
-            if isinstance(result, str):
-                dropped[result].append(photo.path)
+    with mapped(ThreadPoolExecutor(os.cpu_count()), why_dropped, list(photos.values())) as reasons:
+        for photo, reason in zip(photos.values(), tqdm(reasons, total=len(photos), unit="photo"), strict=True):
+            if reason:
+                dropped[reason].append(photo.path)
             else:
-                kept.append(result[0])
-                if (original := first.setdefault(result[1], photo.path)) != photo.path:
-                    copies[photo.path] = original
+                kept.append(photo)
     if not kept:
-        reasons = ", ".join(f"{len(paths)} {reason}" for reason, paths in dropped.items())
-        raise ValueError(f"no photo of {len(photos)} can be used ({reasons}); repair them, or give positions in a csv")
+        counts = ", ".join(f"{len(paths)} {reason}" for reason, paths in dropped.items())
+        raise ValueError(f"no photo of {len(photos)} can be used ({counts}); repair them, or give positions in a csv")
     times = [photo.time for photo in kept if photo.time]
     if 0 < (zoned := sum(time.tzinfo is not None for time in times)) < len(times):
         notes.append(f"{zoned} of {len(times)} times have a zone, the others none: they are taken for UTC")
-    kept = [replace(photo, time=photo.time and photo.time.replace(tzinfo=None)) for photo in kept]
-    return Collection(kept, _metres(kept, kind), kind, dict(dropped), notes, copies)
+    for photo in kept:
+        photo.time = photo.time and photo.time.replace(tzinfo=None)
+        latitude, longitude = photo.degrees
+        photo.degrees = latitude, longitude - 360 if 180 < longitude <= 360 else longitude
+    return Collection(kept, _metres(kept, kind), kind, dict(dropped), notes)
 
 
 def _metres(photos: Sequence[Photo], kind: str) -> NDArray[np.float64]:
@@ -291,7 +244,7 @@ def _metres(photos: Sequence[Photo], kind: str) -> NDArray[np.float64]:
             where = at(int(outside.argmax()))
             raise ValueError(f"lat,lon {where} is out of range; give lat,lon in this order, metres as east,north")
         try:
-            return to_utm(positions, *zone_of(positions))
+            return to_utm(positions)
         except ValueError as error:
             farthest = int(np.abs(positions - np.median(positions, axis=0)).max(axis=1).argmax())
             raise ValueError(f"{error}; farthest from the others is {photos[farthest].path}") from error
@@ -301,6 +254,4 @@ def _metres(photos: Sequence[Photo], kind: str) -> NDArray[np.float64]:
     if like_degrees(positions):
         remedy = "give a csv with columns lat,lon, or add 1000 to metres on a map as small as that"
         raise ValueError(f"positions look like degrees, e.g. {at(0)}, but metres are expected; {remedy}")
-    if (positions[:, 0] > 1e6).all() and ((positions[:, 1] >= 1e5) & (positions[:, 1] <= 9e5)).all():
-        raise ValueError(f"positions look swapped, e.g. {at(0)}: UTM east lies between 100,000 and 900,000; swap them")
     return positions

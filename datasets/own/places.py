@@ -1,23 +1,11 @@
 """Places from photo positions: which photos form one, which places can be kept together, and what to hold out."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import KDTree
-
-from .photos import Photo
-
-
-def extents(metres: NDArray[np.float64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How far each of G groups of N positions reaches along each axis, G x 2."""
-    low, high = (np.full((int(groups.max()) + 1, 2), value) for value in (np.inf, -np.inf))
-    np.minimum.at(low, groups, metres)
-    np.maximum.at(high, groups, metres)
-    return high - low
 
 
 def chains(metres: NDArray[np.float64], reach: float) -> NDArray[np.int64]:
@@ -49,18 +37,20 @@ def chains(metres: NDArray[np.float64], reach: float) -> NDArray[np.int64]:
 def cells_of(metres: NDArray[np.float64], cell: float) -> NDArray[np.int64]:
     """The cell of each of N positions, N: a group that fits within `cell` metres, else a square of a grid."""
     together = chains(metres, cell / 2)
-    along_a_street = np.any(extents(metres, together) > cell, axis=1)[together]
+    low, high = (np.full((int(together.max()) + 1, 2), value) for value in (np.inf, -np.inf))
+    np.minimum.at(low, together, metres)
+    np.maximum.at(high, together, metres)
+    along_a_street = np.any(high - low > cell, axis=1)[together]
     squares = np.floor(metres / cell).astype(np.int64)
     keys = np.where(along_a_street[:, None], np.column_stack((np.full(len(metres), -1), squares)), 0)
     keys[~along_a_street, 0] = together[~along_a_street]
     return np.unique(keys, axis=0, return_inverse=True)[1].ravel()
 
 
-def heading_bins(photos: Sequence[Photo], bins: int) -> NDArray[np.int64]:
-    """Which of `bins` directions each photo faces, the first around north; -1 if its heading is unknown."""
-    headings = np.array([photo.heading for photo in photos])
+def heading_bins(headings: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
+    """Which of `bins` directions each of N headings faces, the first around north; -1 if it is unknown and counts."""
     directions = np.floor((headings + 180 / bins) % 360 / (360 / bins))
-    return np.nan_to_num(directions, nan=-1).astype(np.int64) if bins > 1 else np.zeros(len(photos), dtype=np.int64)
+    return np.nan_to_num(directions, nan=-1 if bins > 1 else 0).astype(np.int64)
 
 
 def apart(
@@ -88,12 +78,6 @@ def apart(
         overlap = np.minimum(turned, bins - turned) <= 1
         gone |= {*places[near[overlap]].tolist()} - {int(unique[place])}
     return ~np.isin(places, list(gone))
-
-
-def in_area(positions: NDArray[np.float64], corners: Sequence[float]) -> NDArray[np.bool_]:
-    """Which of N x 2 positions lie between two corners, given as four numbers."""
-    low, high = np.sort(np.reshape(corners, (2, 2)), axis=0)
-    return np.asarray(((positions >= low) & (positions <= high)).all(axis=1))
 
 
 def connected_share(

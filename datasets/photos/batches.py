@@ -18,45 +18,6 @@ from .transforms import Transform, prepare, read_noted, transform_sizes
 logger = logging.getLogger(__name__)
 
 
-class ImageList:
-    """The images at the given paths, in that order, each transformed; bytes 3 x H x W without a transform.
-
-    With `upright`, they are turned as their EXIF data says; `change` as in `image_batches`.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        transform: Transform | None = None,
-        *,
-        upright: bool = False,
-        change: Callable[[Tensor, str], Tensor] | None = None,
-    ):
-        self.paths = paths
-        self.transform = transform
-        self.upright = upright
-        self.change = change
-        self.deep = [False] * len(paths)  # those read so far that have more than 8 bits per channel
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        pixels, self.deep[index] = read_noted(self.paths[index], upright=self.upright)
-        if self.change is not None:
-            pixels = self.change(pixels, self.paths[index])
-        return pixels if self.transform is None else prepare(pixels, self.transform)
-
-    def log_deep(self, name: str) -> None:
-        """Logs, after `name`, how many images have more than 8 bits per channel."""
-        if deep := [path for path, is_deep in zip(self.paths, self.deep, strict=True) if is_deep]:
-            count = f"{len(deep)} image{'s' if len(deep) > 1 else ''}"
-            advice = "python -m datasets.check names each"
-            logger.warning(
-                "%s: %s read by the upper 8 of more bits per channel, e.g. %s; %s", name, count, deep[0], advice
-            )
-
-
 def image_batches(
     paths: Sequence[str],
     *,
@@ -88,7 +49,13 @@ def image_batches(
         ValueError: an image cannot be read; the message names the first such file in order.
     """
     on_device = device.type != "cpu" and not upright
-    images = ImageList(paths, None if on_device else transform, upright=upright, change=change)
+    deep = [False] * len(paths)  # those read so far that have more than 8 bits per channel
+
+    def read(index: int) -> Tensor:
+        pixels, deep[index] = read_noted(paths[index], upright=upright)
+        if change is not None:
+            pixels = change(pixels, paths[index])
+        return pixels if on_device else prepare(pixels, transform)
 
     def pack(items: list[Tensor]) -> Sequence[Any]:
         if on_device:
@@ -97,14 +64,17 @@ def image_batches(
         return [batch.pin_memory() if device.type == "cuda" else batch]
 
     keys = [range(start, min(start + batch_size, len(paths))) for start in range(0, len(paths), batch_size)]
-    read = read_batches(images.__getitem__, pack, keys, threads=num_workers)
+    batches = read_batches(read, pack, keys, threads=num_workers)
     with (
-        closing(read),
+        closing(batches),
         tqdm(total=len(paths), desc=progress, unit="image", disable=not (paths and distributed.is_main())) as bar,
     ):
-        for batch in to_device(read, device):
+        for batch in to_device(batches, device):
             stop()
             batch_images = transform_sizes(transform, unpacked(*batch)) if on_device else batch[0]
             yield batch_images
             bar.update(len(batch_images))
-    images.log_deep(progress)
+    if any(deep):
+        count = f"{sum(deep)} image{'s' if sum(deep) > 1 else ''}"
+        wording = "%s: %s read by the upper 8 of more bits per channel, e.g. %s; python -m datasets.check names each"
+        logger.warning(wording, progress, count, paths[deep.index(True)])

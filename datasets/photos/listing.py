@@ -1,17 +1,13 @@
-"""Finds the images below a folder, photos that appear twice, and photos that cannot be read."""
+"""Finds the images below a folder, and photos that appear twice."""
 
 import logging
 import os
 import stat
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-
-from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -78,34 +74,29 @@ def scan(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Listing:
     paths: list[str] = []
     others: Counter[str] = Counter()
     links: list[str] = []
-    waiting, visited = [os.fspath(folder)], set()
+    waiting, visited = deque([os.fspath(folder)]), set()  # first the folders below the last one, then links
     root, endings = os.path.realpath(folder), tuple(suffixes)
     while waiting:
-        top = waiting.pop(0)
-        real = os.path.realpath(top)
+        parent = waiting.popleft()
+        real = os.path.realpath(parent)
         if real in visited or root.startswith(os.path.join(real, "")):
-            links.append(top)
+            if os.path.islink(parent):  # not a folder below a link to what contains a visited one
+                links.append(parent)
             continue
-        below = [top]
-        while below:
-            parent = below.pop()
-            visited.add(os.path.realpath(parent))
-            with os.scandir(parent) as entries:
-                shown = [entry for entry in entries if not entry.name.startswith(".")]
-            folders = []
-            for entry in sorted(shown, key=attrgetter("name")):
-                if stat.S_ISDIR(mode := _mode(entry)):
-                    if entry.is_symlink():
-                        waiting.append(entry.path)
-                    elif os.path.realpath(entry.path) not in visited:  # a link may lead to what contains a visited one
-                        folders.append(entry.path)
-                elif not stat.S_ISREG(mode):
-                    others[SPECIAL] += 1
-                elif entry.name.lower().endswith(endings):
-                    paths.append(entry.path)
-                else:
-                    others[os.path.splitext(entry.name)[1].lower()] += 1
-            below += folders[::-1]
+        visited.add(real)
+        with os.scandir(parent) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+        folders: list[str] = []
+        for entry in sorted(shown, key=attrgetter("name")):
+            if stat.S_ISDIR(mode := _mode(entry)):
+                (waiting if entry.is_symlink() else folders).append(entry.path)
+            elif not stat.S_ISREG(mode):
+                others[SPECIAL] += 1
+            elif entry.name.lower().endswith(endings):
+                paths.append(entry.path)
+            else:
+                others[os.path.splitext(entry.name)[1].lower()] += 1
+        waiting.extendleft(reversed(folders))
     return Listing(sorted(paths), others, links)
 
 
@@ -138,13 +129,9 @@ def first_missing(folder: Path) -> str:
     missing = folder.absolute()
     while not missing.parent.is_dir():
         missing = missing.parent
-    if missing.exists():
-        return f"{missing} is a file"
-    with suppress(OSError):
-        names = sorted(entry.name for entry in os.scandir(missing.parent) if entry.is_dir() and entry.name[0] != ".")
-        others = f", only {', '.join(names[:5])}{', ...' * (len(names) > 5)}" * bool(names)
-        return f"{missing.parent} has no {missing.name}{others}"
-    return f"{missing.parent} cannot be read"
+    names = sorted(entry.name for entry in os.scandir(missing.parent) if entry.is_dir() and entry.name[0] != ".")
+    others = f", only {', '.join(names[:5])}{', ...' * (len(names) > 5)}" * bool(names)
+    return f"{missing.parent} has no folder {missing.name}{others}"
 
 
 def identity(path: str) -> tuple[int, int] | str:
@@ -154,18 +141,3 @@ def identity(path: str) -> tuple[int, int] | str:
     except OSError:
         return os.path.realpath(path)
     return status.st_dev, status.st_ino
-
-
-def unreadable(paths: Sequence[str], read: Callable[[str], object], progress: str) -> dict[str, str]:
-    """The photos that `read` refuses with a ValueError, and why; under a progress bar of the given name."""
-
-    def reason(path: str) -> str | None:
-        try:
-            read(path)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = tqdm(pool.map(reason, paths), total=len(paths), desc=progress, unit="image")
-        return {path: why for path, why in zip(paths, reasons, strict=True) if why is not None}

@@ -79,8 +79,8 @@ def photo_positions(
     by_exif = sum(int(known(positions).sum()) for positions in gps)
     taken = gps if by_exif > by_name else named
     if not all(known(positions).any() for positions in taken):
-        of_names = named_degrees(database), named_degrees(queries)
-        degrees = [np.where(known(a)[:, None], a, b) for a, b in zip(gps, of_names, strict=True)]
+        from_names = named_degrees(database), named_degrees(queries)
+        degrees = [np.where(known(a)[:, None], a, b) for a, b in zip(gps, from_names, strict=True)]
         if all(known(positions).any() for positions in degrees):
             logger.warning("some photos have positions in their names, others in EXIF data: all are taken in degrees")
             return degrees[0], degrees[1], True

@@ -72,11 +72,9 @@ def _decoded(path: str) -> tuple[Tensor, bool]:
         try:
             # What torchvision.io calls, which adds a warning that it will move; as in the file, and not turned.
             pixels = torch.ops.image.decode_jpeg(torch.ops.image.read_file(path), 0, False)
-            if len(pixels) == 3:
-                return pixels, False
-            if len(pixels) == 1:  # copied, since memory shared by channels cannot be pinned
-                return pixels.repeat(3, 1, 1), False
-            # Four channels are CMYK, which Pillow converts differently.
+            if len(pixels) < 4:  # else they are CMYK, which Pillow converts differently
+                # Grey is copied, since memory shared by channels cannot be pinned.
+                return (pixels if len(pixels) == 3 else pixels.repeat(3, 1, 1)), False
         except (RuntimeError, AttributeError):  # the latter where torchvision is built without JPEG
             pass  # Pillow reads it, or reports what is wrong
     image, how = open_noted(path)
@@ -112,22 +110,21 @@ def to_unit(pixels: Tensor) -> Tensor:
     return pixels.float().div_(255)
 
 
-def _resize(images: Tensor, size: Size, antialias: bool) -> Tensor:
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=antialias)
+_resize = partial(F.interpolate, mode="bilinear", align_corners=False)
 
 
 def shorter_side_to(images: Tensor, side: int, *, antialias: bool) -> Tensor:
     """Resizes B x 3 x H x W so that the shorter side has `side` pixels and the longer int(side * longer / shorter)."""
     height, width = images.shape[-2:]
     shorter = min(height, width)
-    return _resize(images, (side * height // shorter, side * width // shorter), antialias)
+    return _resize(images, (side * height // shorter, side * width // shorter), antialias=antialias)
 
 
 def hard_resize(pixels: Tensor, *, size: Size, antialias: bool) -> Tensor:
     """Both sides to `size`: bytes B x 3 x H x W to B x 3 x H' x W', normalised."""
     # Resized before normalising: both are linear, so the result is the same with far fewer pixels. But not before the
     # conversion to float: bytes would be rounded.
-    return normalize(_resize(to_unit(pixels), size, antialias), inplace=True)
+    return normalize(_resize(to_unit(pixels), size, antialias=antialias), inplace=True)
 
 
 def single_query(pixels: Tensor, *, size: Size, antialias: bool, patch_size: int = 14) -> Tensor:

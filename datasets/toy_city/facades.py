@@ -25,22 +25,23 @@ class House:
     def width(self) -> float:
         return self.right - self.left
 
+    def middles(self, parts: int | np.int64) -> np.ndarray:
+        """The middles of so many equal parts of the house, in metres along the street."""
+        return self.left + self.width * (np.arange(parts) + 0.5) / parts
+
 
 def draw_wall(house: House, top: float) -> None:
     """Draw the wall up to `top` metres, with bricks, panels, boards, a grid of stones or smooth plaster."""
-    strip, rng, dark = house.strip, house.rng, shade(house.wall, 0.8)
+    strip, rng = house.strip, house.rng
     strip.rect(house.left, 0, house.right, top, house.wall)
-    texture = rng.integers(5)
-    if texture in (1, 2, 3):
-        pitch = (0.25, 0.5, 1.0)[texture - 1]
-        for y in np.arange(pitch, top, pitch):
-            strip.rect(house.left, y, house.right, y + 0.06, dark)
-    if texture in (2, 3):
-        for x in np.arange(house.left, house.right, 1.2 if texture == 3 else 0.9):
-            strip.rect(x, 0, x + 0.06, top, dark)
-    if texture == 4:
-        for x in np.arange(house.left, house.right, 0.5):
-            strip.rect(x, 0, x + 0.12, top, shade(house.wall, 0.88))
+    # From row to row and from column to column in metres, 0 for none; the width of a line, and its shade.
+    rows, columns, width, tone = (
+        (0, 0, 0, 1), (0.25, 0, 0.06, 0.8), (0.5, 0.9, 0.06, 0.8), (1.0, 1.2, 0.06, 0.8), (0, 0.5, 0.12, 0.88)
+    )[rng.integers(5)]  # fmt: skip
+    for y in np.arange(rows, top, rows) if rows else ():
+        strip.rect(house.left, y, house.right, y + width, shade(house.wall, tone))
+    for x in np.arange(house.left, house.right, columns) if columns else ():
+        strip.rect(x, 0, x + width, top, shade(house.wall, tone))
 
 
 def draw_roof(house: House, top: float) -> None:
@@ -57,23 +58,20 @@ def draw_roof(house: House, top: float) -> None:
             for x in np.arange(left, right - 0.5, 1.2):
                 strip.rect(x, top + 0.5, x + 0.6, top + 1.1, house.trim)
     elif shape == 1:
-        strip.polygon([(left, top), (middle, top + rise * 1.2), (right, top)], house.wall)
-        strip.draw.line([strip.pixel(left, top), strip.pixel(middle, top + rise * 1.2), strip.pixel(right, top)],
-                        fill=house.trim, width=5)  # fmt: skip
+        gable = [(left, top), (middle, top + rise * 1.2), (right, top)]
+        strip.polygon(gable, house.wall)
+        strip.draw.line([strip.pixel(*point) for point in gable], fill=house.trim, width=5)
         strip.ellipse(middle - 0.45, top + 0.2, middle + 0.45, top + 1.1, GLASS)
     elif shape == 2:
         for step in range(3):
-            inset = house.width * (0.06 + 0.15 * step)
-            strip.rect(left + inset, top, right - inset, top + rise * (step + 1) / 3, house.wall)
-            strip.rect(left + inset, top + rise * (step + 1) / 3, right - inset, top + rise * (step + 1) / 3 + 0.15,
-                       house.trim)  # fmt: skip
+            inset, y = house.width * (0.06 + 0.15 * step), top + rise * (step + 1) / 3
+            strip.rect(left + inset, top, right - inset, y, house.wall)
+            strip.rect(left + inset, y, right - inset, y + 0.15, house.trim)
         strip.pane(middle - 0.4, top + 0.3, middle + 0.4, top + rise - 0.3)
-    elif shape == 3:
-        strip.polygon([(left, top), (left + 1.6, top + rise), (right - 1.6, top + rise), (right, top)], house.roof)
-    elif shape == 4:
-        strip.polygon([(left, top), (left + 0.5, top + rise), (right - 0.5, top + rise), (right, top)], house.roof)
-        dormers = int(rng.integers(1, 4))
-        for x in left + house.width * (np.arange(dormers) + 0.5) / dormers:
+    elif shape in (3, 4):
+        inset = 1.6 if shape == 3 else 0.5
+        strip.polygon([(left, top), (left + inset, top + rise), (right - inset, top + rise), (right, top)], house.roof)
+        for x in house.middles(rng.integers(1, 4)) if shape == 4 else ():
             strip.polygon([(x - 0.7, top + 1.4), (x, top + 2.0), (x + 0.7, top + 1.4)], house.trim)
             strip.rect(x - 0.6, top + 0.2, x + 0.6, top + 1.4, house.trim)
             strip.pane(x - 0.4, top + 0.3, x + 0.4, top + 1.3)
@@ -160,13 +158,12 @@ def draw_ground_floor(house: House, top: float) -> None:
         draw_shop(house, top)
     elif kind == 1:
         arches = max(1, round(house.width / rng.uniform(1.8, 2.8)))
-        for x in house.left + house.width * (np.arange(arches) + 0.5) / arches:
+        for x in house.middles(arches):
             half = house.width / arches * 0.36
             strip.ellipse(x - half, top - 0.7 - 2 * half, x + half, top - 0.5, (36, 34, 34))
             strip.rect(x - half, 0, x + half, top - 0.6 - half, (36, 34, 34))
     elif kind == 2:
-        doors = max(1, round(house.width / 3.4))
-        for x in house.left + house.width * (np.arange(doors) + 0.5) / doors:
+        for x in house.middles(max(1, round(house.width / 3.4))):
             strip.rect(x - 1.3, 0, x + 1.3, 2.5, house.accent)
             for y in np.arange(0.4, 2.5, 0.5):
                 strip.rect(x - 1.3, y, x + 1.3, y + 0.07, shade(house.accent, 0.7))
@@ -174,8 +171,7 @@ def draw_ground_floor(house: House, top: float) -> None:
         strip.rect(house.left, 0, house.right, rng.uniform(0.3, 0.9), shade(house.wall, 0.65))
         slots = max(2, int(house.width / 2.0))
         door = rng.integers(slots)
-        for slot in range(slots):
-            x = house.left + house.width * (slot + 0.5) / slots
+        for slot, x in enumerate(house.middles(slots)):
             if slot == door:
                 strip.rect(x - 0.75, 0, x + 0.75, 2.7, house.trim)
                 strip.rect(x - 0.5, 0.2, x + 0.5, 2.2, house.accent)
@@ -231,10 +227,10 @@ def draw_facades(rng: Generator, length: float) -> Strip:
     return strip
 
 
-def draw_people(rng: Generator, length: float, mean: float) -> Strip:
-    """Return a plane with a Poisson number of people, `mean` on average, each with feet on the pavement."""
+def draw_people(rng: Generator, length: float) -> Strip:
+    """Return a plane with a Poisson number of people, one on average, each with feet on the pavement."""
     plane = Strip(length, 2.4)
-    for _ in range(rng.poisson(mean)):
+    for _ in range(rng.poisson(1.0)):
         x, tall = rng.uniform(length * 0.3, length * 0.7), rng.uniform(1.5, 1.9)
         plane.rect(x - 0.17, 0, x + 0.17, tall * 0.5, shade(pick(rng, ACCENTS), 0.6))
         plane.rect(x - 0.25, tall * 0.45, x + 0.25, tall - 0.26, pick(rng, ACCENTS + WALLS))
@@ -242,10 +238,10 @@ def draw_people(rng: Generator, length: float, mean: float) -> Strip:
     return plane
 
 
-def draw_cars(rng: Generator, length: float, mean: float) -> Strip:
-    """Return a plane with a Poisson number of cars, `mean` on average, parked at the kerb."""
+def draw_cars(rng: Generator, length: float) -> Strip:
+    """Return a plane with a Poisson number of cars, one half on average, parked at the kerb."""
     plane = Strip(length, 2.4)
-    for _ in range(rng.poisson(mean)):
+    for _ in range(rng.poisson(0.5)):
         x, tall, paint = rng.uniform(length * 0.2, length * 0.7), rng.uniform(1.35, 1.6), pick(rng, ACCENTS + WALLS)
         plane.polygon([(x + 0.6, 0.85), (x + 1.2, tall), (x + 2.9, tall), (x + 3.6, 0.85)], paint)
         plane.polygon([(x + 0.85, 0.9), (x + 1.3, tall - 0.1), (x + 2.8, tall - 0.1), (x + 3.3, 0.9)], GLASS)

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_letters, digits
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,14 @@ from tqdm import tqdm
 from utils.system.signals import mapped, process_pool
 
 from .facades import draw_facades
-from .views import Camera, Difficulty, draw_camera, render_view
+from .views import Camera, draw_camera, render_view
 
 Row = dict[str, Any]
 
-STRIP_MARGIN = 20.0
+# As GSV-Cities derives it from a row.
+IMAGE_NAME = "{city_id}_{place_id:07d}_{year:04d}_{month:02d}_{northdeg:03d}_{lat}_{lon}_{panoid}.jpg"
+
+STRIP_MARGIN = 20.0  # metres of facades beyond the outermost places
 
 # The reference points (latitude, longitude) of the training cities: their names are GSV-Cities', their streets are not.
 CITIES = {"London": (51.5, -0.12), "Boston": (42.36, -71.06), "Madrid": (40.42, -3.7), "Chicago": (41.88, -87.63)}
@@ -46,11 +50,6 @@ class Street:
     folder: Path  # where the images of the group go
     seed: int
     size: tuple[int, int]
-    difficulty: Difficulty
-
-    @property
-    def training(self) -> bool:
-        return self.group in CITIES
 
 
 def training_row(street: Street, place: int, camera: Camera, rng: Generator) -> Row:
@@ -69,14 +68,9 @@ def training_row(street: Street, place: int, camera: Camera, rng: Generator) -> 
     }
 
 
-def training_name(row: Row) -> str:
-    """The image file name that GSV-Cities derives from a dataframe row."""
-    return "{city_id}_{place_id:07d}_{year:04d}_{month:02d}_{northdeg:03d}_{lat}_{lon}_{panoid}.jpg".format(**row)
-
-
 def panorama_name(rng: Generator) -> str:
     """Draw a 22-letter panorama name."""
-    return "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), 22))
+    return "".join(rng.choice(list(ascii_letters + digits), 22))
 
 
 def evaluation_name(easting: float, northing: float, camera: Camera, rng: Generator) -> str:
@@ -98,15 +92,16 @@ def render_street(street: Street) -> list[Row]:
     rows = []
     for place in range(street.places):
         for visit in range(street.visits):
-            camera = draw_camera(rng, STRIP_MARGIN + place * street.spacing, street.difficulty)
-            image = render_view(facades, camera, rng, street.difficulty, street.size)
-            if street.training:
+            camera = draw_camera(rng, STRIP_MARGIN + place * street.spacing)
+            image = render_view(facades, camera, rng, street.size)
+            if street.group in CITIES:
                 rows.append(training_row(street, place, camera, rng))
-                path = street.folder / training_name(rows[-1])
+                path = street.folder / IMAGE_NAME.format(**rows[-1])
             else:
                 block = FIRST_EASTING + street.index * (length + STREET_GAP)
                 name = evaluation_name(block + camera.x, SPLIT_NORTHING[street.group] - camera.distance, camera, rng)
                 path = street.folder / ("database" if visit == 0 else "queries") / name
+            path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path, quality=int(rng.integers(55, 93)))
     return rows
 
@@ -124,7 +119,6 @@ def write_toy_city(
     cluster_streets: int = 12,
     spots: int = 10,
     size: tuple[int, int] = (160, 120),
-    difficulty: Difficulty | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = False,
@@ -138,25 +132,19 @@ def write_toy_city(
         places: places per training street, 25 metres apart.
         cluster_streets: streets of the train split, which only serves to initialise the cluster centres.
         spots: places along an evaluation street, 10 metres apart, with one database image and one query each.
-        size: width and height of the images in pixels.
 
     Returns:
         The two folders written.
 
     Raises:
-        FileExistsError: a folder exists, is not empty, and `overwrite` is False.
+        FileExistsError: a folder exists, and `overwrite` is False.
     """
     if min(train_streets, places, visits, test_streets, val_streets, cluster_streets, spots, *size) < 1:
         raise ValueError("all sizes must be at least 1")
-    if unknown := sorted(set(cities) - set(CITIES)):
-        raise ValueError(f"unknown cities {', '.join(unknown)}: choose from {', '.join(CITIES)}")
     targets = output / "gsv_cities", output / "toy_city"
-    for target in targets:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-            raise FileExistsError(f"{target} exists and is not empty: pass --overwrite to replace it")
-
+    if (existing := [target for target in targets if target.exists()]) and not overwrite:
+        raise FileExistsError(f"{existing[0]} exists: pass --overwrite to replace it")
     output.mkdir(parents=True, exist_ok=True)
-    difficulty = difficulty or Difficulty()
     # Everything is written beside its destination and renamed at the end, so a killed run leaves no half-written city.
     with tempfile.TemporaryDirectory(prefix=".toy_city_", dir=output) as name:
         gsv, trees = Path(name, "gsv_cities"), Path(name, "toy_city")
@@ -165,28 +153,19 @@ def write_toy_city(
         streets = []
         for city in cities:
             folder = gsv / "Images" / city
-            folder.mkdir(parents=True)
-            streets += [
-                Street(city, i, places, 25.0, visits, folder, seed, size, difficulty) for i in range(train_streets)
-            ]
+            streets += [Street(city, i, places, 25.0, visits, folder, seed, size) for i in range(train_streets)]
         for split, count in (("train", cluster_streets), ("val", val_streets), ("test", test_streets)):
             folder = trees / "images" / split
-            for kind in ("database", "queries"):
-                (folder / kind).mkdir(parents=True)
-            streets += [Street(split, i, spots, 10.0, 2, folder, seed, size, difficulty) for i in range(count)]
-
-        rows: dict[str, list[Row]] = {city: [] for city in cities}
+            streets += [Street(split, i, spots, 10.0, 2, folder, seed, size) for i in range(count)]
         with mapped(process_pool(workers), render_street, streets) as rendered:
-            done = tqdm(rendered, total=len(streets), unit="street", disable=not progress)
-            for street, street_rows in zip(streets, done, strict=True):
-                rows.setdefault(street.group, []).extend(street_rows)
+            rows = list(tqdm(rendered, total=len(streets), unit="street", disable=not progress))
         for city in cities:
+            city_rows = [row for street_rows in rows for row in street_rows if row["city_id"] == city]
             with open(gsv / "Dataframes" / f"{city}.csv", "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[city][0]), lineterminator="\n")
+                writer = csv.DictWriter(file, list(city_rows[0]), lineterminator="\n")
                 writer.writeheader()
-                writer.writerows(rows[city])
+                writer.writerows(city_rows)
         for source, target in zip((gsv, trees), targets, strict=True):
-            if target.exists():
-                shutil.rmtree(target)
+            shutil.rmtree(target, ignore_errors=True)
             source.rename(target)
     return targets

@@ -71,21 +71,17 @@ def select_cities(folders: Sequence[Path], cities: Sequence[str] | None = None) 
             where = ", ".join(f"{folder}/Dataframes" for folder in folders)
             raise FileNotFoundError(f"no table for cities {' '.join(absent)} in {where}; leave them out or add it")
         selected = [(folder, name) for city in cities for folder, name in selected if name == city]
-    else:
-        _warn_of_missing(selected)
+    # A folder with none of the 23 holds other data, as does the toy city's: nothing is missing there.
+    present = {city: folder for folder, city in selected if city in CITIES and not (folder / MADE).exists()}
+    missing = [city for city in CITIES if city not in present]
+    if present and missing and not cities:
+        where = " and ".join(dict.fromkeys(map(str, present.values())))
+        logger.warning("%d of the 23 cities of GSV-Cities are not in %s: %s", len(missing), where, " ".join(missing))
     for city, count in Counter(name for _, name in selected).items():
         if count > 1:
             where = " and ".join(str(folder) for folder, name in selected if name == city)
             logger.warning("%s is in %s: read as %d cities; a place in two of them counts twice", city, where, count)
     return selected
-
-
-def _warn_of_missing(selected: Sequence[tuple[Path, str]]) -> None:
-    # A folder with none of the 23 holds other data, as does the toy city's: nothing is missing there.
-    present = {city: folder for folder, city in selected if city in CITIES and not (folder / MADE).exists()}
-    if missing := [city for city in CITIES if city not in present] if present else []:
-        folders = " and ".join(dict.fromkeys(map(str, present.values())))
-        logger.warning("%d of the 23 cities of GSV-Cities are not in %s: %s", len(missing), folders, " ".join(missing))
 
 
 @cache  # a quarter of the time of reading a table
@@ -267,11 +263,9 @@ class PlaceBatches(Sampler[list[tuple[int, int]]]):
     def __init__(self, dataset: GSVCities, *, batch_size: int, place_order: str = "fixed"):
         if len(dataset) < 2:
             raise ValueError(f"{dataset}: training needs at least two places; add cities, or lower images_per_place")
-        if batch_size < (processes := distributed.world_size()):
-            raise ValueError(f"train_batch_size {batch_size} is too small for {processes} processes; use at least that")
-        if batch_size < 2:
-            negatives = "no negatives (the other places of a batch)"
-            raise ValueError(f"train_batch_size {batch_size} leaves the loss {negatives}; use 2 or more")
+        if batch_size < max(processes := distributed.world_size(), 2):
+            of = f"{processes} process{'es' * (processes > 1)}, each with a place, and for a loss that compares places"
+            raise ValueError(f"train_batch_size {batch_size} is too small for {of}; use {max(processes, 2)} or more")
         self.dataset = dataset
         self.batch_size = batch_size
         self.place_order = place_order

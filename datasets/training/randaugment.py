@@ -51,10 +51,15 @@ def applied(operation: str, image: Image.Image, level: float) -> Image.Image:
     return image
 
 
-class RandAugment:
-    """Applies `num_ops` random operations to images of `size` (height, width), drawn from torch's global generator."""
+class TrainingTransform:
+    """Pillow's bilinear resize to `size` (height, width) and `randaugment_ops` random operations: bytes, 3 x H x W.
 
-    def __init__(self, num_ops: int, size: tuple[int, int]):
+    Random numbers come from torch's global generator.
+    """
+
+    def __init__(self, size: tuple[int, int], randaugment_ops: int = 3):
+        self.size = size
+        self.randaugment_ops = randaugment_ops
         height, width = size
         # In torchvision's order: the operation, its level, and whether the level's sign is drawn.
         self.operations = [
@@ -73,25 +78,13 @@ class RandAugment:
             ("AutoContrast", 0.0, False),
             ("Equalize", 0.0, False),
         ]
-        self.num_ops = num_ops
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        for _ in range(self.num_ops):
-            operation, level, signed = self.operations[int(torch.randint(len(self.operations), ()))]
-            if signed and torch.rand(()) <= 0.5:
-                level = -level
-            image = applied(operation, image, level)
-        return image
-
-
-class TrainingTransform:
-    """Pillow's bilinear resize to `size` (height, width) and RandAugment: bytes, 3 x H x W."""
-
-    def __init__(self, size: tuple[int, int], randaugment_ops: int = 3):
-        self.size = size
-        self.augment = RandAugment(randaugment_ops, size)
 
     def __call__(self, image: Image.Image) -> Tensor:
         height, width = self.size
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return TF.pil_to_tensor(self.augment(image))
+        for _ in range(self.randaugment_ops):
+            operation, level, signed = self.operations[int(torch.randint(len(self.operations), ()))]
+            if signed and torch.rand(()) <= 0.5:
+                level = -level
+            image = applied(operation, image, level)
+        return TF.pil_to_tensor(image)

@@ -30,9 +30,7 @@ NEIGHBOURS = 8 * CLIQUE  # considered for a clique: some already belong to anoth
 
 
 def count_described(places: int, *, batch_size: int, images_per_place: int) -> int:
-    """The number of places to describe: whole batches, or none if all places share one."""
-    if places <= batch_size:
-        return 0
+    """The number of places to describe, in whole batches."""
     wanted = min(int(places * images_per_place * SHARE / IMAGES), MOST)
     return min(max(wanted, BATCHES * batch_size), places) // batch_size * batch_size
 
@@ -51,63 +49,39 @@ def cliques(neighbours: NDArray[np.int64], rng: Generator) -> list[list[int]]:
     return split
 
 
-def similar_order(
-    order: NDArray[np.int64],
-    *,
-    batch_size: int,
-    images_per_place: int,
-    rng: Generator,
-    nearest: Callable[[NDArray[np.int64], int], NDArray[np.int64]],
-) -> NDArray[np.int64]:
-    """An order for an epoch, with hard batches at random positions among those of the other places.
-
-    Args:
-        order: order of all places, which the other places keep.
-        batch_size: places per batch.
-        images_per_place: images per place in a batch.
-        rng: source of all random numbers.
-        nearest: the k nearest of S places to each of them, as numbers 0 to S - 1, S x k.
-    """
-    count = count_described(len(order), batch_size=batch_size, images_per_place=images_per_place)
-    if not count:
-        return order  # all places share a batch
-    described = rng.choice(len(order), size=count, replace=False)
-    hard = cliques(nearest(described, min(NEIGHBOURS, count)), rng)
-    batches = described[np.concatenate(hard)].reshape(-1, batch_size)
-    others = order[~np.isin(order, described)]
-    whole = len(others) // batch_size * batch_size
-    batches = np.concatenate((batches, others[:whole].reshape(-1, batch_size)))
-    return np.concatenate((batches[rng.permutation(len(batches))].ravel(), others[whole:]))
-
-
 def order_by_similarity(
     batches: PlaceBatches,
     describe: Callable[[Sequence[str]], NDArray[np.float32]],
     nearest: Callable[[NDArray[np.float32], int], NDArray[np.int64]],
 ) -> NDArray[np.int64]:
-    """The order of the current epoch of `batches`, see `similar_order`; it depends only on seed, epoch and weights.
+    """An order for the current epoch of `batches`, with hard batches at random positions among those of the other
+    places, which keep their order; it depends only on seed, epoch and weights.
 
     With several processes, each describes its share of the photos, and all get the order.
 
     Args:
-        batches: batches of the epoch.
+        batches: batches of the epoch, at least two.
         describe: turns paths of N photos into descriptors, N x D, `TOGETHER` photos at a time; N may be 0.
         nearest: the k nearest of S descriptors, S x D, which it may overwrite, to each of them by angle: S x k indices.
     """
     started = time.perf_counter()
-    places, epoch = batches.dataset, batches.epoch
-    rng = np.random.default_rng((places.seed, epoch, len(places)))
+    places, size, order = batches.dataset, batches.batch_size, batches.order(batches.epoch)
+    count = count_described(len(places), batch_size=size, images_per_place=places.images_per_place)
+    rng = np.random.default_rng((places.seed, batches.epoch, len(places)))
+    described = rng.choice(len(places), size=count, replace=False)
+    paths = [path for place in described for path in places.drawn_paths(place, IMAGES, rng)]
+    # Each process has whole batches of those that one process alone would read.
+    rows = distributed.gather_shares(len(paths), lambda share: describe(paths[share]), TOGETHER)
 
-    def nearest_places(described: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-        paths = [path for place in described for path in places.drawn_paths(place, IMAGES, rng)]
-        # Each process has whole batches of those that one process alone would read.
-        rows = distributed.gather_shares(len(paths), lambda share: describe(paths[share]), TOGETHER)
+    def neighbours() -> NDArray[np.int64]:
+        return nearest(rows.reshape(count, -1, rows.shape[1]).mean(axis=1), min(NEIGHBOURS, count))
 
-        return distributed.on_main(lambda: nearest(rows.reshape(len(described), -1, rows.shape[1]).mean(axis=1), k))
-
-    sizes = {"batch_size": batches.batch_size, "images_per_place": places.images_per_place}
-    order = similar_order(batches.order(epoch), **sizes, rng=rng, nearest=nearest_places)
-    described = f"{count_described(len(places), **sizes)} of {len(places)} places"
+    hard = described[np.concatenate(cliques(distributed.on_main(neighbours), rng))]
+    others = order[~np.isin(order, described)]
+    whole = len(others) // size * size
+    together = np.concatenate((hard, others[:whole])).reshape(-1, size)
+    order = np.concatenate((together[rng.permutation(len(together))].ravel(), others[whole:]))
     seconds = time.perf_counter() - started
-    logger.info("epoch %d: described %s in %.1f s; similar ones share a batch", epoch + 1, described, seconds)
+    wording = "epoch %d: described %d of %d places in %.1f s; similar ones share a batch"
+    logger.info(wording, batches.epoch + 1, count, len(places), seconds)
     return order

@@ -5,15 +5,13 @@ import logging
 import os
 import pickle
 import tracemalloc
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from datasets.evaluation.positives import counted, read_positives
-from datasets.evaluation.tree import DatabaseQueries
 
 DATABASE = [f"db/{n:02d}.jpg" for n in range(5)]
 QUERIES = [f"asked/{n:02d}.jpg" for n in range(3)]
@@ -172,10 +170,16 @@ def test_files_of_another_kind(read):
         read_positives(Path("none.npy"), DATABASE, QUERIES)
 
 
+class Harm:
+    def __reduce__(self):
+        return os.abort, ()
+
+
 @pytest.mark.parametrize(
     ("array", "values"),
     [
         (np.full((3, 2), -1), []),
+        (objects([Harm(), [1], [2]]), ["abort"]),
         (np.zeros((4, 1), dtype=int), ["(4, 1)", "3 queries"]),
         (np.zeros((3, 4), dtype=bool), ["(3, 4)", "5 database images"]),
         (np.array([3, 0, 4]), ["(3,)"]),
@@ -248,33 +252,14 @@ def test_a_pickle_runs_nothing_and_fills_no_memory(read, content):
         refused(read, [stated((3,), content)])
 
 
-def test_what_a_pickle_asks_for_is_not_done(read, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "harm"),)
-
-    refused(read, [objects([Evil(), [1], [2]])], "mkdir")
-    assert not (tmp_path / "harm").exists()
-
-
 def test_mutated_files_are_read_or_refused(read):
-    """Some of many more that were tried once."""
-    rng = np.random.default_rng(0)
-    text = "query,database\n" + "".join(f"{q:02d}.jpg,{d}\n" for q, row in enumerate(RIGHT) for d in row)
-    whole = [pickled(headed(RIGHT), 2), pickled(objects([np.array(row) for row in RIGHT]), 4), text.encode()]
-    for number in range(450):
-        content = bytearray(whole[number % 3])
-        for _ in range(rng.integers(1, 4)):
-            place, length = int(rng.integers(len(content))), int(rng.integers(1, 20))
-            part = content[place : place + length]
-            changes = (bytes([content[place] ^ 1 << int(rng.integers(8))]) + part[1:], b"", rng.bytes(length), 2 * part)
-            content[place : place + length] = changes[rng.integers(4)]
-        try:
-            found = read(bytes(content), "p.csv" if number % 3 == 2 else "p.npy")
-        except ValueError as error:
-            assert "\n" not in str(error) and "p." in str(error)
-        else:
-            assert len(found) == 3 and all(0 <= image < 5 for row in found for image in row)
+    """A bit of every third byte changed, and the rest cut off."""
+    for whole in (pickled(headed(RIGHT), 2), pickled(objects([np.array(row) for row in RIGHT]), 4)):
+        for place in range(0, len(whole), 3):
+            changed = bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]
+            for rest in (changed, b""):
+                with suppress(ValueError):
+                    assert all(0 <= image < 5 for row in read(whole[:place] + rest) for image in row)
 
 
 @pytest.mark.parametrize(
@@ -306,19 +291,3 @@ def test_each_side_is_counted_by_its_own_names(read, caplog):
     assert "counts each" not in caplog.text
     assert read("query,database\nplace10.jpg,10\n", database=numbers, queries=places)[2] == [2]
     assert "counts each database image by its name as a number" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("pairs", "positives"), [("0,2\n0,a/2.png\n", [[0], []]), ("1.png,a/1.png\n2.png,3\n", [[], [1]])]
-)
-def test_a_file_counts_photos_that_are_then_left_out_as_queries(tmp_path, caplog, pairs, positives):
-    (tmp_path / "known/a").mkdir(parents=True)
-    for shade, name in enumerate(("a/1.png", "a/2.png", "b.png", "c.png")):
-        Image.new("L", (8, 8), 60 * shade).save(tmp_path / "known" / name)
-    (tmp_path / "p.csv").write_text(f"query,database\n{pairs}")
-    folders = tmp_path / "known", tmp_path / "known/a"
-    dataset = DatabaseQueries.from_folders(*folders, name="x", exif=True, positives_file=tmp_path / "p.csv")
-    assert [path[-5:] for path in dataset.database_paths] == ["b.png", "c.png"]
-    assert lists(dataset.positives(25.0)) == positives
-    said = [line for line in caplog.messages if "count as missed" in line]
-    assert len(said) == (not positives[0]) and all("1 of 2 queries" in line for line in said)

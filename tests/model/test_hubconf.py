@@ -13,8 +13,7 @@ import torch
 from helpers import same_weights, tiny
 from PIL import ExifTags, Image
 
-from datasets.photos.batches import ImageList
-from datasets.photos.transforms import evaluation_transform
+from datasets.photos.transforms import evaluation_transform, read_pixels
 
 REPOSITORY = str(Path(__file__).parents[2])
 NAMES = ("model", "utils", "datasets")
@@ -79,21 +78,17 @@ def test_photos_are_prepared_as_eval_prepares_them(strangers, tmp_path):
     for antialias, upright in ((True, True), (False, False), (True, False)):
         settings = {} if antialias and upright else {"antialias": antialias, "upright": upright}
         prepare = load("prepare", resize=(56, 70), **settings)
-        images = ImageList([tmp_path / "photo.jpg"], evaluation_transform((56, 70), antialias), upright=upright)
+        images = evaluation_transform((56, 70), antialias)(read_pixels(tmp_path / "photo.jpg", upright=upright)[None])
         assert prepare(str(tmp_path / "photo.jpg")).shape == (3, 56, 70)
         assert torch.equal(prepare(tmp_path / "photo.jpg"), images[0])
         with Image.open(tmp_path / "photo.jpg") as photo:
             assert torch.equal(prepare(photo), images[0])
 
 
-def test_released_weights_are_loaded(strangers):
+def test_released_weights_and_ones_own_are_loaded(strangers, tmp_path):
     saved = tiny(clusters=1, ghost_clusters=2)
-    state = {f"module.{name}": value for name, value in saved.state_dict().items()}
-    torch.save({"model_state_dict": state}, strangers / "1-ClusterVLAD.pth")
+    torch.save({"model_state_dict": saved.state_dict()}, strangers / "1-ClusterVLAD.pth")
     assert same_weights(load("vlad_1cluster", backbone="dino_tiny"), saved)
-
-
-def test_a_checkpoint_of_ones_own_is_loaded(strangers, tmp_path):
     written = {"backbone": "dino_tiny", "backbone_blocks": 9, "clusters": 2, "crossimage_encoder": True}
     saved = tiny(**written)
     torch.save({"model_state_dict": saved.state_dict(), "model": written}, tmp_path / "best_model.pth")

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import refusal, results_of, rows_of
 from PIL import ExifTags, Image, ImageOps
 from sklearn.metrics.pairwise import haversine_distances
 
 from datasets.check import main as check
 from datasets.evaluation.tree import DatabaseQueries
-from datasets.photos.batches import ImageList
 from datasets.photos.exif import gps_position, gps_positions
 from datasets.photos.positions import EARTH_RADIUS, haversine_metres
 from datasets.photos.transforms import read_pixels
@@ -65,11 +63,11 @@ def photo(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
 @pytest.mark.parametrize("degrees", [(-33.856784, 151.215297), (40.689249, -74.0445), (-0.000278, 0.0)])
-def test_gps(photo, name, degrees):
-    position = gps_position(photo(name, exif=gps_exif(*degrees)))
-    assert position == pytest.approx(degrees, abs=0.006 / 3600)  # half of a hundredth of a second
+def test_gps(photo, degrees):
+    for name in ("a.jpg", "a.png"):
+        position = gps_position(photo(name, exif=gps_exif(*degrees)))
+        assert position == pytest.approx(degrees, abs=0.006 / 3600)  # half of a hundredth of a second
 
 
 def test_no_gps(photo):
@@ -101,9 +99,8 @@ def test_photos_are_turned_once_as_exif_says_for_plain_folders_only(photo, suffi
             expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         assert expected.shape == ((120, 160, 3) if orientation < 5 else (160, 120, 3))
         assert np.array_equal(upright.permute(1, 2, 0).numpy(), expected)
-        assert torch.equal(ImageList([path], upright=True)[0], upright)
         if suffix in ("jpg", "png"):  # of which datasets are, and are read as stored
-            assert ImageList([path])[0].shape == (3, 120, 160)
+            assert read_pixels(path).shape == (3, 120, 160)
 
 
 def test_odd_exif(photo):
@@ -182,26 +179,22 @@ def test_a_map_of_phone_photos_is_asked_by_what_is_in_their_exif_data(walk, phot
 
 @pytest.mark.parametrize("some_named", [False, True])
 def test_check_gives_the_remedy_of_photos_without_a_position_once(some_named, photo, tmp_path, capsys):
-    """A position counts in names or EXIF data, whichever more photos have."""
-    photo("map/found.jpg", exif=gps_exif(*HOME), seed=9)
+    """A position counts in names or EXIF data, whichever more photos have; where none has one, folders are named."""
     lost = [photo(f"{folder}/lost_{n}.jpg", seed=n) for n, folder in enumerate(("map", "map", "today"))]
+    folders = [f"{tmp_path}/map", f"{tmp_path}/today"]
+    assert check([*folders, "--workers=1"]) == 1
+    lines = capsys.readouterr().out.splitlines()[2:]
+    for line, folder in zip(lines[:2], folders, strict=True):
+        assert line.startswith(f"no-position: {folder}: ") and "--no_labels" in line
+    assert lines[2] == "2 faults in 3 images"
+    photo("map/found.jpg", exif=gps_exif(*HOME), seed=9)
     if some_named:
         photo("today/@1@2@.jpg", exif=gps_exif(*HOME), seed=8)
-    assert check([f"{tmp_path}/map", f"{tmp_path}/today", "--workers=1"]) == 1
+    assert check([*folders, "--workers=1"]) == 1
     *_, first, second, third, last = capsys.readouterr().out.splitlines()
     for line, path in zip((first, second, third), lost, strict=True):
         assert line.startswith(f"no-position: {path}: ") and ("name all photos @<UTM" in line) == (line is first)
     assert last == f"3 faults in {4 + some_named} images"
-
-
-def test_check_names_folders_where_no_photo_has_a_position(photo, tmp_path, capsys):
-    for folder in ("map", "today"):
-        photo(f"{folder}/lost.jpg", seed=len(folder))
-    assert check([f"{tmp_path}/map", f"{tmp_path}/today", "--workers=1"]) == 1
-    lines = capsys.readouterr().out.splitlines()[2:]
-    for line, folder in zip(lines[:2], ("map", "today"), strict=True):
-        assert line.startswith(f"no-position: {tmp_path}/{folder}: ") and "--no_labels" in line
-    assert lines[2] == "2 faults in 2 images"
 
 
 def test_photos_without_a_position_are_searched_but_not_counted(walk, photo, evaluated, capsys):
@@ -225,7 +218,7 @@ def test_photos_without_a_position_are_searched_but_not_counted(walk, photo, eva
     assert "no correct match among 6 (1)" in page
 
 
-def test_photos_without_a_name_of_theirs(photo, tmp_path):
+def test_photos_without_a_name_of_theirs_and_what_more_photos_have_counts(photo, tmp_path, caplog):
     for name in ("map/@1000@0@.jpg", "map/lost.jpg", "today/@1010@0@.jpg", "today/@9000@0@.jpg", "today/lost.jpg"):
         photo(name)
     sides = tmp_path / "map", tmp_path / "today"
@@ -238,16 +231,12 @@ def test_photos_without_a_name_of_theirs(photo, tmp_path):
     with pytest.raises(ValueError, match="2 of 5 .* e.g. .*map/lost.jpg.*--no_labels"):
         DatabaseQueries.from_folders(*sides, name="x")
 
-
-def test_what_more_photos_have_counts(photo, tmp_path, caplog):
     here = gps_exif(*HOME)
-    photo("map/@1@2@.jpg")
-    photo("map/a.jpg", exif=here)
-    photo("today/@1@2@.jpg", exif=here)
-    sides = tmp_path / "map", tmp_path / "today"
+    for name in ("map/lost.jpg", "today/lost.jpg", "today/@1010@0@.jpg"):
+        photo(name, exif=here)
     dataset = DatabaseQueries.from_folders(*sides, name="x", exif=True)
     assert not dataset.geographic and dataset.positives(25.0)[0].tolist() == [0]
-    assert "2 photos have UTM coordinates in their names and 2 a position in their EXIF data" in caplog.text
+    assert "3 photos have UTM coordinates in their names and 3 a position in their EXIF data" in caplog.text
     photo("map/b.jpg", exif=here)
     dataset = DatabaseQueries.from_folders(*sides, name="x", exif=True)
     assert dataset.geographic and dataset.positives(25.0)[0].tolist() == [1, 2]

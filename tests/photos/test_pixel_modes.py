@@ -1,4 +1,4 @@
-"""Every mode that Pillow opens: the bytes it becomes, and that it is said."""
+"""Pixels of every mode that Pillow opens: the bytes they become, that it is said, and how they are resized."""
 
 import io
 import struct
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from datasets.check import main as check
-from datasets.photos.batches import ImageList
-from datasets.photos.transforms import open_noted, read_pixels
-from utils.system.reading import read_batches
+from datasets.photos.batches import image_batches
+from datasets.photos.transforms import evaluation_transform, open_image, open_noted, read_pixels
 
 RAMP = np.arange(0, 65_536, 1024, dtype=np.uint16).reshape(8, 8)  # 0 to 64,512
 RAMP[0, 0], RAMP[7, 7] = 255, 65_535
@@ -102,6 +102,7 @@ def test_colour_of_16_bits_in_a_ppm(read, white):
 
 
 SQUARE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+PALETTE = SQUARE.convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
 UNIT = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
 
 
@@ -120,28 +121,19 @@ def test_grey_of_no_known_scale_is_refused(read, mode, content):
         read(content)
 
 
-def palette(mode):
-    """Whose first colour is transparent."""
-    image = SQUARE.convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
-    return image if mode == "P" else image.convert(mode)
-
-
 @pytest.mark.parametrize(
     ("content", "mode"),
     [
         (pillow(SQUARE.convert("1"), "PNG"), "1"),
-        (pillow(SQUARE.convert("L"), "PNG"), "L"),
         (pillow(SQUARE.convert("LA"), "PNG"), "LA"),
-        (pillow(palette("P"), "PNG"), "P"),
-        (pillow(palette("P"), "PNG", transparency=0), "P"),
-        (pillow(palette("P"), "PNG", transparency=bytes(range(0, 240, 30))), "P"),
-        (pillow(palette("P"), "GIF", transparency=0), "P"),
-        (pillow(palette("PA"), "TIFF"), "PA"),
+        (pillow(PALETTE, "PNG", transparency=0), "P"),
+        (pillow(PALETTE, "PNG", transparency=bytes(range(0, 240, 30))), "P"),
+        (pillow(PALETTE, "GIF", transparency=0), "P"),
+        (pillow(PALETTE.convert("PA"), "TIFF"), "PA"),
         (pillow(SQUARE, "WEBP", lossless=True), "RGB"),
         (pillow(SQUARE.convert("RGBA"), "PNG"), "RGBA"),
         (pillow(SQUARE.convert("RGBX"), "TIFF"), "RGB"),
         (pillow(SQUARE.convert("CMYK"), "TIFF"), "CMYK"),
-        (pillow(SQUARE.convert("CMYK"), "JPEG"), "CMYK"),
         (pillow(SQUARE.convert("YCbCr"), "TIFF"), "YCbCr"),
         (tiff(np.asarray(SQUARE), bits=8, samples=3, photometric=8), "LAB"),
     ],
@@ -161,23 +153,53 @@ def test_colours_multiplied_by_their_opacity_are_divided_again(read):
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_the_log_counts_them(tmp_path, caplog, threads):
+def test_the_log_counts_them_and_the_checker_names_each(tmp_path, caplog, capsys, threads):
     paths = [tmp_path / name for name in ("a.png", "b.tiff", "c.png", "d.jpg")]
-    for path, pixels in zip(paths, (RAMP, RAMP, *[(RAMP // 256).astype(np.uint8)] * 2), strict=True):
+    for path, pixels in zip(paths, (RAMP // 16, RAMP, *[(RAMP // 256).astype(np.uint8)] * 2), strict=True):
         Image.fromarray(pixels).save(path)
-    images = ImageList(list(map(str, paths)))
-    assert list(read_batches(images.__getitem__, len, [range(3), range(3, 4)], threads=threads)) == [3, 1]
-    images.log_deep("town queries")
+    settings = {"transform": evaluation_transform((8, 8)), "batch_size": 3, "device": torch.device("cpu")}
+    images = image_batches(list(map(str, paths)), **settings, num_workers=threads, progress="town queries")
+    assert list(map(len, images)) == [3, 1]
     (line,) = caplog.messages
     assert line.startswith("town queries: 2 images read by the upper 8 of more bits") and f"e.g. {paths[0]};" in line
 
-
-def test_check_tells_of_them(tmp_path, capsys):
-    for name, pixels in (("dark.png", RAMP // 16), ("usual.png", (RAMP // 256).astype(np.uint8))):
-        Image.fromarray(pixels).save(tmp_path / name)
     (tmp_path / "no.tiff").write_bytes(pillow(UNIT, "TIFF"))
     assert check([str(tmp_path), "--workers", "1"]) == 1
-    _, sixteen, unreadable, *_, last = capsys.readouterr().out.splitlines()
-    assert sixteen.startswith(f"16-bit: {tmp_path}/dark.png: grey of 16 bits") and "4095 of 65535" in sixteen
-    assert unreadable.startswith(f"unreadable: {tmp_path}/no.tiff: mode F, ") and "convert it to 8 or 16" in unreadable
-    assert last == "2 faults in 3 images, 1 note"
+    shown = capsys.readouterr().out
+    assert f"16-bit: {paths[0]}: grey of 16 bits" in shown and "4095 of 65535" in shown and "2 notes" in shown
+    assert f"unreadable: {tmp_path}/no.tiff: mode F, " in shown and "convert it to 8 or 16" in shown
+
+
+SIDEWAYS = Image.Exif()  # an orientation that neither way of reading applies
+SIDEWAYS[0x0112] = 6
+
+
+def test_evaluation_resize_does_not_antialias_unless_asked():
+    photo = torch.randint(0, 256, (1, 3, 280, 280), dtype=torch.uint8)
+    plain = evaluation_transform((28, 28))(photo)
+    smooth = evaluation_transform((28, 28), antialias=True)(photo)
+    assert plain.shape == smooth.shape == (1, 3, 28, 28)
+    assert plain.std() > 2 * smooth.std()
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "settings"),
+    [
+        ("RGB", "a.jpg", {}),
+        ("RGB", "a.JPEG", {"progressive": True, "quality": 40}),
+        ("RGB", "a.jpg", {"subsampling": 0, "quality": 95}),
+        ("RGB", "a.jpg", {"subsampling": 1}),
+        ("RGB", "a.jpg", {"exif": SIDEWAYS}),
+        ("L", "a.jpg", {}),
+        ("CMYK", "a.jpg", {}),
+        ("RGB", "a.png", {}),
+        ("P", "a.png", {}),
+        ("L", "png_in_truth.jpg", {"format": "PNG"}),
+    ],
+)
+def test_pixels_are_those_of_pillow(city, tmp_path, mode, name, settings):
+    photo = Image.open(next((city / "toy_city/images/test/queries").iterdir())).resize((97, 61))
+    photo.convert(mode).save(tmp_path / name, **settings)
+    pixels = read_pixels(tmp_path / name)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 61, 97)
+    assert torch.equal(pixels, pil_to_tensor(open_image(tmp_path / name)))

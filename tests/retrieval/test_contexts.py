@@ -10,7 +10,7 @@ from PIL import Image
 
 import eval as eval_script
 import test as evaluation
-from datasets.evaluation.alignment import aligned_queries, pair_up
+from datasets.evaluation.alignment import alignment, pair_up
 from datasets.evaluation.protocols import PROTOCOLS, Protocol, protocol_of, warn_of_counts
 from datasets.evaluation.query_sets import select
 from datasets.evaluation.tree import DatabaseQueries
@@ -133,21 +133,21 @@ def tree(queries, database, geographic=False):
 )
 def test_which_batches_hold_the_same_places(queries, database, paired, nearest):
     dataset = tree(queries, database)
-    masks = aligned_queries(dataset, dataset.positives(25.0), 4)
-    assert tuple(int(mask.sum()) for mask in masks) == (paired, nearest)
-    assert not any(mask.any() for mask in aligned_queries(dataset, dataset.positives(25.0), 1))
+    counts = alignment(dataset, dataset.positives(25.0), 4)
+    assert (counts["paired"], counts["nearest"]) == (paired, nearest)
+    assert alignment(dataset, dataset.positives(25.0), 1) == counts | {"warned": False, "paired": 0, "nearest": 0}
 
 
 def test_degrees_and_files_of_positives_pair_up_too():
     degrees = tree(np.arange(16) / 1000, np.arange(16) / 1000, geographic=True)
-    assert aligned_queries(degrees, degrees.positives(25.0), 4)[0].all()
+    assert alignment(degrees, degrees.positives(25.0), 4)["paired"] == 16
     listed = DatabaseQueries(
         name="listed",
         database_paths=[f"{i}.jpg" for i in range(16)],
         queries_paths=[f"{i}.jpg" for i in range(16)],
         known_positives=[np.array([i]) for i in range(16)],
     )
-    assert aligned_queries(listed, listed.positives(0), 4)[0].all()
+    assert alignment(listed, listed.positives(0), 4)["paired"] == 16
     assert pair_up(listed.known_positives, 16) and not pair_up(listed.known_positives, 17)
     assert not pair_up(listed.known_positives[::-1], 16)
 
@@ -188,13 +188,17 @@ def several(tmp_path_factory, city):
 SETS = ["queries_night", "queries_rain"]
 
 
-def test_one_database_and_several_sets_of_queries(compared, several, capsys, passed):
-    flags = [f"--eval_datasets_folder={several}", "--eval_dataset_name=svox", "--save_predictions=2"]
+@pytest.mark.parametrize("index", [None, "IVF2,Flat"])
+def test_one_database_and_several_sets_of_queries(compared, several, capsys, passed, index):
+    """Each finds what it finds alone, to the last bit; an index is compared for every set and context."""
+    flags = [f"--eval_datasets_folder={several}", "--eval_dataset_name=svox", "--recall_values", 1, 3]
     flags += "--encoder_context file_order shuffled --save_descriptors".split()
+    flags += [f"--index={index}"] * bool(index)
     together = compared(*flags, "--queries_names", *SETS)
     assert len(passed) == 15 + 10 + 5, "each photo once"
     said = capsys.readouterr().err
-    for name, count in zip(SETS, (10, 5), strict=True):
+    lines = [line for line in said.splitlines() if line.startswith(f"index {index}")]
+    for number, (name, count) in enumerate(zip(SETS, (10, 5), strict=True)):
         for context in ("", ", shuffled (5 orders)"):
             assert f"Recalls on svox test {name} (15 database, {count} queries){context}: R@1" in said
         alone = compared(*flags, "--queries_names", name)
@@ -203,6 +207,11 @@ def test_one_database_and_several_sets_of_queries(compared, several, capsys, pas
             assert (together / name / file).read_bytes() == (alone / file).read_bytes()
         left, right = (results_of(folder) for folder in (together / name, alone))
         assert left["contexts"] == right["contexts"] and left["dataset"] == right["dataset"]
+        if index:
+            agreements = [each for context in left["contexts"].values() for each in context["index_agreements"]]
+            assert left["index_agreement"] == agreements[0] and len(agreements) == 6
+            for line, agreement in zip(lines[number :: len(SETS)], agreements, strict=True):
+                assert f"of {agreement['nearest']:.1f}% and the first 3 to {agreement['first_k']:.1f}%" in line
 
 
 def test_kept_descriptors_of_a_database_serve_every_set(compared, several, tmp_path, passed, monkeypatch):
@@ -264,22 +273,6 @@ def test_results_of_two_datasets_do_not_share_a_folder(compared, odd, tmp_path, 
     names = ["--eval_dataset_name", "odd", "odd/b", "--queries_names", "odd:b", "odd:c"]
     line = refusal(capsys, lambda: compared(*flags, *names))
     assert "odd/b" in line and "one at a time" in line and not list(tmp_path.glob("run*"))
-
-
-def test_an_index_is_compared_for_every_set_and_context(compared, several, capsys):
-    flags = [f"--eval_datasets_folder={several}", "--eval_dataset_name=svox", "--index=IVF2,Flat"]
-    flags += "--recall_values 1 3 --encoder_context file_order shuffled".split()
-    both = compared(*flags, "--queries_names", *SETS)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("index IVF2,Flat")]
-    for number, name in enumerate(SETS):
-        alone = compared(*flags, "--queries_names", name)
-        assert (both / name / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
-        results = results_of(both / name)
-        assert results["contexts"] == results_of(alone)["contexts"]
-        agreements = [each for context in results["contexts"].values() for each in context["index_agreements"]]
-        assert results["index_agreement"] == agreements[0] and len(agreements) == 6
-        for line, agreement in zip(lines[number :: len(SETS)], agreements, strict=True):
-            assert f"of {agreement['nearest']:.1f}% and the first 3 to {agreement['first_k']:.1f}%" in line
 
 
 @pytest.mark.parametrize("flags", [[], ["--queries_names", "queries_fog"]])

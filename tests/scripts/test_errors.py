@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers import SMALL, only_run, refusal
 
-import eval as eval_script
 import train as train_script
 from model import build_model
 
@@ -19,19 +18,16 @@ SMALL = [*SMALL, "--eval_dataset_name=toy_city"]
 
 
 @pytest.fixture
-def fails(tmp_path, capsys):
-    """Runs a script and returns what it says when it refuses."""
-    return lambda script, *flags: refusal(
-        capsys, lambda: script.main([*SMALL, f"--save_dir={tmp_path}/run", *map(str, flags)])
-    )
+def fails(city, tmp_path, capsys):
+    """Runs train.py, unless flags say otherwise on the small city, and returns what it says when it refuses."""
+    given = [*SMALL, f"--save_dir={tmp_path}/run", "--train_resize", "56", "56", f"--eval_datasets_folder={city}"]
+    return lambda *flags: refusal(capsys, lambda: train_script.main([*given, *map(str, flags)]))
 
 
 @pytest.fixture
-def evaluation_fails(fails, weights, city):
+def evaluation_fails(evaluated, capsys):
     """Runs eval.py with weights."""
-    return lambda *flags, data=city: fails(
-        eval_script, f"--eval_datasets_folder={data}", f"--resume={weights}/plain.pth", *flags
-    )
+    return lambda *flags, **data: refusal(capsys, lambda: evaluated(*flags, **data))
 
 
 @pytest.fixture
@@ -42,9 +38,8 @@ def copied_city(city, tmp_path):
 
 def test_missing_folder(fails, evaluation_fails, city):
     message = evaluation_fails(data="/nowhere")
-    assert "no folder /nowhere/toy_city/images/test/database: / has no nowhere, only " in message
-    message = fails(train_script, f"--eval_datasets_folder={city}", f"--train_dataset_folder={city}")
-    assert f"give {city}/gsv_cities with --train_dataset_folder" in message
+    assert "no folder /nowhere/toy_city/images/test/database: / has no folder nowhere, only " in message
+    assert f"give {city}/gsv_cities with --train_dataset_folder" in fails(f"--train_dataset_folder={city}")
 
 
 def test_names_without_utm(evaluation_fails, copied_city):
@@ -69,8 +64,8 @@ def test_checkpoint_of_other_options(evaluation_fails):
 
 
 @pytest.mark.parametrize("flags", ["--resize 57 57", "--backbone_blocks 13", "--train_resize 56 57", "--freeze_te 13"])
-def test_what_the_backbone_cannot_do(fails, city, flags):
-    message = fails(train_script, f"--eval_datasets_folder={city}", "--train_resize", "56", "56", *flags.split())
+def test_what_the_backbone_cannot_do(fails, flags):
+    message = fails(*flags.split())
     assert message.startswith(flags) and "; use " in message
 
 
@@ -84,18 +79,18 @@ def test_files_that_are_no_checkpoints(evaluation_fails, tmp_path):
 def test_unreadable_training_image(fails, copied_city):
     for path in (copied_city / "gsv_cities/Images/London").iterdir():
         path.write_bytes(b"")
-    flags = ["--train_resize", "56", "56", "--epochs_num=1", "--train_batch_size=8"]
+    flags = ["--epochs_num=1", "--train_batch_size=8"]
     for workers in (0, 2):
-        message = fails(train_script, f"--eval_datasets_folder={copied_city}", *flags, f"--num_workers={workers}")
+        message = fails(f"--eval_datasets_folder={copied_city}", *flags, f"--num_workers={workers}")
         assert "cannot read the image" in message and "London_" in message
         assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite(fails, city):
-    flags = ["--train_resize", "56", "56", "--epochs_num=3", "--train_batch_size=8", "--freeze_te=none", "--lr=1e30"]
+def test_a_loss_that_is_not_finite(fails):
+    flags = ["--epochs_num=3", "--train_batch_size=8", "--freeze_te=none", "--lr=1e30"]
     for workers in (0, 2):
-        message = fails(train_script, f"--eval_datasets_folder={city}", *flags, f"--num_workers={workers}")
+        message = fails(*flags, f"--num_workers={workers}")
         assert "the loss became nan" in message and not multiprocessing.active_children()
 
 
@@ -103,18 +98,18 @@ def test_a_loss_that_is_not_finite(fails, city):
 def test_a_split_in_which_nothing_can_be_found(fails, copied_city, tmp_path, split):
     for path in (copied_city / f"toy_city/images/{split}/queries").iterdir():
         path.rename(path.with_name(path.name.replace("@5", "@8", 1)))  # 300 km to the east
-    message = fails(train_script, f"--eval_datasets_folder={copied_city}", "--train_resize", "56", "56")
+    message = fails(f"--eval_datasets_folder={copied_city}")
     assert f"toy_city {split}" in message and "25 m" in message and "--val_positive_dist_threshold" in message
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_to_tell_a_place_from(fails, city, copied_city):
-    message = fails(train_script, f"--eval_datasets_folder={city}", "--train_batch_size=1")
-    assert "--train_batch_size 1 leaves" in message and "use 2" in message
+def test_nothing_to_tell_a_place_from(fails, copied_city):
+    message = fails("--train_batch_size=1")
+    assert "--train_batch_size 1 is too small" in message and "use 2" in message
     table = copied_city / "gsv_cities/Dataframes/London.csv"
     lines = table.read_text().splitlines()
     table.write_text("\n".join(line for line in lines if line.split(",")[0] in ("place_id", lines[1].split(",")[0])))
-    message = fails(train_script, f"--eval_datasets_folder={copied_city}", "--cities", "London")
+    message = fails(f"--eval_datasets_folder={copied_city}", "--cities", "London")
     assert "1 places (5 images, London)" in message and "add cities" in message
 
 
@@ -133,7 +128,7 @@ def test_a_run_that_another_process_has(fails, city, tmp_path, flags):
     )
     other.stdout.readline()
     try:
-        message = fails(train_script, *training, *flags)
+        message = fails(*training, *flags)
     finally:
         other.communicate(b"\n")
     assert f"{held} is in use by process {other.pid} on " in message and "name another --save_dir" in message

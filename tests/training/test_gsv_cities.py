@@ -1,6 +1,7 @@
-"""GSV-Cities: its tables, the order of its places, the items."""
+"""GSV-Cities: its tables, the order of its places, also by similarity, the items."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from datasets.photos.transforms import open_image
-from datasets.training import gsv_cities, randaugment
+from datasets.training import gsv_cities, randaugment, similar_places
 from datasets.training.gsv_cities import GSVCities, PlaceBatches, read_city
-from datasets.training.randaugment import RandAugment, TrainingTransform
+from datasets.training.randaugment import TrainingTransform
 
 HEADER = "place_id,year,month,northdeg,city_id,lat,lon,panoid\n"
 
@@ -44,17 +45,12 @@ def test_places_labels_and_paths(tmp_path):
     assert places_of(tmp_path, images_per_place=3).image_count == 22
 
 
-def test_missing_cities_are_named(city, tmp_path, caplog):
-    write_table(tmp_path, "London", [(7, 5)])
+def test_no_city_is_missing_in_data_of_ones_own(city, tmp_path, caplog):
+    """Nor in the toy city, though it goes by two of the names."""
+    places_of(city / "gsv_cities")
+    write_table(tmp_path, "Atlantis", [(1, 6)])
     places_of(tmp_path)
-    assert "22 of the 23" in caplog.text and "Bangkok" in caplog.text
-    caplog.clear()
-    # The toy city, though it goes by two of the names, and somebody's own cities.
-    GSVCities(city / "gsv_cities", transform=None)
-    (tmp_path / "own").mkdir()
-    write_table(tmp_path / "own", "Atlantis", [(1, 6)])
-    places_of(tmp_path / "own")
-    assert "23" not in caplog.text
+    assert not caplog.messages
 
 
 @pytest.fixture
@@ -88,10 +84,16 @@ def test_several_folders_follow_each_other_and_their_labels_never_meet(three_fol
 
 
 def test_one_folder_is_what_it_was(three_folders):
+    """And its digest tells its tables from others."""
     alone, listed = places_of(three_folders[2]), places_of(three_folders[2:])
     assert alone.digest == listed.digest == "3336a2e83b67efbb"
     assert alone.labels.tolist() == [3, 7, 100_003, 100_007] and alone.all_image_paths() == listed.all_image_paths()
     assert PlaceBatches(alone, batch_size=2).order(0).tolist() == [1, 0, 2, 3]
+    digests = {alone.digest}
+    for rows in ([(3, 5), (7, 4)], [(3, 4), (8, 5)]):
+        write_table(three_folders[2], "Zoo", rows)
+        digests.add(places_of(three_folders[2]).digest)
+    assert len(digests) == 3
 
 
 def test_cities_are_selected_over_all_folders(three_folders, caplog):
@@ -105,13 +107,11 @@ def test_cities_are_selected_over_all_folders(three_folders, caplog):
         ValueError, match="A/../A/.*Boston.csv and .*A/.*Boston.csv share 9 photos.* each train_dataset_folder once"
     ):
         places_of([three_folders[0], three_folders[1], three_folders[0] / ".." / "A"])
-    with pytest.raises(FileNotFoundError, match="no GSV-Cities in .*nowhere: .*A has no nowhere, only "):
-        places_of([three_folders[0], three_folders[0] / "nowhere"])
 
 
 def test_gsv_cities_refusals(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no GSV-Cities in"):
-        places_of(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"no GSV-Cities in .*: {tmp_path} has no folder nowhere"):
+        places_of(tmp_path / "nowhere")
     write_table(tmp_path, "London", [(7, 3)])
     with pytest.raises(ValueError, match="no place in .* has 4 images; lower images_per_place"):
         places_of(tmp_path)
@@ -182,14 +182,6 @@ def test_a_photo_of_two_tables_is_refused_and_rows_that_repeat_are_counted(tmp_p
     assert places_of(tmp_path, cities=["London"]).image_count == 18 and f"{table} repeats 9 of its rows" in caplog.text
 
 
-def test_digests_tell_tables_apart(tmp_path):
-    digests = set()
-    for rows in ([(7, 5), (3, 4)], [(7, 4), (3, 5)], [(7, 5), (4, 4)]):
-        write_table(tmp_path, "London", rows)
-        digests.add(places_of(tmp_path).digest)
-    assert len(digests) == 3 and places_of(tmp_path).digest in digests
-
-
 def test_order_goes_city_by_city_and_is_kept_or_redrawn(tmp_path):
     write_table(tmp_path, "London", [(p, 4) for p in range(30)])
     write_table(tmp_path, "Boston", [(p, 4) for p in range(20)])
@@ -252,7 +244,7 @@ def test_images_of_a_place_are_drawn_anew_without_replacement(city):
 def test_randaugment_is_torchvisions(city, monkeypatch):
     """The same random draws give the same bytes, every operation with either sign."""
     photo = open_image(next((city / "toy_city/images/test/queries").iterdir())).resize((56, 42))
-    ours, theirs = RandAugment(3, (42, 56)), v2.RandAugment(3, interpolation=InterpolationMode.BILINEAR)
+    ours, theirs = TrainingTransform((42, 56), 3), v2.RandAugment(3, interpolation=InterpolationMode.BILINEAR)
     drawn, real = set(), randaugment.applied
     monkeypatch.setattr(
         randaugment, "applied", lambda name, image, at: drawn.add((name, at > 0)) or real(name, image, at)
@@ -262,6 +254,81 @@ def test_randaugment_is_torchvisions(city, monkeypatch):
         expected = theirs(photo)
         after = torch.get_rng_state()
         torch.manual_seed(seed)
-        assert ours(photo).tobytes() == expected.tobytes(), seed
+        assert torch.equal(ours(photo), pil_to_tensor(expected)), seed
         assert torch.equal(torch.get_rng_state(), after)
     assert len(drawn) == len(ours.operations) + sum(signed for _, _, signed in ours.operations) == 23
+
+
+def test_cliques_are_of_the_nearest_that_are_left(monkeypatch):
+    """Six places on a line at 0, 1, 2 and 10, 11, 12, in cliques of three."""
+    monkeypatch.setattr(similar_places, "CLIQUE", 3)
+    positions = np.array([0, 10, 1, 11, 2, 12])
+    near = np.abs(positions[:, None] - positions).argsort(axis=1, kind="stable")
+    for seed in range(5):
+        found = similar_places.cliques(near, np.random.default_rng(seed))
+        assert sorted(map(sorted, found)) == [[0, 2, 4], [1, 3, 5]]
+    # Where only two neighbours are looked at and others were quicker, a clique stays short.
+    found = similar_places.cliques(near[:, :2], np.random.default_rng(0))
+    assert sorted(sum(found, [])) == list(range(6)) and max(map(len, found)) == 2
+
+
+def test_how_many_places_are_described():
+    """An eighth of an epoch's images, two a place, in whole batches; of few places all that four batches hold."""
+    counted = similar_places.count_described
+    assert counted(1152, batch_size=32, images_per_place=4) == 288
+    assert counted(62_000, batch_size=120, images_per_place=4) == 129 * 120  # 15,480 of 15,500
+    assert counted(500_000, batch_size=120, images_per_place=4) == 136 * 120, "16,384 at most"
+    assert [counted(n, batch_size=4, images_per_place=4) for n in (5, 16, 19)] == [4, 16, 16]
+
+
+@pytest.fixture
+def ordered(tmp_path):
+    """The order of places on a circle, of which the nearest are those with the next numbers; and those described."""
+
+    def run(count, epoch=1):
+        write_table(tmp_path, "London", [(place, 4) for place in range(count)])
+        batches = PlaceBatches(places_of(tmp_path), batch_size=8, place_order="similar")
+        batches.epoch = epoch
+        described = []
+
+        def describe(paths):
+            assert len(set(paths)) == len(paths), "two photos of a place"
+            described[:] = numbers = [int(Path(path).name.split("_")[1]) for path in paths]
+            return np.float32(numbers)[:, None]
+
+        def nearest(rows, k):
+            apart = np.abs(rows - rows.T) % count
+            return np.minimum(apart, count - apart).argsort(axis=1, kind="stable")[:, :k]
+
+        order = similar_places.order_by_similarity(batches, describe, nearest)
+        assert sorted(order) == list(range(count))
+        return order, described[::2]
+
+    return run
+
+
+def test_similar_places_share_batches_and_the_others_keep_their_order(ordered, caplog):
+    caplog.set_level("INFO")
+    order, described = ordered(200)
+    assert len(set(described)) == 48 and "epoch 2: described 48 of 200 places in " in caplog.text
+    hard = np.isin(order, described).reshape(-1, 8)
+    assert (hard.all(axis=1) | ~hard.any(axis=1)).all() and hard.all(axis=1).sum() == 6
+    assert not hard[:6].all(), "hard batches are spread over the epoch"
+    spread = [np.abs(np.diff(np.sort(batch))).min() for batch in order.reshape(-1, 8)]
+    assert np.mean(np.array(spread)[hard.all(axis=1)]) < 6
+    assert ordered(200)[0].tolist() == order.tolist() != ordered(200, epoch=2)[0].tolist()
+    # A short last batch stays the last.
+    short, described = ordered(199)
+    assert not np.isin(short[192:], described).any()
+
+
+def test_similar_begins_as_the_others_do_and_takes_more_than_one_batch(tmp_path):
+    write_table(tmp_path, "London", [(place, 4) for place in range(9)])
+    fixed, similar, whole = (
+        PlaceBatches(places_of(tmp_path), batch_size=size, place_order=name)
+        for size, name in ((4, "fixed"), (4, "similar"), (9, "similar"))
+    )
+    assert list(fixed) == list(similar)
+    assert [batches.by_similarity for batches in (fixed, similar, whole)] == [False, True, False]
+    similar.mined = np.arange(9)[::-1]
+    assert [[place for _, place in batch] for batch in similar] == [[8, 7, 6, 5], [4, 3, 2, 1], [0]]
