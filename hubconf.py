@@ -1,10 +1,8 @@
 """torch.hub entry points: `torch.hub.load("<folder or owner/name>", "supervlad")`.
 
-`prepare` returns the function that turns a photo into an image tensor, and `place_map` a map written by eval.py, which
-finds where a photo was taken. The others return a model in evaluation mode. It turns images into descriptors B x K*D of
-unit L2 norm; images are B x 3 x H x W in [0, 1], normalised by ImageNet's mean and standard deviation, with sides that
-are multiples of the patch size (14 pixels; DINOv3: 16). With the cross-image encoder, a descriptor depends on the other
-images in the batch.
+All but `prepare` and `place_map` return a model in evaluation mode: images B x 3 x H x W in [0, 1], normalised by
+ImageNet's mean and standard deviation, with sides that are multiples of the patch size (14 pixels; DINOv3: 16), to
+descriptors B x K*D of unit L2 norm. With the cross-image encoder, each depends on the other images in the batch.
 """
 
 import importlib
@@ -15,6 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 # For the models; `prepare` also needs torchvision and Pillow, and `place_map` these and FAISS.
 dependencies = ["torch", "numpy"]
@@ -29,9 +29,7 @@ def _ours(module: str) -> ModuleType:
     file = Path(__file__).resolve()
     made = file.stat()
     package = f"_supervlad_{sha256(repr((file, made.st_ino, made.st_mtime_ns)).encode()).hexdigest()[:12]}"
-    if package not in sys.modules:
-        sys.modules[package] = ModuleType(package)
-        sys.modules[package].__path__ = [str(file.parent)]
+    sys.modules.setdefault(package, ModuleType(package)).__path__ = [str(file.parent)]
     return importlib.import_module(f"{package}.{module}")
 
 
@@ -46,8 +44,7 @@ def _released(name: str, pretrained: bool, **settings: Any) -> Any:
 def _read(name: str | Path) -> tuple[Path, Any, Any]:
     """The file of a checkpoint, its content, and what it says of its model."""
     weights, path = _ours("model.weights"), Path(os.path.expanduser(name))
-    file = weights.find_checkpoint(path)
-    content = weights.read_file(file)
+    content = weights.read_file(file := weights.find_checkpoint(path))
     return file, content, weights.model_of(path, content)
 
 
@@ -94,8 +91,6 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
         accept: squared descriptor distance up to which an answer is accepted, instead of the map's own.
         device: device of the model; the search runs on the CPU.
     """
-    import torch
-
     transforms, weights = _ours("datasets.photos.transforms"), _ours("model.weights")
     places = _ours("utils.retrieval.place_map").PlaceMap(os.path.expanduser(path), accept=accept)
     file, content, settings = _read(resume)
@@ -104,15 +99,14 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
     with places.fitting(str(resume)):
         weights.load_checkpoint(model, file, content)
     places.require_weights(weights.state_digest(model.state_dict()), str(resume))
-    _ours("model.sizes").require_patches("resize", places.resize, model.backbone.size)
     places.load()
     model.to(device).eval()
     transform = transforms.evaluation_transform(places.resize, places.antialias)
 
+    @torch.inference_mode()
     def describe(photo: Any) -> Any:
-        with torch.inference_mode():
-            pixels = torch.tensor(photo).permute(2, 0, 1).contiguous()
-            return model(transforms.prepare(pixels, transform)[None].to(device))[0].cpu().numpy()
+        pixels = torch.tensor(photo).permute(2, 0, 1).contiguous()
+        return model(transforms.prepare(pixels, transform)[None].to(device))[0].cpu().numpy()
 
     places.describe = describe
     return places
@@ -121,7 +115,7 @@ def place_map(path: str | Path, resume: str | Path, accept: float | None = None,
 def checkpoint(path: str | Path) -> Any:
     """The model of a file that train.py or `model.export` wrote, or of a released one by its name.
 
-    The file says what the model is; images should have the size that it was trained or exported for, see `prepare`.
+    Images should have the size that it was trained or exported for, see `prepare`.
     """
     file, content, settings = _read(path)
     if not settings:
@@ -131,29 +125,22 @@ def checkpoint(path: str | Path) -> Any:
     return model.eval()
 
 
-def supervlad(
-    pretrained: bool = True,
-    crossimage_encoder: bool = False,
-    backbone: str = "dino",
-    backbone_blocks: int | None = None,
-) -> Any:
+def supervlad(pretrained: bool = True, crossimage_encoder: bool = False, **settings: Any) -> Any:
     """SuperVLAD with 4 clusters, 3072-dimensional for ViT-B.
 
     Args:
         pretrained: load the released weights, downloaded once; False gives random weights.
         crossimage_encoder: add the encoder across the images of a batch.
-        backbone: a name from `model.BACKBONES`; released weights exist for "dino".
-        backbone_blocks: number of blocks to keep, counted from the first; None keeps all, as the released weights do.
+        settings: `backbone` and `backbone_blocks` of `model.build_model`; the released weights are for its defaults.
     """
-    name = "SuperVLAD-CrossImage" if crossimage_encoder else "SuperVLAD"
-    return _released(name, pretrained, backbone=backbone, backbone_blocks=backbone_blocks)
+    return _released("SuperVLAD-CrossImage" if crossimage_encoder else "SuperVLAD", pretrained, **settings)
 
 
-def supervlad_crossimage(pretrained: bool = True, backbone: str = "dino", backbone_blocks: int | None = None) -> Any:
+def supervlad_crossimage(pretrained: bool = True, **settings: Any) -> Any:
     """SuperVLAD with the encoder across the images of a batch; same arguments as `supervlad`."""
-    return supervlad(pretrained, True, backbone, backbone_blocks)
+    return supervlad(pretrained, True, **settings)
 
 
-def vlad_1cluster(pretrained: bool = True, backbone: str = "dino", backbone_blocks: int | None = None) -> Any:
+def vlad_1cluster(pretrained: bool = True, **settings: Any) -> Any:
     """1-cluster VLAD, 768-dimensional for ViT-B; same arguments as `supervlad`."""
-    return _released("1-ClusterVLAD", pretrained, backbone=backbone, backbone_blocks=backbone_blocks)
+    return _released("1-ClusterVLAD", pretrained, **settings)

@@ -25,7 +25,6 @@ def __getattr__(name: str) -> Any:
     """Imports the network, and torch, on first use: command lines need the sizes of backbones alone."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .network import SuperVLADNet, build_model
+    from . import network
 
-    globals().update(SuperVLADNet=SuperVLADNet, build_model=build_model)
-    return globals()[name]
+    return getattr(network, name)

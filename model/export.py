@@ -6,10 +6,9 @@
 The ONNX file takes `images`, B x 3 x H x W in [0, 1] normalised by ImageNet's mean and standard deviation, with any B
 but only the size that it was exported for, and returns `descriptors`, B x K*D (with the cross-image encoder, each
 depends on the whole batch). It is compared with PyTorch before it is put into place. The safetensors file is another
-form of the checkpoint, which eval.py and train.py read; eval.py follows all that it says.
-Both store as JSON metadata the options of the model (`model`) and how photos are prepared: `resize` (height and width),
-`antialias`, `upright` (turned as EXIF says), `mean` and `std`; and `validated_at`, the size at which the model was
-validated, and `pca`, what its last part was fitted on, if known.
+form of the checkpoint, which eval.py and train.py read.
+Both store as JSON metadata the options of the model (`model`), how photos are prepared (`resize`, height and width;
+`antialias`; `upright`; `mean`; `std`), and, if known, `validated_at`, the size, and what the PCA was fitted on (`pca`).
 """
 
 import argparse
@@ -17,10 +16,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.system.command_line import Parser, with_dashes
+from utils.system.command_line import Parser, option, with_dashes
 from utils.system.files import atomic_write
 from utils.system.signals import left_on_signals
 
@@ -33,39 +33,34 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, to norma
 RELEASED_SIZE = (322, 322)  # the released models were validated at this size
 
 
-def command_line() -> Parser:
-    """The options of the command."""
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Export; by default a model is as its file says, else as released."""
+
+    resume: Path = option(None, "checkpoint: a file, or the name of a released one")
+    output: Path = option(None, "file to write, .onnx or .safetensors")
+    resize: tuple[int, int] | None = option(None, "height and width of the images; else the backbone's own")
+    antialias: bool | None = option(None, "antialias the resize; else yes", action=argparse.BooleanOptionalAction)
+    upright: bool | None = option(None, "turn photos as EXIF says; else yes", action=argparse.BooleanOptionalAction)
+    pca: Path | None = option(None, "pca.pth of eval.py --pca_dim, as the last part; descriptors get unit norm")
+    backbone: str | None = option(None, "backbone; else dino", choices=tuple(BACKBONES))
+    backbone_blocks: int | None = option(None, "backbone blocks to keep, counted from the first; else all")
+    supervlad_clusters: int | None = option(None, "clusters K; else 4")
+    ghost_clusters: int | None = option(None, "ghost clusters; else 1")
+    crossimage_encoder: bool | None = option(None, "the model has the encoder; only needed if its file does not say so")
+    int8: bool = option(False, ".onnx with weights of 8 bits, a quarter of the size, refused below a cosine of 0.99")
+
+
+def arguments(argv: Sequence[str] | None = None) -> ExportOptions:
+    """Reads the command line; an error in it ends the program with status 2."""
     usage = "%(prog)s --resume FILE --output FILE [--option value ...]; --help lists all options"
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m model.export", usage=usage, description=__doc__, formatter_class=raw)
-    either, filed = argparse.BooleanOptionalAction, "by default as the file says, else"
-    add = parser.add_argument
-    add("--resume", type=Path, help="checkpoint: a file, or the name of a released one")
-    add("--output", type=Path, help="file to write, .onnx or .safetensors")
-    sides = f"height and width of the images; {filed} the backbone's, 322 322 or 320 320"
-    add("--resize", type=int, nargs=2, help=sides)
-    add("--antialias", action=either, help=f"whether to antialias the resize; {filed} yes")
-    add("--upright", action=either, help=f"whether to turn photos as EXIF says; {filed} yes")
-    pca = "pca.pth of an evaluation with --pca_dim, to add as the last part of the model; its descriptors get unit norm"
-    add("--pca", type=Path, help=pca)
-    add("--backbone", choices=tuple(BACKBONES), help=f"backbone; {filed} dino")
-    add("--backbone_blocks", type=int, help=f"number of backbone blocks, counted from the first; {filed} all")
-    add("--supervlad_clusters", type=int, help=f"clusters K; {filed} 4")
-    add("--ghost_clusters", type=int, help=f"ghost clusters; {filed} 1")
-    int8 = ".onnx with weights of 8 bits, a quarter of the size; the least cosine to PyTorch's descriptors must be 0.99"
-    add("--int8", action="store_true", help=int8)
-    encoder = "the model has the encoder across the batch; only needed if the file does not say so"
-    add("--crossimage_encoder", action="store_true", default=None, help=encoder)
-    return parser
-
-
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; an error in it ends the program with status 2."""
-    parser = command_line()
-    given = parser.parse(argv)
+    parser.add_group(ExportOptions)
+    given = ExportOptions(**vars(parser.parse(argv)))
     if missing := [f"--{name}" for name in ("resume", "output") if vars(given)[name] is None]:
         parser.error(f"{' and '.join(missing)} missing; name the checkpoint to read and the file to write")
-    output: Path = given.output
+    output = given.output
     if output.suffix.lower() not in (".onnx", ".safetensors"):
         parser.error(f"--output {output} is neither .onnx nor .safetensors; use one of the two suffixes")
     if given.int8 and output.suffix.lower() != ".onnx":
@@ -87,13 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export(given: argparse.Namespace) -> None:
+def export(given: ExportOptions) -> None:
     """Loads the checkpoint, says what is uncertain about it, and writes the file."""
     from . import build_model, weights  # here, so that mistakes in the command line are reported at once
 
-    path: Path = weights.find_checkpoint(given.resume)
+    path = weights.find_checkpoint(given.resume)
     content = weights.read_file(path)
-    chosen = {name: value for name, option in MODEL_OPTIONS.items() if (value := vars(given).get(option)) is not None}
+    chosen = {name: value for name, word in MODEL_OPTIONS.items() if (value := vars(given).get(word)) is not None}
     settings: dict[str, Any] = {"backbone": "dino", "clusters": 4, "ghost_clusters": 1, "crossimage_encoder": False}
     settings |= weights.model_of(given.resume, content) | chosen
     model = build_model(**settings).eval()
@@ -104,9 +99,8 @@ def export(given: argparse.Namespace) -> None:
     pca: Any = None if model.projection is None else content.get("pca")
     if given.pca is not None:
         pca = weights.load_projection(model, given.pca)
-    validated_at = weights.validated_size_of(content, settings["backbone"])
-    if path != given.resume:
-        validated_at = RELEASED_SIZE
+    released = path != given.resume
+    validated_at = RELEASED_SIZE if released else weights.validated_size_of(content, settings["backbone"])
     size = tuple(given.resize or weights.size_of(content, settings["backbone"]) or validated_at or (backbone.side,) * 2)
     if validated_at is None:
         print(f"{path} does not say at which size it was validated; exported at {_sides(size)} (--resize)")
@@ -119,9 +113,9 @@ def export(given: argparse.Namespace) -> None:
             _warn(f"{given.pca} does not say which weights it was fitted on; check that they are these")
         if tuple(pca.get("resize", size)) != size:
             _warn(f"{given.pca} was fitted on images of {_sides(pca['resize'])}, but the export is for {_sides(size)}")
-    if pca is not None:
-        whitened = ", whitened" * bool(pca.get("whiten"))
-        line = f"a PCA leaves {model.descriptor_dim} of {model.vectors_dim} dimensions{whitened}, of unit norm"
+    if model.projection is not None and pca is not None:
+        outputs, inputs = model.projection.components.shape
+        line = f"a PCA leaves {outputs} of {inputs} dimensions{', whitened' * bool(pca.get('whiten'))}, of unit norm"
         # With the encoder, the context changes the descriptors that a PCA is fitted on.
         print(line + f"; fitted in --encoder_context {pca.get('context')}" * (model.encoder is not None))
     facts = {**preparation, "resize": size, "mean": MEAN, "std": STD, "validated_at": validated_at, "pca": pca}

@@ -62,9 +62,7 @@ def sample_local_features(
         for _ in range(skip):
             draw()
         skip = 0
-        for image_features in features.cpu():
-            chosen = draw()
-            sampled.append(image_features[:, chosen].T)
+        sampled += [image_features[:, draw()].T for image_features in features.cpu()]
     return torch.cat(sampled)
 
 

@@ -1,7 +1,5 @@
 """The training loss. Only training imports this module: a model that is loaded or exported needs no metric learning."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,29 +37,22 @@ class MinedMultiSimilarity(nn.Module):
         return self.loss(descriptors, labels, pairs)
 
 
-@contextmanager
-def _full_fp32(device_type: str) -> Iterator[None]:
-    """Neither autocast nor TF32 within the block."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
 class _WithItsGradient(torch.autograd.Function):
-    """A loss in full fp32, its gradient computed beside it: by the time of `backward` other settings would hold."""
+    """A loss without autocast or TF32, its gradient computed beside it: in `backward` other settings would hold."""
 
     @staticmethod
     def forward(ctx: Any, descriptors: Tensor, labels: Tensor, loss: Any) -> Tensor:  # type: ignore[override]
         exact = descriptors.detach().float().requires_grad_(descriptors.requires_grad)
-        with torch.enable_grad(), _full_fp32(exact.device.type):
-            value = loss(exact, labels)
-            if exact.requires_grad:
-                value.backward()
-                ctx.save_for_backward(exact.grad)
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            with torch.enable_grad(), torch.autocast(exact.device.type, enabled=False):
+                value = loss(exact, labels)
+                if exact.requires_grad:
+                    value.backward()
+                    ctx.save_for_backward(exact.grad)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = allowed
         ctx.dtype = descriptors.dtype
         return value.detach()
 

@@ -1,6 +1,8 @@
 """The whole network, from image to descriptor."""
 
+import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,12 +61,7 @@ class SuperVLADNet(nn.Module):
     @property
     def descriptor_dim(self) -> int:
         """Dimensions of a descriptor: K*D, or fewer after the projection."""
-        return self.vectors_dim if self.projection is None else len(self.projection.components)
-
-    @property
-    def vectors_dim(self) -> int:
-        """Dimensions of an image's cluster vectors together, K*D."""
-        return self.aggregation.clusters * self.aggregation.dim
+        return math.prod(self.vectors_shape) if self.projection is None else len(self.projection.components)
 
     @property
     def vectors_shape(self) -> tuple[int, int]:
@@ -76,8 +73,8 @@ class SuperVLADNet(nn.Module):
         if self.grad_cache_chunk and torch.is_grad_enabled():
             chunks = images.split(self.grad_cache_chunk)
             # preserve_rng_state=False: neither part draws random numbers.
-            kept = [checkpoint(self._encode, c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
-            return torch.cat(kept)
+            encode = partial(checkpoint, self._encode, use_reentrant=False, preserve_rng_state=False)
+            return torch.cat([encode(chunk) for chunk in chunks])
         return self._encode(images)
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -128,15 +125,13 @@ def build_model(
         ghost_clusters: G >= 0.
         crossimage_encoder: whether to add the encoder across the batch.
     """
-    size = size_named(backbone)
+    size = replace(size_named(backbone), blocks=backbone_blocks)
     if clusters < 1 or ghost_clusters < 0:
         told = f"{clusters} clusters and {ghost_clusters} ghost clusters are too few for a VLAD layer"
         raise ValueError(f"{told}; use supervlad_clusters >= 1 and ghost_clusters >= 0")
-    if backbone_blocks is not None:
-        if not 1 <= backbone_blocks <= size.depth:
-            told = f"backbone_blocks {backbone_blocks}: backbone={backbone} has {size.depth} blocks"
-            raise ValueError(f"{told}; use 1 to {size.depth}")
-        size = replace(size, blocks=backbone_blocks if backbone_blocks < size.depth else None)
+    if not 1 <= size.kept_blocks <= size.depth:
+        told = f"backbone_blocks {backbone_blocks}: backbone={backbone} has {size.depth} blocks"
+        raise ValueError(f"{told}; use 1 to {size.depth}")
     features = DINOv3(size) if size.family == "DINOv3" else DINOv2(size)
     layer = SuperVLAD(features.channels, clusters, ghost_clusters)
     encoder = CrossImageEncoder(features.channels) if crossimage_encoder else None

@@ -61,21 +61,17 @@ def foundation_address(backbone: str) -> str:
 def fetch_foundation(backbone: str) -> Path:
     """The official weights of a backbone in `FOUNDATION_FILES`, downloaded the first time."""
     if backbone in GATED_FILES:
-        raise ValueError(
-            f"backbone={backbone} needs {GATED_FILES[backbone]}, which Meta gives to those who accept the DINOv3 "
-            "License; ask at https://github.com/facebookresearch/dinov3, and give it as foundation_model_path"
-        )
-    address = foundation_address(backbone)
-    path = cached(FOUNDATION_FILES[backbone])
+        told = f"backbone={backbone} needs {GATED_FILES[backbone]}, which Meta gives to those who accept its licence"
+        raise ValueError(f"{told}; ask at https://github.com/facebookresearch/dinov3, give it as foundation_model_path")
+    address, path = foundation_address(backbone), cached(FOUNDATION_FILES[backbone])
     if not path.exists():
         logger.info("downloading %s", address)
         try:
-            torch.hub.download_url_to_file(address, str(path), progress=True)
+            torch.hub.download_url_to_file(address, str(path))
         except OSError as error:
-            raise ValueError(
-                f"backbone={backbone}: DINOv2's weights could not be downloaded ({error}); get {address} elsewhere "
-                f"and give it as foundation_model_path={path.name}, or put it at {path}"
-            ) from error
+            told = f"backbone={backbone}: DINOv2's weights could not be downloaded ({error})"
+            remedy = f"get {address} elsewhere and put it at {path}, or give it as foundation_model_path"
+            raise ValueError(f"{told}; {remedy}") from error
     return path
 
 
@@ -96,10 +92,9 @@ def fetch_released(name: str) -> Path:
             temporary.replace(path)
         except Exception as error:  # gdown raises its own exceptions
             temporary.unlink(missing_ok=True)
-            remedy = "install gdown (pip install gdown), or get" if isinstance(error, ImportError) else "get"
-            raise ValueError(
-                f"{name} could not be downloaded ({error}); {remedy} {address} in a browser and put it at {path}"
-            ) from error
+            remedy = "pip install gdown, or get" if isinstance(error, ImportError) else "get"
+            told = f"{name} could not be downloaded ({error})"
+            raise ValueError(f"{told}; {remedy} {address} in a browser and put it at {path}") from error
     return path
 
 

@@ -99,15 +99,15 @@ class _Aggregate(torch.autograd.Function):
         unit_part = (g * vectors).sum(dim=2, keepdim=True).mul_(total**2)
         g.addcmul_(vectors, unit_part, value=-1).div_(norms)  # (B, K, D), of the sums
         # Through the weighted sum and the softmax.
-        of_scaled = x @ g.transpose(1, 2)  # (B, N, K), of assignment * inverse
-        of_assignment = F.pad(of_scaled * inverse, (0, assignment.shape[2] - K))
-        of_logits = assignment * (of_assignment - (of_assignment * assignment).sum(dim=2, keepdim=True))
+        scaled_grad = x @ g.transpose(1, 2)  # (B, N, K), of assignment * inverse
+        assignment_grad = F.pad(scaled_grad * inverse, (0, assignment.shape[2] - K))
+        logits_grad = assignment * (assignment_grad - (assignment_grad * assignment).sum(dim=2, keepdim=True))
         # Through the factors: they scale both the assignment and the logits.
-        of_inverse = (of_scaled * assignment[:, :, :K]).sum(dim=2, keepdim=True)
-        of_inverse += (of_logits * logits).sum(dim=2, keepdim=True) / inverse
-        of_products = of_logits * inverse  # (B, N, K+G)
-        of_x = (x * (-of_inverse * inverse**3)).contiguous()  # no copy, unless x is a view of B x D x h x w
-        of_x.view(-1, D).addmm_(of_products.flatten(0, 1), weight)
-        of_x.baddbmm_(assignment[:, :, :K] * inverse, g)
-        of_weight = torch.bmm(of_products.transpose(1, 2), x).sum(dim=0)
-        return of_x, of_weight, None
+        inverse_grad = (scaled_grad * assignment[:, :, :K]).sum(dim=2, keepdim=True)
+        inverse_grad += (logits_grad * logits).sum(dim=2, keepdim=True) / inverse
+        products_grad = logits_grad * inverse  # (B, N, K+G)
+        x_grad = (x * (-inverse_grad * inverse**3)).contiguous()  # no copy, unless x is a view of B x D x h x w
+        x_grad.view(-1, D).addmm_(products_grad.flatten(0, 1), weight)
+        x_grad.baddbmm_(assignment[:, :, :K] * inverse, g)
+        weight_grad = torch.bmm(products_grad.transpose(1, 2), x).sum(dim=0)
+        return x_grad, weight_grad, None

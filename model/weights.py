@@ -19,7 +19,7 @@ from torch import Tensor
 from .network import Projection, SuperVLADNet
 from .published import FOUNDATION_FILES, GATED_FILES, RELEASED, fetch_foundation, find_checkpoint, foundation_address  # noqa: F401
 from .reading import read_file
-from .sizes import BACKBONES, MODEL_OPTIONS, BackboneSize, require_patches
+from .sizes import BACKBONES, MODEL_OPTIONS, require_patches
 from .supervlad import SuperVLAD
 from .vit import Backbone
 
@@ -109,13 +109,13 @@ def load_checkpoint(model: SuperVLADNet, path: Path, content: dict[str, Any] | N
         FileNotFoundError, ValueError: as in `read_file`, or the file is for another model.
     """
     content = dict(read_file(path) if content is None else content)
-    state = content.pop("model_state_dict", None)
-    if state is None:
-        state, content = content, {}
-    state = _plain_names(state, path)
+    if "model_state_dict" not in content:
+        content = {"model_state_dict": content}
+    state = _plain_names(content.pop("model_state_dict"), path)
     _require_options(model, state, model_of(path, content), path)
-    components = state.get("projection.components")
-    model.projection = None if components is None else _projection_for(model, components, path)
+    model.projection = None
+    if (components := state.get("projection.components")) is not None:
+        model.projection = _projection_for(model, components, path)
     _load(model, state, path)
     return content
 
@@ -146,8 +146,9 @@ def load_projection(model: SuperVLADNet, path: Path) -> dict[str, Any]:
 
 def _projection_for(model: SuperVLADNet, components: Tensor, path: Path) -> Projection:
     outputs, inputs = components.shape if components.ndim == 2 else (0, 0)
-    if inputs != model.vectors_dim:
-        raise ValueError(f"{path} has a PCA of {inputs} dimensions, but the model has {model.vectors_dim}; use its own")
+    if inputs != model.descriptor_dim:
+        told = f"{path} has a PCA of {inputs} dimensions, but the model has {model.descriptor_dim}"
+        raise ValueError(f"{told}; use its own")
     return Projection(inputs, outputs)
 
 
@@ -219,28 +220,21 @@ def _require_backbone(backbone: Backbone, state: dict[str, Tensor], path: Path, 
     elif "pos_embed" in state:
         family, registers = "DINOv2", state["register_tokens"].shape[1] if "register_tokens" in state else 0
     else:
-        remedy = "give the official one as foundation_model_path, see MODELS.md"
-        if not foundation:
-            remedy = "a checkpoint has it under names that begin with backbone., and the official files go to train.py"
-            remedy += " --foundation_model_path"
-        raise ValueError(f"{path} holds no {size.family} backbone under its official names; {remedy}")
+        remedy = "a checkpoint's begin with backbone., and official files go to train.py --foundation_model_path"
+        raise ValueError(f"{path} holds no {size.family} backbone under its official names; {remedy}, see MODELS.md")
     kind = family, len(state.get(PATCHES, ())), registers
-    if kind == _kind(size) and (depth == size.kept_blocks or (foundation and depth > (size.blocks or depth))):
+    same_kind = kind == (size.family, size.channels, size.registers)
+    if same_kind and (depth == size.kept_blocks or (foundation and depth > (size.blocks or depth))):
         return
     told = (
         f"{path} has a {kind[0]} backbone of {kind[1]} channels, {depth} blocks and {kind[2]} registers, but a "
         f"{size.family} one of {size.channels}, {size.kept_blocks} and {size.registers} was asked for"
     )
     for name, other in BACKBONES.items():
-        if kind == _kind(other) and depth <= other.depth:
+        if kind == (other.family, other.channels, other.registers) and depth <= other.depth:
             cut = depth < other.depth or (size.blocks is not None and not foundation)
             raise ValueError(f"{told}; use backbone={name}" + f" backbone_blocks={depth}" * cut)
     raise ValueError(f"{told}; no backbone of this repository fits it")
-
-
-def _kind(size: BackboneSize) -> tuple[str, int, int]:
-    """What a file tells about a backbone besides its number of blocks: family, channels, registers."""
-    return size.family, size.channels, size.registers
 
 
 def _load(module: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:

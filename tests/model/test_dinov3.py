@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import only_run, refusal, results_of
-from torch.nn import functional as F
 
 import eval as eval_script
 import train as train_script
@@ -128,9 +127,6 @@ def test_other_sizes_and_shapes_of_a_checkpoint(city, trained, tmp_path, capsys)
         assert not (tmp_path / "refused").exists()
     results, log = evaluated(city, tmp_path / "a", file, "--resize", "48", "70", "--test_method=single_query")
     assert results["options"]["resize"] == [48, 64] and "--resize 48 70 is rounded to whole patches, 48 64" in log
-    torch.save(tiny().state_dict(), tmp_path / "bare.pth")
-    results, _ = evaluated(city, tmp_path / "bare", tmp_path / "bare.pth", "--backbone=dinov3_tiny")
-    assert results["resize"] == [320, 320] and "backbone_blocks" not in results["model"], "its own"
 
 
 def test_single_query_crops_to_the_backbones_patches():
@@ -140,16 +136,3 @@ def test_single_query_crops_to_the_backbones_patches():
         assert transform(pixels).shape[-2:] == expected
         square = evaluation_transform((side, side), False, "five_crops", patch_size=patch_size)
         assert square(pixels).shape[-2:] == (side, side)
-
-
-def test_descriptors_are_of_the_network():
-    """Layer and assignments sit on the map of patches; registers and class token have no part in it."""
-    model = tiny(clusters=3, ghost_clusters=2)
-    images = torch.randn(2, 3, 64, 80)
-    with torch.inference_mode():
-        assignments = model.assignments(images)
-        assert assignments.shape == (2, 5, 4, 5)
-        features = F.normalize(model.backbone(images), dim=1)
-        vectors = torch.einsum("bkhw,bdhw->bkd", assignments[:, :3], features)
-        vectors = F.normalize(F.normalize(vectors, dim=2).flatten(1), dim=1)
-        torch.testing.assert_close(model(images), vectors, rtol=0, atol=1e-6)

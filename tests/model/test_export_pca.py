@@ -1,7 +1,6 @@
 """A PCA as the last part of an exported model."""
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from helpers import SMALL, only_run, refusal, results_of, tiny
@@ -18,14 +17,13 @@ PCA = ["--pca_dim=6", "--pca_dataset_folder=toy_city/images/train"]
 @pytest.mark.parametrize(("saved", "whiten"), [("encoder", True), ("one_cluster", False)], indirect=["saved"])
 def test_a_pca_becomes_part_of_the_file(saved, evaluated, tmp_path, capsys, whiten):
     """With and without the encoder: what eval.py computes with the options, the file gives by itself."""
-    model, settings, path = saved
+    model, _, path = saved
     fitted = evaluated(f"--resume={path}", "--save_descriptors", *PCA, *["--pca_whiten"] * whiten)
     expected = np.load(fitted / "descriptors" / "queries.npy")
     assert (abs(np.linalg.norm(expected, axis=1) - 1) < 1e-5).all() == whiten, "published figures: not again"
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    file, onnx = tmp_path / "small.safetensors", tmp_path / "small.onnx"
-    for output in (file, onnx)[: 1 + whiten]:  # the second takes seconds
-        export.main(f"--resume {path} --pca {fitted}/pca.pth --resize 56 56 --output {output}".split())
+    file = tmp_path / "small.safetensors"
+    export.main(f"--resume {path} --pca {fitted}/pca.pth --resize 56 56 --output {file}".split())
     shown = capsys.readouterr().out
     context = "; fitted in --encoder_context file_order" * (model.encoder is not None)
     told = f"6 of {model.descriptor_dim} dimensions{', whitened' * whiten}, of unit norm{context}\n"
@@ -34,19 +32,11 @@ def test_a_pca_becomes_part_of_the_file(saved, evaluated, tmp_path, capsys, whit
     np.testing.assert_allclose(np.load(folder / "descriptors" / "queries.npy"), expected, atol=2e-5)
     assert results_of(folder)["descriptor_dim"] == 6
     assert not whiten or results_of(folder)["recalls"] == results_of(fitted)["recalls"]
-    # Others read it too: torch.hub's copy of the package, ONNX Runtime, and who exports it again.
-    images = torch.randn(3, 3, 56, 56)
-    loaded = hubconf._ours("model").build_model(**settings)
-    assert hubconf._ours("model.weights").load_checkpoint(loaded, file)["pca"]["whiten"] is whiten
-    with torch.inference_mode():
-        mine = loaded.eval()(images).numpy()
-    assert mine.shape == (3, 6)
-    if whiten:
-        (theirs,) = onnxruntime.InferenceSession(onnx).run(None, {"images": images.numpy()})
-        np.testing.assert_allclose(theirs, mine, atol=1e-5)
+    # Others read it too: torch.hub, and who exports it again.
+    assert hubconf.checkpoint(file)(torch.randn(3, 3, 56, 56)).shape == (3, 6)
     export.main(f"--resume {file} --output {tmp_path}/again.safetensors".split())
     first, again = (read_file(path) for path in (file, tmp_path / "again.safetensors"))
-    assert again["pca"]["dim"] == 6
+    assert again["pca"]["dim"] == 6 and again["pca"]["whiten"] is whiten
     assert torch.equal(*(content["model_state_dict"]["projection.mean"] for content in (first, again)))
 
 
@@ -62,7 +52,7 @@ def test_a_pca_that_does_not_fit(saved, evaluated, refused, tmp_path, capsys, ci
     torch.save({"model_state_dict": tiny(**settings).state_dict(), "model": settings}, tmp_path / "weights.pth")
     for source, pca, told in (
         (path, path, "best_model.pth holds no PCA"),
-        (path, tmp_path / "other.pth", f"a PCA of {model.vectors_dim - 1} dimensions"),
+        (path, tmp_path / "other.pth", f"a PCA of {model.descriptor_dim - 1} dimensions"),
         (path, tmp_path / "none.pth", "no weight file at"),
         (file, fitted, "--pca: the checkpoint already ends with one"),
         (tmp_path / "weights.pth", fitted, "pca.pth was fitted on another checkpoint's descriptors"),
@@ -85,7 +75,7 @@ def test_a_pca_that_does_not_fit(saved, evaluated, refused, tmp_path, capsys, ci
     train_script.main(
         [*SMALL, f"--eval_datasets_folder={city}", f"--resume={file}", f"--save_dir={tmp_path}/trained"]
         + "--eval_dataset_name=toy_city --supervlad_clusters=1 --ghost_clusters=2 --epochs_num=0".split()
-        + "--backbone_blocks=3 --freeze_te=2 --train_resize 56 56 --train_batch_size=4".split()
+        + "--backbone_blocks=1 --freeze_te=0 --train_resize 56 56 --train_batch_size=4".split()
     )
     assert "small.safetensors ends with a PCA, which training leaves out" in capsys.readouterr().err
     best = read_file(only_run(tmp_path / "trained") / "best_model.pth")

@@ -46,33 +46,19 @@ def test_backbone(once):
         np.testing.assert_allclose(positions, REFERENCE["backbone/pos/322"].reshape(positions.shape), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("key", golden("backbones"))
-def test_backbone_sizes(key):
+@pytest.mark.parametrize(("archive", "key"), [(a, key) for a in ("backbones", "dinov3") for key in golden(a)])
+def test_backbone_sizes(archive, key):
+    """Some whole, the others cut to their first two blocks; on square and other grids."""
     variant, size = key.split("/")
-    name = "dino" + "".join(f"_{part}" for part in variant.split("_") if part != "base")
-    cut = BACKBONES[name]
-    if variant in ("large", "giant"):
-        cut = replace(cut, depth=2)
-    backbone = formula_backbone(cut).eval()
-    height, width = map(int, size.split("x"))
-    with torch.inference_mode():
-        patches = backbone.tokens(normal(width, (1, 3, height, width)))[:, 1 + cut.registers :]
-    expected = golden("backbones")[key]
-    np.testing.assert_allclose(patches[:, ::23].numpy().reshape(expected.shape), expected, rtol=0, atol=5e-5)
-
-
-@pytest.mark.parametrize("key", golden("dinov3"))
-def test_dinov3(key):
-    """Small whole, base and large cut to their first two blocks; on square and other grids."""
-    variant, size = key.split("/")
-    name = variant.removesuffix("_base")
-    cut = BACKBONES[name] if name == "dinov3_small" else replace(BACKBONES[name], blocks=2)
-    backbone = formula_backbone(cut).eval()
+    parts = variant.split("_") if archive == "dinov3" else ["dino", *variant.split("_")]
+    name = "_".join(part for part in parts if part != "base")
+    whole = variant in ("small", "base", "small_reg", "base_reg", "dinov3_small")
+    backbone = formula_backbone(replace(BACKBONES[name], blocks=None if whole else 2)).eval()
     height, width = map(int, size.split("x"))
     with torch.inference_mode():
         patches = backbone(normal(width, (1, 3, height, width))).flatten(2).transpose(1, 2)
-    expected = golden("dinov3")[key]
-    np.testing.assert_allclose(patches[0, ::23].numpy(), expected, rtol=0, atol=5e-5)
+    expected = golden(archive)[key]
+    np.testing.assert_allclose(patches[0, ::23].numpy(), expected.reshape(-1, expected.shape[-1]), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("key", ["4-1-32", "1-2-32", "64-1-16"])

@@ -1,7 +1,5 @@
 """k-means initialisation of the layer."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -22,16 +20,6 @@ def test_sampling_is_without_replacement_and_takes_what_there_is():
         assert (row == features[index // 100].T).all(dim=1).sum() == 1
     few = sample_local_features(model, [images[..., :42, :56]], generator=np.random.default_rng(0))
     assert few.shape == (24, 96)
-
-
-def test_alpha_makes_the_nearest_centroid_a_hundred_times_heavier():
-    centroids = F.normalize(torch.randn(5, 16), dim=1)
-    descriptors = F.normalize(torch.randn(300, 16), dim=1)
-    alpha, weight = layer_weights(7 * centroids, descriptors)
-    gaps = [sorted((descriptor @ centroids.T).tolist(), reverse=True) for descriptor in descriptors]
-    mean_gap = sum(first - second for first, second, *_ in gaps) / len(gaps)
-    assert alpha == pytest.approx(math.log(100) / mean_gap, rel=1e-4)
-    torch.testing.assert_close(weight[:, :, 0, 0], alpha * centroids)
 
 
 def test_one_cluster_has_alpha_one():

@@ -128,23 +128,6 @@ def test_impossible_models(settings, told):
         tiny(**settings)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("contiguous", [True, False])
-def test_the_layer_compiled_by_itself(contiguous):
-    """On a contiguous map and on one that is a view of tokens; the backend traces as the compiler does."""
-    layer = SuperVLAD(8, 3, 1)
-    maps = torch.randn(2, 8, 4, 5)
-    maps = maps if contiguous else maps.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    gradients = []
-    for call in (layer, torch.compile(layer, backend="aot_eager")):
-        features = maps.detach().requires_grad_()
-        (call(features) * torch.arange(8)).sum().backward()
-        gradients.append((features.grad, layer.conv.weight.grad.clone()))
-        layer.zero_grad()
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_features_of_zeros_give_zeros(dtype):
     model = tiny().to(dtype)

@@ -101,26 +101,17 @@ def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="at SuperVlad; .* SuperVLAD, "):
         find_checkpoint(Path("SuperVlad"))
     path = tmp_path / "whole.pth"
-    torch.save(tiny().state_dict(), path)
-    data = path.read_bytes()
-    for damaged in (b"", b"G", b"Just text", b"(see", b"<html>quota", data[:100], pickle.dumps({"a": 1})):
+    damages = [b"", b"G", b"Just text", b"(see", b"<html>quota", pickle.dumps({"a": 1})]
+    for zipped in (True, False):
+        torch.save(tiny().state_dict(), path, _use_new_zipfile_serialization=zipped)
+        damages += [path.read_bytes()[:end] for end in (100, 5_000, 200_000, -30)]
+    for damaged in damages:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="whole.pth is damaged"):
             read_file(path)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="whole.pth holds a list"):
         read_file(path)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_that_ends_too_early(tmp_path, zipped):
-    path = tmp_path / "cut.pth"
-    torch.save({"model_state_dict": tiny().state_dict()}, path, _use_new_zipfile_serialization=zipped)
-    data = path.read_bytes()
-    for at in (5_000, 200_000, -30):
-        path.write_bytes(data[:at])
-        with pytest.raises(ValueError, match="cut.pth is damaged"):
-            read_file(path)
 
 
 def test_a_file_that_cannot_be_read_keeps_the_reason(tmp_path, monkeypatch):
@@ -136,7 +127,7 @@ def test_a_file_that_cannot_be_read_keeps_the_reason(tmp_path, monkeypatch):
 
 
 # Of three, the released 1-cluster model; of five, the other released ones.
-@pytest.mark.parametrize(("total", "K", "G"), [(1, 1, 0), (2, 1, 1), (3, 1, 2), (5, 4, 1), (65, 64, 1)])
+@pytest.mark.parametrize(("total", "K", "G"), [(1, 1, 0), (3, 1, 2), (5, 4, 1)])
 def test_a_misfit_of_clusters_names_the_likeliest(tmp_path, total, K, G):
     """The tensor holds only their sum."""
     torch.save(released_content(tiny(clusters=total, ghost_clusters=0)), tmp_path / "file.pth")
@@ -183,14 +174,6 @@ def test_a_file_of_another_backbone(tmp_path, of_file, asked, remedy):
             load_foundation(model.backbone, tmp_path / "foundation.pth")
 
 
-def test_missing_or_surplus_tensors(tmp_path):
-    state = tiny().state_dict()
-    state["surplus"] = torch.zeros(1)
-    torch.save(state, tmp_path / "file.pth")
-    with pytest.raises(ValueError, match="surplus"):
-        load_checkpoint(tiny(), tmp_path / "file.pth")
-
-
 def test_what_a_file_says_of_its_model(tmp_path):
     """Other projects keep the state dict itself there; of an entry that is ours, no word is overlooked."""
     path = tmp_path / "file.pth"
@@ -199,17 +182,6 @@ def test_what_a_file_says_of_its_model(tmp_path):
     assert weights.model_of(path, {"model": said}) == said
     with pytest.raises(ValueError, match="file.pth says 'pooling' of its model"):
         weights.model_of(path, {"model": {**said, "pooling": "gem"}})
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_the_backbone_of_a_checkpoint_is_a_foundation_too(tmp_path, prefix):
-    """Of ours and of the released form; its layer and encoder are left behind."""
-    saved, model = tiny(clusters=2, crossimage_encoder=True), tiny()
-    layer = model.aggregation.conv.weight.clone()
-    state = {prefix + name: value for name, value in saved.state_dict().items()}
-    torch.save({"model_state_dict": state, "resize": [56, 56]}, tmp_path / "best_model.pth")
-    load_foundation(model.backbone, tmp_path / "best_model.pth")
-    assert same_weights(model.backbone, saved.backbone) and torch.equal(model.aggregation.conv.weight, layer)
 
 
 def backbone_of(name, **options):
@@ -260,12 +232,22 @@ def test_the_first_blocks_of_a_file(tmp_path, caplog, name):
     for blocks in (None, 9):
         with pytest.raises(ValueError, match=f"was asked for; use backbone={name} backbone_blocks=7$"):
             load_foundation(backbone_of(name, backbone_blocks=blocks), tmp_path / "seven.pth")
-    assert backbone_of(name, backbone_blocks=12).size == BACKBONES[name]
     with pytest.raises(ValueError, match=f"backbone_blocks 13: backbone={name} has 12"):
         backbone_of(name, backbone_blocks=13)
 
 
 FORMS = {
+    # Checkpoints, ours and the released ones, whose other parts are left behind.
+    **{
+        prefix: lambda state, prefix=prefix: {
+            "model_state_dict": {
+                **{f"{prefix}backbone.{name}": value for name, value in state.items()},
+                f"{prefix}aggregation.conv.weight": torch.zeros(5, 96, 1, 1),
+            },
+            "resize": [56, 56],
+        }
+        for prefix in ("", "module.")
+    },
     "teacher": lambda state: {"teacher": {f"backbone.{name}": value for name, value in state.items()}},
     "teacher.backbone.": lambda state: {
         **{f"student.backbone.{name}": 0 * value for name, value in state.items()},
@@ -309,12 +291,15 @@ def test_foundation_files_of_timm(tmp_path):
 
 @pytest.mark.parametrize("load", [load_foundation, load_checkpoint])
 def test_files_that_fit_nothing(tmp_path, load):
-    """Without a backbone under its official names, and with values that are not finite."""
+    """Without a backbone under its official names, with a tensor too many, and with values that are not finite."""
     model = tiny()
-    module, option = (model.backbone, "as foundation") if load is load_foundation else (model, "train.py --foundation")
+    module = model.backbone if load is load_foundation else model
     torch.save({"embeddings.cls_token": torch.zeros(1, 1, 96)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=f"other.pth holds no DINOv2 .*{option}_model_path"):
+    with pytest.raises(ValueError, match="other.pth holds no DINOv2 .* --foundation_model_path"):
         load(module, tmp_path / "other.pth")
+    torch.save({**model.state_dict(), "backbone.surplus": torch.zeros(1)}, tmp_path / "surplus.pth")
+    with pytest.raises(ValueError, match="surplus.pth does not fit the model: .*surplus"):
+        load(module, tmp_path / "surplus.pth")
     with torch.no_grad():
         model.backbone.blocks[3].norm1.weight[5] = float("nan")
     torch.save(model.state_dict(), tmp_path / "broken.pth")
