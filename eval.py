@@ -34,7 +34,7 @@ from utils.outputs import match_page, pairs
 from utils.outputs.results import draw_corruptions, mean_over_corruptions, write_outputs
 from utils.outputs.tables import recall_table
 from utils.retrieval.descriptor_store import EXTRACTED, DescriptorStore, kept_in, warn_of_leftovers
-from utils.retrieval.faiss_index import require_index
+from utils.retrieval.indices import require_index
 from utils.retrieval.place_map import PlaceMap, require_place_for, write_map
 from utils.run import log as run_log
 from utils.run.preemption import Preemption
@@ -72,7 +72,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
 
         # Select: the query sets of each dataset.
         place_map = None if data.map is None else PlaceMap(data.map)
-        groups = select_sets(options, place_map)
+        groups = {group[0].dataset_name: group for group in select_sets(options, place_map)}
         run_log.require_outside(
             data.photo_folders, save_dir=Path("logs") / outputs.save_dir, descriptors_folder=outputs.descriptors_folder
         )
@@ -92,9 +92,9 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                 seed=machine.seed,
                 skip_unreadable=data.skip_unreadable,
             )
-        for group in groups:
+        for name, group in groups.items():
             check_before_extraction(group, options, model, contexts, place_map)
-        groups = [sum([each.with_corruptions(data.query_corruptions) for each in group], []) for group in groups]
+            groups[name] = [each for clean in group for each in clean.with_corruptions(data.query_corruptions)]
         model.to(device).eval()
         cast_weights(model.backbone, machine.precision)
         if machine.compile:
@@ -118,35 +118,36 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
                 folder.mkdir(parents=True, exist_ok=True)
                 run_log.write_results(folder, results, options, device)
 
-        stores: list[dict[str, DescriptorStore]] = [{} for _ in groups]
+        stores: dict[str, dict[str, DescriptorStore]] = {name: {} for name in groups}
         evaluations: list[Evaluation] = []
-        for group in groups if distributed.is_main() and not temporary else ():
-            held.enter_context(FolderLock(kept_in(kept, group[0].dataset_name), "--descriptors_folder"))
+        for name in groups if distributed.is_main() and not temporary else ():
+            held.enter_context(FolderLock(kept_in(kept, name), "--descriptors_folder"))
         try:
-            for group, of_group in zip(groups, stores, strict=True):
-                images = {"database": (group[0].dataset.database_paths, "hard_resize")} if place_map is None else {}
-                images |= {each.store: (each.dataset.queries_paths, each.test_method) for each in group}
-                images |= {"pca": (pca_paths, "hard_resize")} if pca_paths else {}
+            for name, group in groups.items():
+                images = {"database": (group[0].dataset.database_paths, "hard_resize", "")} if place_map is None else {}
+                for each in group:
+                    images[each.store] = (each.dataset.queries_paths, each.test_method, each.corruption)
+                if pca_paths:
+                    images["pca"] = (pca_paths, "hard_resize", "")
                 extract_images(
                     model,
                     images,
-                    of_group,
-                    kept_in(kept, group[0].dataset_name),
-                    preparation={name: facts[name] for name in PREPARATION},
+                    stores[name],
+                    kept_in(kept, name),
+                    preparation={fact: facts[fact] for fact in PREPARATION},
                     machine=machine,
                     device=device,
                     stop=preemption.stop,
                     dtype=outputs.descriptor_dtype,
                     weights=weights,
                     kept=not temporary,
-                    title=group[0].dataset_name,
-                    corruptions={each.store: each.corruption for each in group},
+                    title=name,
                 )
-            for group, of_group in zip(groups if distributed.is_main() else (), stores, strict=False):
+            for name, group in groups.items() if distributed.is_main() else ():
                 evaluations += evaluate(
                     model,
                     group,
-                    of_group if place_map is None else {"database": place_map, **of_group},
+                    stores[name] if place_map is None else {"database": place_map, **stores[name]},
                     contexts=contexts,
                     protocol=protocol,
                     search=search,
@@ -179,7 +180,7 @@ def run(options: EvalOptions) -> dict[str, dict[str, dict[int, float]]]:
             logger.warning("what was extracted is kept: %s", preemption.advice)
             raise SystemExit(1)
         if temporary and distributed.is_main():
-            for store in (store for of_group in stores for store in of_group.values()):
+            for store in (store for by_name in stores.values() for store in by_name.values()):
                 store.remove()
     return table
 
@@ -285,8 +286,8 @@ def model_arguments(options: EvalOptions, written: Mapping[str, Any]) -> dict[st
     Of layer and encoder, the command line says all or nothing. `written` is what the checkpoint says.
     """
     given = given_arguments(options)
-    of_head = MODEL_OPTIONS.keys() - {"backbone", "backbone_blocks"}
-    given |= of_head if given & of_head else set()
+    head = MODEL_OPTIONS.keys() - {"backbone", "backbone_blocks"}
+    given |= head if given & head else set()
     taken = {name: value for name, value in written.items() if name not in given}
     if taken:
         logger.info("from the checkpoint: %s", ", ".join(f"{name} {value}" for name, value in taken.items()))

@@ -23,14 +23,14 @@ from utils.retrieval.contexts import DRAWN_CONTEXTS, ORDERS, Search, Stores
 from utils.retrieval.descriptor_store import DescriptorStore
 from utils.retrieval.extraction import extract
 from utils.retrieval.first_matches import FirstMatches
-from utils.retrieval.search import correct_among, recall_at, recall_of
+from utils.retrieval.search import correct_among, recall_of
 from utils.system import distributed
 from utils.system.device import extraction_batch_size as usual_batch_size
 from utils.system.device import reading_workers
 
 logger = logging.getLogger(__name__)
 
-Images = Mapping[str, tuple[Sequence[str], str]]  # paths and test method, by name
+Images = Mapping[str, tuple[Sequence[str], str, str]]  # paths, test method and corruption ("" is none), by name
 
 
 def evaluate_split(
@@ -59,13 +59,13 @@ def evaluate_split(
         precision: precision of the backbone instead of the machine's.
         stop: called regularly; it may raise to stop the evaluation.
     """
-    sides = {"database": (split.database_paths, "hard_resize"), "queries": (split.queries_paths, "hard_resize")}
+    sides = {"database": split.database_paths, "queries": split.queries_paths}
     stores: dict[str, DescriptorStore] = {}
     recalls: dict[int, float] = {}
     try:
         extract_images(
             model,
-            sides,
+            {side: (paths, "hard_resize", "") for side, paths in sides.items()},
             stores,
             folder,
             preparation={"resize": protocol.resize, "antialias": protocol.antialias, "upright": False},
@@ -76,7 +76,7 @@ def evaluate_split(
         if distributed.is_main():
             search = Search(model, stores, infer_batch_size=protocol.infer_batch_size, device=device)
             ((_, predictions),) = search.run(max(recall_values))
-            recalls = recall_at(predictions, split.positives(positive_distance), recall_values)
+            recalls = recall_of(correct_among(predictions, split.positives(positive_distance)), recall_values)
     finally:
         if distributed.is_main():
             for store in stores.values():
@@ -98,7 +98,6 @@ def extract_images(
     weights: str | None = None,
     kept: bool = False,
     title: str = "",
-    corruptions: Mapping[str, str] | None = None,
 ) -> None:
     """Runs the backbone and the layer on images, except on those whose descriptors are there already.
 
@@ -108,12 +107,11 @@ def extract_images(
         weights: digest of the model's weights, from which a later run knows what it can reuse; None if none will.
         kept: whether the folder is to be used for long, so that copies of the photos must be known.
         title: name of the dataset, for the progress bar.
-        corruptions: of the images of some names; "" is none.
         others: as in `evaluate_split`.
     """
     batch_size = machine.extraction_batch_size or usual_batch_size(device)
-    for name, (paths, test_method) in images.items():
-        fingerprint, corruption = None, (corruptions or {}).get(name)
+    for name, (paths, test_method, corruption) in images.items():
+        fingerprint = None
         if weights is not None:
             fingerprint = {"weights": weights, "test_method": test_method, "precision": machine.precision}
             fingerprint |= {**preparation, "resize": list(preparation["resize"])}

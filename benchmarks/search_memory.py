@@ -24,9 +24,9 @@ import torch
 
 from benchmarks.measuring import PeakMemory, parser_of, record, settings_of, unit
 from utils.retrieval import search
-from utils.retrieval.binary_codes import codes_of, exact_distances
 from utils.retrieval.descriptor_store import DescriptorStore
 from utils.retrieval.extraction import EncoderContext, descriptors
+from utils.retrieval.indices import codes_of, exact_distances
 
 FACTORS, K = 64, 20
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .outputs.match_page import write_match_page
-from .retrieval.comparison import compare_hits, in_words, spread
+from .retrieval.comparison import compare_hits, in_words
 from .system.command_line import Parser
 from .system.files import atomic_write
 
@@ -48,7 +48,7 @@ class Matches:
 def read_run(run: Path) -> dict[str, Matches]:
     """The labelled query sets of a run, by name; raises ValueError if there is none."""
     sets = {}
-    for path in sorted(_folder_of(run).rglob("results.json")):
+    for path in sorted(run.rglob("results.json")):
         try:
             results = json.loads(path.read_bytes())
             if results["recalls"] and "dataset" in results:
@@ -58,10 +58,6 @@ def read_run(run: Path) -> dict[str, Matches]:
     if not sets:
         raise ValueError(f"{run} has no results.json with recalls; name the folder of a run on labelled queries")
     return sets
-
-
-def _folder_of(run: Path) -> Path:
-    return run.parent if run.name == "results.json" else run
 
 
 def _read_set(folder: Path, results: dict[str, Any]) -> Matches:
@@ -78,8 +74,9 @@ def _read_set(folder: Path, results: dict[str, Any]) -> Matches:
                 counted.add(query)
             if row["correct"] == "1":
                 ranks.setdefault(query, int(row["rank"]))
-    total = results["dataset"].get("queries_with_position", results["dataset"]["queries"])
-    queries = [query for query in first if query in counted or total == results["dataset"]["queries"]]
+    dataset = results["dataset"]
+    total = dataset.get("queries_with_position", dataset["queries"])
+    queries = [query for query in first if query in counted or total == dataset["queries"]]
     queries += [f"(query {n} for which nothing was found)" for n in range(total - len(queries))]
     return Matches(
         results=results,
@@ -92,15 +89,15 @@ def _read_set(folder: Path, results: dict[str, Any]) -> Matches:
 
 def require_comparable(a: Matches, b: Matches) -> list[str]:
     """Raises ValueError if queries, database or labels differ; returns lines on what else does, or was not checked."""
-    (name, of_a), (_, of_b) = ((m.results["dataset"]["name"], m.results["dataset"]) for m in (a, b))
+    (name, dataset_a), (_, dataset_b) = ((m.results["dataset"]["name"], m.results["dataset"]) for m in (a, b))
     lines = []
     # In one order, too: a query for which an index found nothing is listed by one run only.
     names = [list(map(os.path.basename, matches.queries)) for matches in (a, b)]
-    if "digests" in of_a and "digests" in of_b:
-        differ = [side for side, digest in of_a["digests"].items() if of_b["digests"].get(side) != digest]
+    if "digests" in dataset_a and "digests" in dataset_b:
+        differ = [side for side, digest in dataset_a["digests"].items() if dataset_b["digests"].get(side) != digest]
     else:
         lines.append(f"{name}: a run of 1.0.0 has no digests, so what predictions.csv names was compared")
-        differ = ["database"] * (of_a["database"] != of_b["database"])
+        differ = ["database"] * (dataset_a["database"] != dataset_b["database"])
         differ += ["labels"] * any(b.correct.get(pair, right) != right for pair, right in a.correct.items())
     if names[0] != names[1] and "queries" not in differ:
         differ.append("queries in predictions.csv")
@@ -118,23 +115,20 @@ def require_comparable(a: Matches, b: Matches) -> list[str]:
 def require_recipe(runs: Sequence[Path], sets: Sequence[dict[str, Matches]]) -> None:
     """Raises ValueError unless the runs share everything but the training seed."""
     facts, seeds = [], []
-    for run, of_run in zip(runs, sets, strict=True):
-        results = next(iter(of_run.values())).results
+    for run, run_sets in zip(runs, sets, strict=True):
+        results = next(iter(run_sets.values())).results
         training = dict(results.get("checkpoint", {}).get("training") or {})
         if "seed" not in training:
-            raise ValueError(
-                f"{run} does not say with which seed its model was trained; evaluate a checkpoint of 2.0.0 or later, "
-                "or compare two runs at a time"
-            )
+            problem = f"{run} does not say with which seed its model was trained"
+            raise ValueError(f"{problem}; evaluate a checkpoint of 2.0.0 or later, or compare two runs at a time")
         seeds.append(training.pop("seed"))
         same = {key: results.get(key) for key in ("model", "resize", "antialias", "test_method")}
-        facts.append({**training, **same, "context": next(iter(of_run.values())).context, "sets": sorted(of_run)})
+        facts.append({**training, **same, "context": next(iter(run_sets.values())).context, "sets": sorted(run_sets)})
     differ = sorted({key for fact in facts for key in facts[0] | fact if fact.get(key) != facts[0].get(key)})
     if differ or len({*seeds}) < len(seeds):
         what = f"other {', '.join(differ)}" if differ else f"seeds {seeds}"
-        raise ValueError(
-            f"not seeds of one recipe: they have {what}; compare two runs, or give the other recipe's to --against"
-        )
+        remedy = "compare two runs, or give the other recipe's to --against"
+        raise ValueError(f"not seeds of one recipe: they have {what}; {remedy}")
 
 
 def recall_values(matches: Sequence[Matches]) -> list[int]:  # that all report
@@ -178,30 +172,36 @@ def compare_recipes(groups: Sequence[Sequence[dict[str, Matches]]]) -> dict[str,
     """Mean, range and deviation over the seeds of one or two recipes, by set and N; prints them."""
     recipes: dict[str, Any] = {}
     for name in [name for name in groups[0][0] if all(name in run for group in groups for run in group)]:
-        matches = [[run[name] for run in group] for group in groups]
-        for n in recall_values([each for group in matches for each in group]):
-            spreads = [spread([100 * float(each.hits(n).mean()) for each in group]) for group in matches]
-            row = recipes.setdefault(name, {})[str(n)] = dict(zip("ab", spreads, strict=False))
-            words = ["{mean:.1f} ({range[0]:.1f} to {range[1]:.1f}, deviation {deviation:.2f}, {runs} runs)"]
-            line = f"{name} R@{n}: {' against '.join(words[0].format(**each) for each in spreads)}"
-            if len(spreads) == 2:
-                row["difference"] = spreads[1]["mean"] - spreads[0]["mean"]
+        for n in recall_values([run[name] for group in groups for run in group]):
+            row: dict[str, Any] = {}
+            words = []
+            for side, group in zip("ab", groups, strict=False):
+                recalls = np.array([100 * run[name].hits(n).mean() for run in group])
+                mean, low, high, deviation = map(
+                    float, (recalls.mean(), recalls.min(), recalls.max(), recalls.std(ddof=1))
+                )
+                row[side] = {"mean": mean, "range": [low, high], "deviation": deviation, "runs": len(group)}
+                words.append(f"{mean:.1f} ({low:.1f} to {high:.1f}, deviation {deviation:.2f}, {len(group)} runs)")
+            line = f"{name} R@{n}: {' against '.join(words)}"
+            if len(groups) == 2:
+                row["difference"] = row["b"]["mean"] - row["a"]["mean"]
                 line += f": {row['difference']:+.1f} points"
+            recipes.setdefault(name, {})[str(n)] = row
             print(line)
     return recipes
 
 
 def write_ranks(folder: Path, a: dict[str, Matches], b: dict[str, Matches], names: Sequence[str]) -> None:
     """Writes `compare.csv`: a row a query, with the rank of its first correct match in each run, empty for none."""
+    rows: list[list[Any]] = [["set", "query", "rank_a", "rank_b"]]
+    for name in names:
+        for query, *ranks in zip(a[name].queries, a[name].ranks, b[name].ranks, strict=True):
+            rows.append([name, query, *(rank or "" for rank in ranks)])
     with (
         atomic_write(folder / "compare.csv") as path,
         open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        rows = csv.writer(file)
-        rows.writerow(["set", "query", "rank_a", "rank_b"])
-        for name in names:
-            for query, *ranks in zip(a[name].queries, a[name].ranks, b[name].ranks, strict=True):
-                rows.writerow([name, query, *(rank or "" for rank in ranks)])
+        csv.writer(file).writerows(rows)
 
 
 def write_page(folder: Path, a: Matches, b: Matches) -> None:
@@ -235,13 +235,13 @@ def write_page(folder: Path, a: Matches, b: Matches) -> None:
 def compare(runs: Sequence[Path], against: Sequence[Path], output: Path | None, *, block: int, page: bool) -> None:
     """Compares runs, prints the result and writes it into `output`, by default the second run's folder."""
     every = [*runs, *against]
-    places = [os.path.realpath(_folder_of(run)) for run in every]
-    if len({*places}) < max(2, len(places)):
+    folders = [(run.parent if run.name == "results.json" else run).resolve() for run in every]
+    if len({*folders}) < max(2, len(folders)):
         raise ValueError(f"{' '.join(map(str, every))}: name two runs or more, each once")
     if page and len(every) > 2:
         raise ValueError("page shows two runs; name two, or leave it out")
-    sets = [read_run(run) for run in every]
-    folder = output or Path(places[1])
+    sets = [read_run(folder) for folder in folders]
+    folder = output or folders[1]
     content: dict[str, Any] = {"runs": list(map(str, runs)), "against": list(map(str, against))}
     if len(every) == 2:
         compared, notes = compare_two(sets[0], sets[1], block)
@@ -274,9 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", nargs="+", type=Path, default=[], metavar="RUN", help="runs of another recipe")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder to write to (default: the second run's)")
     parser.add_argument("--page", action="store_true", help="write a page with the queries that only one run finds")
-    parser.add_argument(
-        "--block", type=int, default=1, metavar="N", help="draw blocks of N consecutive queries: for sequences"
-    )
+    parser.add_argument("--block", type=int, default=1, help="draw blocks of this many neighbours: for sequences")
     given = parser.parse(argv)
     try:
         compare(given.runs, given.against, given.output, block=given.block, page=given.page)

@@ -36,6 +36,8 @@ def left(tmp_path):
 
 def test_stages(left, capsys, monkeypatch):
     monkeypatch.setattr(stages, "matrix_rate", lambda device, precision: 1e10)
+    nearest = stages.search.nearest
+    monkeypatch.setattr(stages.search, "nearest", lambda queries, *given: nearest(queries[:10], *given))
     stages.main(TINY)
     figures, printed = left(), capsys.readouterr().out
     for stage in ("backbone", "evaluation, whole", "training: whole step", "search, queries in 10,000 x 3072"):

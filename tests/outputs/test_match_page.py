@@ -100,16 +100,6 @@ def sizes(page):
     return [(int(figure["image"]["width"]), int(figure["image"]["height"])) for figure in page.figures(0)]
 
 
-def test_without_labels(tmp_path, photos):
-    page = write_plain(tmp_path / "page", photos("0.jpg", "1.jpg", "2.jpg"))
-    assert [(figure["frame"], figure["words"]) for figure in page.figures(0)] == [
-        ("query", ["query", "0", "0.jpg"]),
-        ("unknown", ["1", "1.jpg"]),
-        ("unknown", ["2", "2.jpg"]),
-    ]
-    assert page.filters == {} and page.rows[0]["kinds"] == ["all"]
-
-
 def test_odd_file_names(tmp_path, photos):
     paths = photos(
         "a/@1.5@-2@.jpg",
@@ -119,7 +109,10 @@ def test_odd_file_names(tmp_path, photos):
         "b/{{ title }}\n.jpg",
         "b/\udcff.jpg",  # a byte that is not UTF-8
     )
-    page = write_plain(tmp_path / "a page #1", paths)
+    page = write_plain(tmp_path / "a page #1", paths)  # without labels
+    assert [figure["frame"] for figure in page.figures(0)] == ["query", *["unknown"] * 5]
+    assert page.filters == {} and page.rows[0]["kinds"] == ["all"]
+    assert page.figures(0)[1]["words"] == ["1", "@1.5@-2@.jpg"]
     assert [figure["path"] for figure in page.figures(0)] == [*paths[:-1], paths[-1].replace("\udcff", "?")]
     for number, figure in enumerate(page.figures(0)):
         assert set(figure["image"]["src"]) <= set("thumbnails/0123456789abcdef.jpg")

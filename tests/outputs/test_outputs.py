@@ -2,22 +2,19 @@
 
 import errno
 import os
-import shlex
 import shutil
-import subprocess
 import zipfile
 
 import numpy as np
 import pytest
 from helpers import SMALL, only_run, refusal, results_of, rows_of
-from PIL import Image
 
 import eval as eval_script
 import train as train_script
 from datasets.evaluation.tree import DatabaseQueries
 from utils.outputs import figures, match_page, results, tables
 from utils.retrieval import contexts
-from utils.retrieval.descriptor_store import DescriptorStore, warn_of_leftovers
+from utils.retrieval.descriptor_store import warn_of_leftovers
 from utils.run import log as run_log
 from utils.system.lock import FolderLock
 
@@ -57,29 +54,29 @@ def failed(evaluated, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(
-    ("name", "owner", "function"),
-    [
-        ("predictions.csv", tables, "write_predictions"),
-        ("recalls.png", figures, "draw_recalls"),
-        ("descriptors", contexts, "_save_rows"),
-        ("assignments/000000.png", results, "draw_assignments"),
-        ("matches", match_page, "write_match_page"),
-    ],
-)
-def test_an_output_that_fails_costs_one_line(failed, monkeypatch, capsys, name, owner, function):
-    monkeypatch.setattr(owner, function, no_space)
+OUTPUTS = {  # what is written by which function
+    "predictions.csv": (tables, "write_predictions"),
+    "recalls.png": (figures, "draw_recalls"),
+    "descriptors": (contexts.Search, "save"),
+    "assignments/000000.png": (results, "draw_assignments"),
+    "assignments/000014.png": (results, "draw_assignments"),
+    "matches": (match_page, "write_match_page"),
+}
+
+
+@pytest.mark.parametrize("names", [["predictions.csv"], [*OUTPUTS]])
+def test_an_output_that_fails_costs_one_line(failed, monkeypatch, capsys, names):
+    """The result is there before, and all else after."""
+    for name in names:
+        monkeypatch.setattr(*OUTPUTS[name], no_space)
     status, folder = failed(*ALL)
     lines = capsys.readouterr().err.splitlines()
-    names = [name, "assignments/000014.png"] if "assignments" in name else [name]
     errors = [line for line in lines if line.startswith("ERROR")]
     assert status == 1 and "Traceback" not in lines
-    assert errors == [f"ERROR: {folder / each} could not be written: {NO_SPACE}" for each in names]
-    # The result is there before, and all else after.
+    assert errors == [f"ERROR: {folder / name} could not be written: {NO_SPACE}" for name in names]
     assert lines.index(errors[0]) > next(n for n, line in enumerate(lines) if line.startswith("Recalls on"))
     assert results_of(folder)["recalls"]
-    for other in {"predictions.csv", "recalls.png", "descriptors/database.npy", "matches/index.html"}:
-        assert (folder / other).exists() == (not other.startswith(name))
+    assert [(folder / name).exists() for name in OUTPUTS] == [name not in names for name in OUTPUTS]
     assert not list(folder.rglob("*.tmp*"))
 
 
@@ -107,8 +104,8 @@ def test_all_results_come_before_the_first_output(evaluated, tree, monkeypatch):
     tree("a")
     seen = []
 
-    def look(folder, *_, **__):
-        seen.append([results_of(folder.parent / name)["contexts"].keys() for name in ("a", "b")])
+    def look(evaluation, *_, **__):
+        seen.append([results_of(evaluation.folder.parent / name)["contexts"].keys() for name in ("a", "b")])
 
     monkeypatch.setattr(tables, "write_predictions", look)
     folder = evaluated(*TWO_CONTEXTS, "--eval_dataset_name", "a/", "b", data=tree("b"), model="encoder")
@@ -128,29 +125,28 @@ def test_the_first_context_is_written_before_the_second_is_searched(failed, monk
     assert status == 2 and list(results_of(folder)["contexts"]) == ["file_order"]
 
 
-@pytest.mark.slow
 @pytest.mark.drawn
-def test_odd_names_and_shapes_lose_nothing(evaluated, tree, capsys):
+def test_odd_names_lose_nothing(evaluated, tree, capsys):
     data = tree("$a$ $b", database=4, queries=2)
     for side in ("database", "queries"):
-        folder = data / "$a$ $b/images/test" / side
-        first, second, *_ = sorted(folder.iterdir())
+        first, second, *_ = sorted((data / "$a$ $b/images/test" / side).iterdir())
         first.rename(f"{str(first)[:-4]}\udcff.jpg")  # a byte that is not UTF-8
         second.rename(f"{str(second)[:-4]}\n$x_{{$.jpg")
-        Image.new("RGB", (9000, 6), (20, 90, 30)).save(folder / "@1@2@.jpg")
-        Image.new("RGB", (6, 9000), (20, 90, 30)).save(folder / "@1@3@.png")
-    folder = evaluated("--save_assignments=2", *ALL[::2], "--eval_dataset_name=$a$ $b", data=data)
+    folder = evaluated("--save_assignments=1", *ALL[::2], "--eval_dataset_name=$a$ $b", data=data)
     assert "database.txt: line breaks in 1 paths are written as \\n" in capsys.readouterr().err
     dataset = DatabaseQueries.from_folder(data, "$a$ $b", "test")
     table = (folder / "predictions.csv").read_bytes()
     assert all(os.fsencode(path) in table for path in dataset.queries_paths)
     lines = os.fsdecode((folder / "descriptors/database.txt").read_bytes()).split("\n")[:-1]
     assert [line.replace("\\n", "\n") for line in lines] == dataset.database_paths
-    assert len(list((folder / "assignments").iterdir())) == 2 and (folder / "matches/index.html").exists()
+    assert len(list((folder / "assignments").iterdir())) == 1 and (folder / "matches/index.html").exists()
 
 
-def test_answers_in_places(evaluated, city, capsys):
-    folder = evaluated("--save_predictions=2", "--accept=1", "--encoder_context", "independent", model="encoder")
+def test_answers_in_places(evaluated, city, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(results, "draw_assignments", lambda _, photos, **__: drawn.extend(photos))
+    flags = "--save_predictions=2 --save_assignments=1 --accept=1 --encoder_context independent".split()
+    folder = evaluated(*flags, model="encoder")
     assert capsys.readouterr().err.splitlines()[-1].endswith(f" {(folder / 'matches/index.html').as_uri()}")
     dataset = DatabaseQueries.from_folder(city, "toy_city", "test")
     rows = rows_of(folder)
@@ -161,22 +157,12 @@ def test_answers_in_places(evaluated, city, capsys):
         assert float(row["metres"]) == pytest.approx(np.linalg.norm(match - query), abs=0.006)
         assert (float(row["metres"]) <= 25) == (row["correct"] == "1")
         assert list(row.items())[-1] == ("context", "independent")
+    names = [os.path.basename(rows[0][side]) for side in ("query", "database")]
+    verdict = "correct" if rows[0]["correct"] == "1" else "wrong"
+    assert [title for title, *_ in drawn] == [f"query 0: {names[0]}", f"first match, {verdict}: {names[1]}"]
     page = (folder / "matches/index.html").read_text()
     first = 1 - float(rows[0]["squared_descriptor_distance"]) / 2
     assert f"similarity {first:.3f}" in page and "correct, within 25 m" in page
-
-
-def test_assignment_pictures_carry_file_names(evaluated, monkeypatch, city):
-    titles = []
-    monkeypatch.setattr(
-        results, "draw_assignments", lambda _, photos, **__: titles.extend(title for title, *_ in photos)
-    )
-    evaluated("--save_assignments=1")
-    dataset = DatabaseQueries.from_folder(city, "toy_city", "test")
-    assert titles[0] == f"query 0: {os.path.basename(dataset.queries_paths[0])}"
-    verdict, _, name = titles[1].partition(": ")
-    assert verdict in ("first match, correct", "first match, wrong")
-    assert name in map(os.path.basename, dataset.database_paths)
 
 
 def test_queries_with_nothing_to_find_are_counted(evaluated, tree, caplog):
@@ -188,6 +174,9 @@ def test_queries_with_nothing_to_find_are_counted(evaluated, tree, caplog):
     assert "town test: 3 of 4 queries have no database photo within 25 m" in caplog.text
     left = results_of(folder)
     assert left["queries_without_positives"] == 3 and left["recalls"]["20"] == 25.0
+    first = left["contexts"]["file_order"]["first_match"]  # false alarms, but for one
+    assert (first["queries"], first["queries_with_positives"]) == (4, 1)
+    assert first["distance"]["curve"]["precision"][-1] <= 25
     assert (folder / "matches/index.html").read_text().count("nothing to find within 25 m") == 3
 
 
@@ -202,26 +191,6 @@ def test_nothing_is_written_into_the_data_or_deleted(evaluated, tree, capsys):
         assert "eval_dataset_name" in told
     evaluated("--eval_dataset_name=town/", data=data)
     assert sorted(data.rglob("*")) == before and theirs.read_text() == "mine"
-
-
-def test_leftovers_of_a_killed_run_are_told(city, weights, tmp_path, monkeypatch, capsys):
-    flags = [*SMALL, f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", f"--resume={weights}/plain.pth"]
-    flags.append(f"--save_dir={tmp_path}/my runs")
-
-    def told():
-        eval_script.main(flags)
-        return [line for line in capsys.readouterr().err.splitlines() if "rm -r" in line]
-
-    with monkeypatch.context() as killed:  # as a run that dies before it comes to that
-        killed.setattr(DescriptorStore, "remove", lambda _: None)
-        killed.setattr(eval_script, "warn_of_leftovers", no_space)  # which stops nobody
-        assert not told()
-    left = only_run(tmp_path / "my runs")
-    (line,) = told()
-    command = line.split("to remove them: ")[1]
-    assert "left 0.1 MB" in line and shlex.split(command) == ["rm", "-r", str(left / "extracted")]
-    subprocess.run(command, shell=True, check=True)
-    assert not told()
 
 
 def test_leftovers_of_every_kind(tmp_path, caplog):

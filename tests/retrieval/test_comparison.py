@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from utils import compare
-from utils.retrieval.comparison import bootstrap_interval, compare_hits, in_words, mcnemar, spread, wilson_interval
+from utils.retrieval.comparison import bootstrap_interval, compare_hits, in_words, mcnemar, wilson_interval
 
 TEN = np.array([1, 1, 1, 1, 0, 0, 0, 0, 1, 0], bool), np.array([1, 1, 1, 1, 1, 1, 0, 0, 0, 0], bool)
 
@@ -36,20 +36,11 @@ def test_the_ends_of_an_interval_solve_the_equation_that_defines_them(successes,
     assert wilson_interval(successes, count) == pytest.approx(expected, abs=1e-12)
 
 
-def test_intervals_of_several_shares():
-    ends = wilson_interval([[0, 5, 10]] * 2, 10)
-    assert ends.shape == (2, 2, 3)
-    np.testing.assert_allclose(ends[0], 1 - ends[1, :, ::-1], atol=1e-12)
-
-
 @pytest.mark.parametrize(  # scipy.stats.binomtest(min(a, b), a + b).pvalue, scipy 1.16
     ("only_a", "only_b", "p"),
     [
         (0, 0, 1.0),
-        (1, 0, 1.0),
         (3, 11, 0.057373046875),
-        (10, 10, 1.0),
-        (50, 80, 0.010694055123829345),
         (700, 800, 0.010559255466711506),
         (900, 1200, 6.337277315775641e-11),
     ],
@@ -63,11 +54,9 @@ def test_the_bootstrap_is_that_of_plain_draws():
     differences = np.repeat([1, 0, -1, 0, 0], 40)
     rng = np.random.default_rng(3)
     for block in (1, 7):
-        means = []
-        for _ in range(4000):
-            starts = rng.integers(0, 200 - block + 1, -(-200 // block))
-            means.append(100 * np.concatenate([differences[s : s + block] for s in starts])[:200].mean())
-        expected = np.percentile(means, [2.5, 97.5])
+        starts = rng.integers(0, 200 - block + 1, (4000, -(-200 // block)))
+        drawn = (starts[:, :, None] + np.arange(block)).reshape(4000, -1)[:, :200]
+        expected = np.percentile(100 * differences[drawn].mean(axis=1), [2.5, 97.5])
         assert bootstrap_interval(differences, block=block) == pytest.approx(tuple(expected), abs=1.0)
     assert bootstrap_interval(differences, block=7) == bootstrap_interval(differences, block=7), "seeded"
     independent, together = (bootstrap_interval(differences, block=block) for block in (1, 20))
@@ -83,12 +72,6 @@ def test_equal_models_seldom_differ():
         misses += not row["interval"][0] <= 0 <= row["interval"][1]
         significant += row["p"] < 0.05
     assert 12 <= misses <= 28 and significant <= 20  # 3 to 7%, and 5% or fewer
-
-
-def test_spread():
-    assert spread([40.0, 42.0, 47.0]) == {
-        "mean": 43.0, "range": [40.0, 47.0], "deviation": pytest.approx(np.sqrt(13)), "runs": 3
-    }  # fmt: skip
 
 
 @pytest.fixture
@@ -134,7 +117,11 @@ def test_seeds_of_a_recipe(run, capsys, tmp_path):
                      (("a", (3, 4, 5)), ("b", (6, 6, 9))))  # fmt: skip
     assert compare.main([*map(str, first), "--against", *map(str, second), f"--output={tmp_path}/out"]) == 0
     row = json.loads((tmp_path / "out/compare.json").read_text())["recipes"]["town test"]["1"]
-    assert row["a"]["mean"] == pytest.approx(400 / 9) and row["difference"] == pytest.approx(300 / 9)
+    assert row["a"] == {
+        "mean": pytest.approx(400 / 9), "range": pytest.approx([300 / 9, 500 / 9]), "deviation": pytest.approx(100 / 9),
+        "runs": 3,
+    }  # fmt: skip
+    assert row["difference"] == pytest.approx(300 / 9)
     assert "+33.3 points" in capsys.readouterr().out
 
 

@@ -4,6 +4,8 @@ import logging
 import shlex
 import shutil
 import signal
+from functools import partial
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import faiss
@@ -11,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 import warm
-from helpers import SMALL, only_run
+from helpers import SMALL, only_run, results_of
 
 import eval as eval_script
 from utils.retrieval import contexts as retrieval
 from utils.retrieval import search
-from utils.retrieval.faiss_index import nearest_by_index
-from utils.retrieval.search import CPU, knn_by_torch, merge_crops, nearest, recall_at
+from utils.retrieval.indices import nearest_by_index
+from utils.retrieval.search import CPU, correct_among, knn_by_torch, merge_crops, nearest, recall_of
 from utils.system import device as device_module
 from utils.system import distributed
 
@@ -108,15 +110,6 @@ def test_descriptors_that_are_not_finite_are_refused():
             nearest(np.full((2, 3), queries, "f"), chunked(np.full((2, 3), database, "f"), 2), 1)
 
 
-def test_faiss_errors_of_exact_search_are_errors_of_ours(monkeypatch):
-    def fails(*_):
-        raise RuntimeError("Error in void* faiss::f(int) at /x/GpuResources.cpp:530: Error: 'err' failed: no memory")
-
-    monkeypatch.setattr("faiss.knn", fails)
-    with pytest.raises(ValueError, match="^FAISS cannot search exactly: 'err' failed: no memory"):
-        nearest(np.eye(3, dtype="f"), chunked(np.eye(3, dtype="f"), 3), 1)
-
-
 @pytest.mark.parametrize(("factory", "exact"), [("Flat", True), ("HNSW16", False), ("IVF4,Flat", False)])
 def test_an_index_is_compared_with_exact_search(factory, exact, caplog):
     rng = np.random.default_rng(0)
@@ -142,26 +135,66 @@ def test_an_index_that_cannot_be_made(factory, parameters):
         nearest_by_index(database, lambda: chunked(database, 300), 300, 5, factory=factory, parameters=parameters)
 
 
-def test_recall_counts_every_query():
-    predictions = np.array([[4, 0, 2], [1, 2, 3], [3, 4, 0], [0, 1, 2]])
-    positives = [np.array([2, 3]), np.array([], dtype=int), np.array([3]), np.array([4])]
-    assert recall_at(predictions, positives, [1, 2, 3, 50]) == {1: 25.0, 2: 25.0, 3: 50.0, 50: 50.0}
+by_signs = partial(nearest_by_index, factory="binary")
+
+
+def unit_rows(count, dim, seed=0):
+    rows = np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(("dim", "rerank"), [(64, 5), (61, 20), (61, 1000)])
+def test_signs_find_the_first_by_bits_ranked_exactly(monkeypatch, dim, rerank):
+    monkeypatch.setattr("utils.retrieval.indices.PAIRS_TOGETHER", 7)
+    database, queries = unit_rows(90, dim), unit_rows(12, dim, seed=1)
+    order = np.random.default_rng(2).permutation(90)
+    distances, found, (agreement,) = by_signs(queries, lambda: chunked(database, 25, order), 90, 5, rerank=rerank)
+    hamming = ((queries > 0)[:, None] != (database > 0)).sum(axis=2)
+    exact = ((queries[:, None] - database) ** 2).sum(axis=2)
+    reached = np.sort(hamming, axis=1)[:, min(rerank, 90) - 1]
+    for query, images in enumerate(found):
+        assert (hamming[query, images] <= reached[query]).all()
+        surely = np.flatnonzero(hamming[query] < reached[query])  # of the last distance any may be taken
+        best = surely[np.argsort(exact[query, surely])][:5]
+        assert exact[query, images].max() <= exact[query, best].max() + 1e-6 or len(best) < 5
+    np.testing.assert_allclose(distances, np.take_along_axis(exact, found, 1), rtol=1e-4)
+    right = np.argsort(exact, axis=1)[:, :5]
+    assert agreement["nearest"] == pytest.approx(100 * np.mean((found == right[:, :1]).any(axis=1)))
+    assert agreement["queries"] == 12
+    if rerank >= 90:
+        np.testing.assert_array_equal(found, right)
+        assert agreement["nearest"] == agreement["first_k"] == 100
+
+
+def test_equal_descriptors_keep_the_order_of_exact_search():
+    database = np.repeat(unit_rows(6, 16), 15, axis=0)
+    chunks = chunked(database, 40, np.arange(90)[::-1].copy())
+    _, found, _ = by_signs(database[::15], lambda: chunks, 90, 4, rerank=30)
+    np.testing.assert_array_equal(found, nearest(database[::15], chunks, 4)[1])
+
+
+def test_no_query_that_is_not_finite_is_searched_by_signs():
+    queries = unit_rows(1500, 16)
+    queries[1] = np.nan  # not among those that are compared with exact search
+    with pytest.raises(ValueError, match="not finite"):
+        by_signs(queries, lambda: chunked(unit_rows(90, 16), 90), 90, 3, rerank=9)
+
+
+def test_eval_takes_signs_as_an_index(evaluated, capsys):
+    """Of 15 images all are ranked exactly; each crop is a query."""
+    results = results_of(evaluated("--index=binary", "--test_method=nearest_crop", "--rerank=20"))
+    assert results["index_agreement"] == {"nearest": 100.0, "first_k": 100.0, "queries": 15 * 5}
+    assert "index binary (48 bytes per image, the first 15 ranked exactly) finds" in capsys.readouterr().err
 
 
 def test_recall_against_plain_loops():
     rng = np.random.default_rng(3)
     predictions = np.array([rng.permutation(40)[:20] for _ in range(30)])
     positives = [rng.choice(40, size=rng.integers(0, 4), replace=False) for _ in range(30)]
-    for n, recall in recall_at(predictions, positives, [1, 5, 10, 20]).items():
+    assert any(not len(right) for right in positives), "every query counts"
+    for n, recall in recall_of(correct_among(predictions, positives), [1, 5, 10, 20]).items():
         hits = [not {*row[:n]}.isdisjoint(right) for row, right in zip(predictions.tolist(), positives, strict=True)]
         assert recall == pytest.approx(100 * sum(hits) / 30)
-
-
-def test_merging_keeps_the_nearest_occurrence():
-    predictions = np.array([[1, 2], [3, 1]])
-    distances = np.array([[0.5, 0.6], [0.1, 0.2]], dtype="f")
-    lengths, merged = merge_crops(distances, predictions, crops=2)
-    assert merged.tolist() == [[3, 1]] and lengths.ravel().tolist() == pytest.approx([0.1, 0.2])
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.01])
@@ -179,49 +212,46 @@ def test_agreeing_crops_move_an_image_up():
     assert merge_crops(distances, predictions, majority_weight=0.01)[1].tolist() == [[1, 3]]
 
 
-class StandIn:
-    """A GPU whose memory is the main memory, and full from the n-th time on that it searches."""
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU whose memory is the main memory, and full from the n-th time on that it searches; what it does is noted."""
 
-    def __init__(self, monkeypatch, full_from=None):
-        self.uploaded, self.searched, self.on_cpu = [], 0, 0
-        real_torch, real_faiss = search.knn_by_torch, faiss.knn
+    def make(full_from=None):
+        real = search.knn_by_torch
 
         def by_torch(*given):
-            self.searched += 1
-            if full_from is not None and self.searched >= full_from:
+            if full_from is not None and made.searched.call_count >= full_from:
                 raise torch.OutOfMemoryError("CUDA out of\nmemory.")
-            return real_torch(*given)
+            return real(*given)
 
-        def by_faiss(*given):
-            self.on_cpu += 1
-            return real_faiss(*given)
+        made = SimpleNamespace(
+            uploaded=Mock(side_effect=lambda device, rows: torch.from_numpy(rows)),
+            searched=Mock(side_effect=by_torch),
+            on_cpu=Mock(side_effect=faiss.knn),
+        )
+        monkeypatch.setattr(search, "_on", made.uploaded)
+        monkeypatch.setattr(search, "knn_by_torch", made.searched)
+        monkeypatch.setattr(faiss, "knn", made.on_cpu)
+        return made
 
-        monkeypatch.setattr(search, "_on", lambda device, rows: self.uploaded.append(rows) or torch.from_numpy(rows))
-        monkeypatch.setattr(search, "knn_by_torch", by_torch)
-        monkeypatch.setattr(faiss, "knn", by_faiss)
+    return make
 
 
 @pytest.mark.parametrize(("full_from", "sets"), [(None, ()), (None, (7, 23)), (1, ()), (3, ())])
-def test_a_gpu_finds_what_the_cpu_finds_and_leaves_the_rest_to_it(monkeypatch, caplog, full_from, sets):
+def test_a_gpu_finds_what_the_cpu_finds_and_leaves_the_rest_to_it(gpu, caplog, full_from, sets):
     queries, database = whole_numbers(30, 300)
     database[::40] = queries[0]
     chunks = chunked(database, 60, np.random.default_rng(1).permutation(300))
     expected = nearest(queries, chunks, 60)
-    gpu = StandIn(monkeypatch, full_from)
+    made = gpu(full_from)
     assert_same(nearest(queries, chunks, 60, GPU, sets), expected)
-    assert sum(len(rows) != 60 for rows in gpu.uploaded) == max(1, len(sets)), "the queries stay there"
-    assert gpu.on_cpu == (0 if full_from is None else 6 - full_from)
+    uploaded = [len(rows) for (_, rows), _ in made.uploaded.call_args_list]
+    assert sum(rows != 60 for rows in uploaded) == max(1, len(sets)), "the queries stay there"
+    assert made.on_cpu.call_count == (0 if full_from is None else 6 - full_from)
     warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == (full_from is not None) and all("CUDA out of memory." in line for line in warnings)
-
-
-def test_the_cpu_that_was_asked_for_is_used(monkeypatch, evaluate):
-    gpu = StandIn(monkeypatch)
-    queries, database = whole_numbers(30, 300)
-    nearest(queries, chunked(database, 100), 5, torch.device("mps"))
-    assert gpu.on_cpu == 3
-    assert evaluate("--index=Flat")[0] == 0  # --device=cpu
-    assert gpu.on_cpu == 4 and gpu.searched == 0
+    nearest(queries, chunks, 5, torch.device("mps"))
+    assert made.on_cpu.call_count >= 5, "no other device searches"
 
 
 def test_the_search_has_the_cores_of_those_that_wait(monkeypatch):
@@ -238,10 +268,9 @@ def test_the_search_has_the_cores_of_those_that_wait(monkeypatch):
     before = faiss.omp_get_max_threads(), torch.get_num_threads()
     searched = retrieval.Search(None, {"database": [0], "queries": [0]}, infer_batch_size=16, device=CPU)
     searched.run(1)
-    assert seen == [(6, 6)] and before == (faiss.omp_get_max_threads(), torch.get_num_threads())
     monkeypatch.setattr(distributed, "world_size", lambda: 1)
     searched.run(1)
-    assert seen[1] == before, "a process on its own is left as it is"
+    assert seen == [(6, 6), before], "a process on its own is left as it is"
 
 
 @pytest.fixture
@@ -267,55 +296,33 @@ def evaluate(flags, tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "error", "more"),
-    [
-        (faiss, "knn", RuntimeError("Error in void faiss::f() at /x/y.cpp:1: no memory"), ["--index=Flat"]),
-        (retrieval.Search, "rows", OSError("the disk"), ["--pca_dim=5", "--pca_dataset_folder=toy_city/images/train"]),
-    ],
-)
-def test_a_search_that_fails_can_be_gone_on_with(evaluate, passed, monkeypatch, owner, name, error, more):
-    status, _, right = evaluate(*more)
-    assert status == 0 and len(passed) >= 30 and not (right / "extracted").exists()
-    with monkeypatch.context() as failing:
-        failing.setattr(owner, name, Mock(side_effect=error))
-        status, said, failed = evaluate(*more)
-    assert status in (1, 2) and "Traceback" not in said
-    (line,) = [line for line in said.splitlines() if "what was extracted is kept" in line]
-    (advice,) = [word for word in shlex.split(line.split(": ", 2)[-1]) if word.startswith("--descriptors_folder=")]
-    assert advice == f"--descriptors_folder={failed}/extracted"
-    passed.clear()
-    status, said, again = evaluate(*more, advice)
-    assert status == 0 and passed == [] and "computed again" not in said
-    assert (again / "predictions.csv").read_text() == (right / "predictions.csv").read_text()
-
-
-def test_what_was_extracted_of_several_datasets_is_kept(evaluate, passed, city, monkeypatch, tmp_path):
-    """The second search fails; a photo that has changed since is not taken for the old one."""
+def test_a_search_that_fails_can_be_gone_on_with(evaluate, passed, city, monkeypatch, tmp_path):
+    """The second one, of several datasets; a photo that has changed since is not taken for the old one."""
     (tmp_path / "data").mkdir()
     for name in ("a town", "b"):
         shutil.copytree(city / "toy_city", tmp_path / "data" / name)
-    more = [f"--eval_datasets_folder={tmp_path}/data"]
-    real, calls = search.nearest, []
-
-    def fails(*given):
-        calls.append(1)
-        if len(calls) == 2:
-            raise ValueError("no memory")
-        return real(*given)
-
+    more = [f"--eval_datasets_folder={tmp_path}/data", "--pca_dim=5", "--pca_dataset_folder=b/images/train"]
+    names = ["a town", "b"]
+    status, _, right = evaluate(*more, names=names)
+    assert status == 0 and len(passed) >= 60 and not (right / "extracted").exists()
     with monkeypatch.context() as failing:
-        failing.setattr(search, "nearest", fails)
-        status, said, failed = evaluate(*more, names=["a town", "b"])
+        failing.setattr(faiss, "knn", Mock(side_effect=[faiss.knn(*[np.eye(15, 5, dtype="f")] * 2, 15), MemoryError()]))
+        status, said, failed = evaluate(*more, names=names)
     kept = failed / "extracted"
-    assert status == 2 and f"--descriptors_folder='{kept}'".replace("'", "") in said
+    (line,) = [line for line in said.splitlines() if "what was extracted is kept" in line]
+    (advice,) = [word for word in shlex.split(line.split(": ", 2)[-1]) if word.startswith("--descriptors_folder=")]
+    assert status == 1 and advice == f"--descriptors_folder={kept}" and "Traceback" not in said
     stores = {str(path.relative_to(kept)) for path in kept.rglob("*.npy")}
-    assert stores == {f"{town}_test/{side}.npy" for town in ("a_town", "b") for side in ("database", "queries")}
+    sides = ("database", "queries", "pca")
+    assert stores == {f"{town}_test/{side}.npy" for town in ("a_town", "b") for side in sides}
     passed.clear()
-    assert evaluate(*more, f"--descriptors_folder={kept}", names=["a town", "b"])[0] == 0 and passed == []
+    status, said, again = evaluate(*more, advice, names=names)
+    assert status == 0 and passed == [] and "computed again" not in said
+    for name in names:
+        assert (again / name / "predictions.csv").read_text() == (right / name / "predictions.csv").read_text()
     next((tmp_path / "data/b/images/test/queries").iterdir()).write_bytes(b"another")
-    status, said, _ = evaluate(*more, f"--descriptors_folder={kept}", names=["a town", "b"])
-    assert status == 2 and "the query photos have changed" in said and "another --descriptors_folder" in said
+    status, said, _ = evaluate(*more, advice, names=names)
+    assert status == 2 and "the photos of queries have changed" in said and "another --descriptors_folder" in said
 
 
 @pytest.mark.slow

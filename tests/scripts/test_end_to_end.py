@@ -145,14 +145,14 @@ def test_other_optimisers_train_the_encoder_at_every_step(city, tmp_path, optim)
 
 def test_every_precision_ends_near_the_loss_of_fp32(city, tmp_path):
     losses = []
-    for precision in ("--precision=fp32", "--precision=tf32", "--precision=bf16", "--mixed_precision"):
+    for precision in ("--precision=fp32", "--precision=bf16", "--mixed_precision"):
         flags = [*SHALLOW, "--epochs_num=2", "--train_batch_size=4", "--lr=0.0003", "--crossimage_encoder", precision]
         train(city, tmp_path / precision, *flags)
         folder = only_run(tmp_path / precision)
         losses.append([float(row["loss"]) for row in rows_of(folder, "metrics.csv")])
         assert len(losses[-1]) == 2 and read(folder)["encoder_retired"] is True
     assert losses[0][1] < losses[0][0]
-    assert [last for _, last in losses] == pytest.approx([losses[0][1]] * 4, rel=0.05)
+    assert [last for _, last in losses] == pytest.approx([losses[0][1]] * 3, rel=0.05)
 
 
 def test_a_new_run_from_our_weights(city, tmp_path, trained):

@@ -326,15 +326,18 @@ def test_killed_five_times_and_resumed(city, weights, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(city, weights, evaluated, tmp_path):
-    flags = ["--save_descriptors", "--infer_batch_size=4", "--extraction_batch_size=2"]
+def test_two_processes_that_read_with_workers_find_what_one_finds(city, weights, evaluated, tmp_path):
+    flags = "--save_descriptors --infer_batch_size=4 --extraction_batch_size=2 --query_corruptions noise:3".split()
     given = [*SMALL, f"--eval_datasets_folder={city}", "--eval_dataset_name=toy_city", f"--save_dir={tmp_path}/two"]
-    run = warm.torchrun(eval_script.__file__, *given, f"--resume={weights}/encoder.pth", "--crossimage_encoder", *flags)
+    given += [f"--resume={weights}/encoder.pth", "--crossimage_encoder", *flags, "--num_workers=2"]
+    run = warm.torchrun(eval_script.__file__, *given)
     assert run.returncode == 0, run.stderr
-    one, two = evaluated(*flags, model="encoder"), only_run(tmp_path / "two")
-    assert results_of(one)["recalls"] == results_of(two)["recalls"]
-    for name in ("database", "queries"):
-        a, b = (np.load(folder / "descriptors" / f"{name}.npy") for folder in (one, two))
-        np.testing.assert_allclose(a, b, atol=1e-5)
-    found = [[(row["query"], row["rank"], row["database"]) for row in rows_of(folder)] for folder in (one, two)]
-    assert found[0] == found[1] and run.stderr.count("Recalls on") == 1
+    runs = evaluated(*flags, model="encoder"), only_run(tmp_path / "two")
+    for query_set, queries in (("clean", "queries"), ("noise_3", "queries+noise_3")):
+        one, two = (folder / query_set for folder in runs)
+        assert results_of(one)["recalls"] == results_of(two)["recalls"]
+        for name in ("database", queries):
+            a, b = (np.load(folder / "descriptors" / f"{name}.npy") for folder in (one, two))
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        found = [[(row["query"], row["rank"], row["database"]) for row in rows_of(folder)] for folder in (one, two)]
+        assert found[0] == found[1] and run.stderr.count("Recalls on") == 2

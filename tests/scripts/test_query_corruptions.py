@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-import warm
-from helpers import SMALL, only_run, refusal, results_of, rows_of
+from helpers import refusal, results_of, rows_of
 
 from parser import EvalOptions, parse
 from utils import compare
@@ -67,15 +66,3 @@ def test_plain_folders_and_a_map_without_labels(evaluated, city, tmp_path):
 def test_what_is_no_corruption_is_named(capsys, word):
     line = refusal(capsys, lambda: parse(EvalOptions, ["--query_corruptions", "noise", word]))
     assert f"--query_corruptions: {word!r}" in line and "motion_blur" in line and ":1 to :5" in line
-
-
-@pytest.mark.slow
-def test_workers_and_processes_find_the_same(evaluated, city, weights, tmp_path):
-    flags = ["--query_corruptions", "noise:3", "fog:3", "motion_blur:3", "--extraction_batch_size=1"]
-    of_two = [f"--resume={weights}/plain.pth", f"--eval_datasets_folder={city}", f"--save_dir={tmp_path}/two"]
-    run = warm.torchrun("../eval.py", *SMALL, *of_two, "--eval_dataset_name=toy_city", *flags)
-    assert run.returncode == 0, run.stderr
-    of_one = found(evaluated(*flags))
-    assert len(of_one) == 4 and of_one == found(evaluated(*flags, "--num_workers=2")) == found(
-        only_run(tmp_path / "two")
-    )

@@ -52,19 +52,15 @@ def draw_recalls(
     Marks the N of `ticks`; those beyond the curves mark their end, which is their recall. With the number of `queries`
     that count, each curve has its 95% interval.
     """
-    figure = load_matplotlib().figure.Figure(figsize=(5, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _recall_axes(title, "N", "recall@N (%)")
     for name, curve in curves.items():
         ranks = range(1, 1 + len(curve))
         axes.plot(ranks, curve, marker="o", markersize=3, label=name)
         if queries:
             low, high = 100 * wilson_interval(np.array(curve) / 100 * queries, queries)
             axes.fill_between(ranks, low, high, alpha=0.15, linewidth=0)
-    axes.set(xlabel="N", ylabel="recall@N (%)", ylim=(0, 103))
-    axes.set_title(drawable(title), parse_math=False)
     longest = max(map(len, curves.values()))
     axes.set_xticks(sorted({min(n, longest) for n in ticks}))
-    axes.grid(alpha=0.3)
     axes.legend(loc="best")
     save_figure(figure, folder / "recalls.png", dpi=120)
 
@@ -72,16 +68,22 @@ def draw_recalls(
 def draw_corruptions(folder: Path, title: str, clean: float, recalls: Mapping[str, float], n: int) -> None:
     """Draws recall@n in percent over severity, 0 for `clean` queries, a line for each kind of corruption, into the
     run's `corruptions.png`; the names of `recalls` are like "blur:3"."""
-    figure = load_matplotlib().figure.Figure(figsize=(5, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _recall_axes(title, "severity", f"recall@{n} (%)")
     for kind in dict.fromkeys(name.partition(":")[0] for name in recalls):
         line = {0: clean} | {s: recalls[f"{kind}:{s}"] for s in range(1, 6) if f"{kind}:{s}" in recalls}
         axes.plot([*line], [*line.values()], marker="o", markersize=3, label=kind)
-    axes.set(xlabel="severity", ylabel=f"recall@{n} (%)", ylim=(0, 103))
-    axes.set_title(drawable(title), parse_math=False)
-    axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small", ncols=2)
     save_figure(figure, folder / "corruptions.png", dpi=120)
+
+
+def _recall_axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    """A figure and its axes, for recall in percent."""
+    figure = load_matplotlib().figure.Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 103))
+    axes.set_title(drawable(title), parse_math=False)
+    axes.grid(alpha=0.3)
+    return figure, axes
 
 
 def draw_first_match(

@@ -7,7 +7,6 @@ import importlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,17 +41,12 @@ def _listable(name: str) -> bool:
     return len(name.split()) == 1 and name[0] != "#" and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
-def require_h5py() -> Any:
-    """The package h5py, or a ValueError that says how to get it."""
-    try:
-        return importlib.import_module("h5py")
-    except ImportError as error:
-        raise ValueError("--save_h5 needs the package h5py, which is missing; pip install h5py") from error
-
-
 def require_one_each(test_method: str, pca_dim: int) -> None:
     """Raises ValueError if h5py is missing or a query has several descriptors; warns if hloc will rank otherwise."""
-    require_h5py()
+    try:
+        importlib.import_module("h5py")
+    except ImportError as error:
+        raise ValueError("--save_h5 needs the package h5py, which is missing; pip install h5py") from error
     if test_method in ("nearest_crop", "maj_voting"):
         raise ValueError(f"--save_h5 writes one descriptor per photo, --test_method {test_method} has one per crop")
     if pca_dim:
@@ -69,9 +63,8 @@ def write_pairs(folder: Path, queries: Sequence[str], database: Sequence[str], p
     with atomic_write(folder / PAIRS) as path, open(path, "w", encoding="utf-8", newline="\n") as file:
         for query, row in zip(query_names, predictions, strict=True):
             file.writelines(f"{query} {database_names[image]}\n" for image in row[row >= 0])
-    missing = int((predictions < 0).sum())
-    fewer = f", {missing} matches fewer than requested, which the index did not find" if missing else ""
-    count = predictions.size - missing
+    count, missing = int((predictions >= 0).sum()), int((predictions < 0).sum())
+    fewer = f", {missing} matches fewer than requested, which the index did not find" * bool(missing)
     logger.info(f"{count} pairs of {len(queries)} queries, names relative to {root}{fewer}: {folder / PAIRS}")
 
 
@@ -80,7 +73,8 @@ def write_h5(folder: Path, sides: Mapping[str, tuple[Sequence[str], Iterable[Chu
 
     `sides` has the paths of database and queries, and their descriptors as indices and n x D, in chunks.
     """
-    h5py = require_h5py()
+    import h5py  # an optional package
+
     root = common_root([path for paths, _ in sides.values() for path in paths])
     count = 0
     with atomic_write(folder / DESCRIPTORS) as path, h5py.File(path, "w") as file:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..retrieval import first_matches
-from ..retrieval.place_map import Projection
 from ..run import checkpoint
 from ..system.files import Outputs, absolute, atomic_write
 from . import figures, match_page, pairs, tables
@@ -53,20 +52,7 @@ def write_outputs(
         located = dataset.located(exif=exif)
     metres = located.metres(predictions)
     with failures.writing(str(folder / "predictions.csv")):
-        tables.write_predictions(
-            folder,
-            queries,
-            database,
-            predictions,
-            evaluation.distances,
-            correct=evaluation.correct,
-            judged=judged,
-            metres=metres,
-            positions=located.database_positions,
-            geographic=located.geographic,
-            accepted_distance=accept,
-            context=searched.context,
-        )
+        tables.write_predictions(evaluation, located, judged=judged, metres=metres, accepted_distance=accept)
     if evaluation.curves:
         with failures.writing(str(folder / "recalls.png")):
             counted = int(dataset.judged_queries.sum())
@@ -82,12 +68,12 @@ def write_outputs(
     if wanted.save_h5:
         with failures.writing(str(folder / pairs.DESCRIPTORS)):
             pairs.write_h5(folder, {name: (paths, searched.chunks(name)) for name, paths in sides.items()})
-    if searched.pca is not None and not isinstance(searched.pca, Projection):  # which a map has
+    if searched.pca is not None and searched.pca.images is not None:
         with failures.writing(str(folder / "pca.pth")):
             facts = {"dim": protocol.pca_dim, "whiten": protocol.pca_whiten, "images": str(protocol.pca_dataset_folder)}
             facts |= {"weights": evaluation.results["weights"], "resize": list(evaluation.results["resize"])}
-            facts |= {"context": searched.context, "count": searched.pca.n_samples_}
-            checkpoint.save(folder / "pca.pth", {**searched.projection(), "pca": facts})
+            facts |= {"context": searched.context, "count": searched.pca.images}
+            checkpoint.save(folder / "pca.pth", {**searched.pca.tensors(), "pca": facts})
     if wanted.save_descriptors:
         with failures.writing(str(folder / "descriptors")):
             searched.save(folder / "descriptors", **sides)
@@ -172,17 +158,13 @@ def _write_assignments(
     folder.mkdir()
     for query in np.linspace(0, len(predictions) - 1, min(count, len(predictions))).round().astype(int):
         with failures.writing(str(folder / f"{query:06d}.png")):
-            match = predictions[query, 0]
+            match, verdict = predictions[query, 0], ""
+            if correct is not None and judged is not None and judged[query, 0]:
+                verdict = ", correct" if correct[query, 0] else ", wrong"
             shown = {f"query {query}": dataset.queries_paths[query]}
             if match >= 0:  # an approximate index may find nothing
-                verdict = ""
-                if correct is not None and judged is not None and judged[query, 0]:
-                    verdict = ", correct" if correct[query, 0] else ", wrong"
                 shown[f"first match{verdict}"] = dataset.database_paths[match]
-            photos = []
-            for title, path in shown.items():
-                pixels, assignment = assigned(path)
-                photos.append((f"{title}: {os.path.basename(path)}", pixels, assignment))
+            photos = [(f"{title}: {os.path.basename(path)}", *assigned(path)) for title, path in shown.items()]
             ghosts = evaluation.results["model"].get("ghost_clusters", 1)
             draw_assignments(folder / f"{query:06d}.png", photos, ghost_clusters=ghosts)
     logger.info("soft assignments of %d queries: %s", len(list(folder.glob("*.png"))), folder)

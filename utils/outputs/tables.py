@@ -5,6 +5,7 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,54 +34,41 @@ def recall_table(table: Mapping[str, Mapping[str, Mapping[int, float]]]) -> str:
 
 
 def write_predictions(
-    folder: Path,
-    queries: Sequence[str],
-    database: Sequence[str],
-    predictions: NDArray[np.int64],
-    distances: NDArray[np.float32],
+    evaluation: Any,
+    located: Any,
     *,
-    correct: NDArray[np.bool_] | None,
     judged: NDArray[np.bool_] | None,
     metres: NDArray[np.float64] | None,
-    positions: NDArray[np.float64] | None,
-    geographic: bool,
     accepted_distance: float | None,
-    context: str,
 ) -> None:
     """Writes the run's `predictions.csv`, a row for each query and rank, names byte by byte as on disk.
 
     Args:
-        folder: the run's folder.
-        queries: Q paths.
-        database: N paths.
-        predictions: Q x k database indices, best first; -1 is left out.
-        distances: squared L2 distances of the descriptors, Q x k.
-        correct: which predictions are correct, Q x k; None if unknown.
-        judged: for which of them this is known, Q x k; None with `correct`.
+        evaluation: a `test.Evaluation`; predictions of -1 are left out.
+        located: its dataset, perhaps with more positions to show.
+        judged: for which predictions it is known whether they are correct, Q x k; None without labels.
         metres: distance on the ground from the query to the database image, Q x k, NaN if unknown; None if all are.
-        positions: those of the database, N x 2, UTM east and north in metres or, if `geographic`, degrees; None if
-            unknown.
         accepted_distance: adds a column for whether the distance is at most this; None adds none.
-        context: of the cross-image encoder in this search, the last column.
     """
-    axes = ("database_latitude", "database_longitude") if geographic else ("database_east", "database_north")
-    digits = 7 if geographic else 2  # centimetres
+    positions, database, context = located.database_positions, located.database_paths, evaluation.search.context
+    axes = ("latitude", "longitude") if located.geographic else ("east", "north")
+    digits = 7 if located.geographic else 2  # centimetres
     with (
-        atomic_write(folder / "predictions.csv") as path,
+        atomic_write(evaluation.folder / "predictions.csv") as path,
         open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file)
-        header = ["query", "rank", "database", "squared_descriptor_distance", "correct", "metres", *axes]
+        header = ["query", "rank", "database", "squared_descriptor_distance", "correct", "metres"]
+        header += [f"database_{axis}" for axis in axes]
         writer.writerow([*header, *["accepted"] * (accepted_distance is not None), "context"])
-        for query, name in enumerate(queries):
-            for rank, image in enumerate(predictions[query]):
+        for query, name in enumerate(located.queries_paths):
+            for rank, image in enumerate(evaluation.predictions[query]):
                 if image < 0:
                     continue
-                known = judged is not None and judged[query, rank]
-                right = int(correct[query, rank]) if correct is not None and known else ""
+                right = int(evaluation.correct[query, rank]) if judged is not None and judged[query, rank] else ""
                 away = _number(metres[query, rank], 2) if metres is not None else ""
                 place = ["", ""] if positions is None else [_number(value, digits) for value in positions[image]]
-                distance = first_matches.written(distances[query, rank])
+                distance = first_matches.written(evaluation.distances[query, rank])
                 row = [name, rank + 1, database[image], distance, right, away, *place]
                 if accepted_distance is not None:
                     row.append(int(float(distance) <= accepted_distance))

@@ -5,7 +5,6 @@ of two runs on the SAME queries varies far less than either, which is why they a
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -102,13 +101,3 @@ def in_words(n: int, compared: dict[str, Any], queries: int) -> str:
     share, mean = (compared["only_a"] + compared["only_b"]) / queries, difference / 100
     needed = math.ceil(Z95**2 * (share - mean**2) / mean**2)
     return f"{sentence}: the difference can be chance; at least about {needed:,} queries would be needed"
-
-
-def spread(recalls: Sequence[float]) -> dict[str, Any]:
-    """Mean, range and standard deviation of the recalls of several seeds."""
-    return {
-        "mean": float(np.mean(recalls)),
-        "range": [float(np.min(recalls)), float(np.max(recalls))],
-        "deviation": float(np.std(recalls, ddof=1)),
-        "runs": len(recalls),
-    }

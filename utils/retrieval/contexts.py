@@ -1,6 +1,6 @@
 """Searches a database for queries by their descriptors, in one context of the cross-image encoder."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -9,20 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..system import distributed
 from ..system.device import usable_cores
 from ..system.files import atomic_write, write_paths
 from . import search
-from .binary_codes import nearest_by_codes
 from .descriptor_store import DescriptorStore, RowFile
 from .extraction import DescriptorModel, EncoderContext, descriptors
-from .faiss_index import nearest_by_index
+from .indices import nearest_by_index
 from .place_map import PlaceMap
+from .projection import Projection
 from .search import Chunk
 
-FLAT = 1e-8  # below this fraction of the largest variance, a direction has none in single precision
 DRAWN_CONTEXTS = ("shuffled", "paired")  # in random orders
 ORDERS = 5  # of these, over which recall is averaged
 
@@ -91,11 +89,11 @@ class Search:
             batch_size = 1 if side == "queries" and test_method == "single_query" else infer_batch_size
             batches = encoder_context(context, side, batch_size=batch_size, seed=seed)
             self._describe[name] = partial(descriptors, model, store, batches, device=device)
-        self.pca: Any = None
+        self.pca: Projection | None = None
         if isinstance(place_map := stores["database"], PlaceMap):
             self.pca = place_map.pca
         elif pca_dim:
-            self.pca = fitted_pca(self.rows("pca"), pca_dim, whiten=pca_whiten, seed=seed[0])
+            self.pca = Projection.fit(self.rows("pca"), pca_dim, whiten=pca_whiten, seed=seed[0])
 
     def chunks(self, name: str) -> Iterator[Chunk]:
         """Final descriptors of n images of a store at a time: indices and n x D or, crops of an image together,
@@ -107,17 +105,7 @@ class Search:
         for indices, rows in self._describe[name]():
             if name in self.sets and self.test_method == "five_crops":
                 rows = rows.reshape(len(indices), store.shape[1], -1).mean(axis=1)
-            if self.pca is not None:
-                rows = self.pca.transform(rows).astype(np.float32)
-                if self.pca.whiten:
-                    search.to_unit_norm(rows)
-            yield indices, rows
-
-    def projection(self) -> dict[str, Tensor]:
-        """The PCA as a linear map: subtract `mean`, D, then multiply by `components`, d x D."""
-        scale = np.sqrt(self.pca.explained_variance_)[:, None] if self.pca.whiten else 1.0
-        arrays = {"mean": self.pca.mean_, "components": self.pca.components_ / scale}
-        return {name: torch.from_numpy(np.asarray(array, dtype=np.float32)) for name, array in arrays.items()}
+            yield indices, rows if self.pca is None else self.pca.transform(rows)
 
     def rows(self, name: str) -> NDArray[np.float32]:
         """All final descriptors, in the order of the images, the crops of an image together."""
@@ -150,11 +138,16 @@ class Search:
             if settings is None or settings.index is None:
                 distances, predictions = search.nearest(queries, self.chunks("database"), k, self._device, sets)
             else:
-                by_index = partial(nearest_by_index, factory=settings.index, parameters=settings.index_parameters)
-                if settings.index == "binary":
-                    by_index = partial(nearest_by_codes, rerank=settings.rerank)
-                distances, predictions, self.agreements = by_index(
-                    queries, partial(self.chunks, "database"), count, k, device=self._device, sets=sets
+                distances, predictions, self.agreements = nearest_by_index(
+                    queries,
+                    partial(self.chunks, "database"),
+                    count,
+                    k,
+                    factory=settings.index,
+                    parameters=settings.index_parameters,
+                    rerank=settings.rerank,
+                    device=self._device,
+                    sets=sets,
                 )
         crops = sets[0] // len(self.stores[self.sets[0]])  # whose distances are not averaged
         if crops > 1:
@@ -168,29 +161,12 @@ class Search:
         with atomic_write(folder) as temporary:
             temporary.mkdir()
             for name, images in paths.items():
-                _save_rows(temporary / f"{name}.npy", len(images), self.chunks(name))
+                file: RowFile | None = None
+                for indices, rows in self.chunks(name):
+                    if len(rows) > len(indices):  # several crops
+                        rows = rows.reshape(len(indices), -1, rows.shape[1])
+                    if file is None:
+                        file = RowFile(temporary / f"{name}.npy", (len(images), *rows.shape[1:]), rows.dtype)
+                        file.create()
+                    file.write(indices, rows)
                 write_paths(temporary / f"{name}.txt", images)
-
-
-def fitted_pca(rows: NDArray[np.float32], dim: int, *, whiten: bool, seed: int) -> Any:
-    """scikit-learn's PCA of descriptors, n x D, to `dim` dimensions; ValueError if whitening would amplify noise."""
-    from sklearn.decomposition import PCA  # takes nearly a second to import and is seldom needed
-
-    pca = PCA(dim, whiten=whiten, random_state=seed).fit(rows)
-    if whiten and not pca.explained_variance_[-1] > FLAT * pca.explained_variance_[0]:
-        lively = int((pca.explained_variance_ > FLAT * pca.explained_variance_[0]).sum())
-        problem = f"pca_whiten would amplify noise: of {dim} dimensions only {lively} vary over the images"
-        raise ValueError(f"{problem}; use pca_dim {lively} at most, or more varied images")
-    return pca
-
-
-def _save_rows(path: Path, count: int, chunks: Iterable[Chunk]) -> None:
-    file: RowFile | None = None
-    for indices, rows in chunks:
-        if file is None:
-            crops = len(rows) // len(indices)
-            shape = (count, *((crops,) if crops > 1 else ()), rows.shape[1])
-            file = RowFile(path, shape, rows.dtype)
-            file.create()
-            file.open()
-        file.write(indices, rows.reshape(-1, *file.shape[1:]))

@@ -45,7 +45,8 @@ class RowFile:
             description = np.lib.format.dtype_to_descr(self.dtype)
             header = {"descr": description, "fortran_order": False, "shape": self.shape}
             np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + self.shape[0] * self.row_bytes)
+            self._start = file.tell()
+            file.truncate(self._start + self.shape[0] * self.row_bytes)
 
     def open(self) -> None:
         """Reads where the rows begin; raises ValueError if the file has another shape, data type or length."""
@@ -152,10 +153,12 @@ class DescriptorStore:
         if here == [self.path]:
             problem = f"{self.path} was not made by --descriptors_folder, since {self._record_path.name} is missing"
             raise ValueError(f"{problem}; move it away, or name another --descriptors_folder")
+        damaged = "%s is missing or damaged, or a file beside it (%s), so these descriptors are computed again"
         try:
             written = dict(json.loads(self._record_path.read_text()))
-        except (ValueError, TypeError, FileNotFoundError, RecursionError):  # other errors of reading are no damage
-            return self._begun_anew(f"{self._record_path.name} is missing or damaged")
+        except (ValueError, TypeError, FileNotFoundError, RecursionError) as error:  # others of reading are no damage
+            logger.warning(damaged, self._record_path, error)
+            return False
         expected = dict(written)
         if photos:
             untouched = written.get("files") == content["files"]
@@ -168,15 +171,12 @@ class DescriptorStore:
             if (count := self._done_path.stat().st_size) != len(self):
                 raise ValueError(f"{count} bytes for {len(self)} images")
         except (ValueError, EOFError, FileNotFoundError) as error:
-            return self._begun_anew(f"{self.path.name} or {self._done_path.name} is missing or damaged ({error})")
+            logger.warning(damaged, self.path, error)
+            return False
         if written != content:  # the same photos, copied or touched, or their bytes are known only now
             self._write_record(content)
         self._forget_zeros()
         return True
-
-    def _begun_anew(self, why: str) -> bool:
-        logger.warning("%s in %s, so these descriptors are computed again", why, self.path.parent)
-        return False
 
     def missing(self) -> NDArray[np.int64]:
         """Indices of the rows that are not written yet."""
@@ -185,10 +185,10 @@ class DescriptorStore:
     def _forget_zeros(self) -> None:
         """Clears the bytes of zero rows: no image has one, but a power cut leaves them for rows not yet on the disk."""
         there = np.flatnonzero(np.fromfile(self._done_path, dtype=np.uint8))
-        lost = []
-        for some in np.array_split(there, -(-len(there) * self._rows.row_bytes // CHECKED_BYTES) or 1):
-            if len(some):
-                lost += some[~self._rows.read(some).reshape(len(some), -1).any(axis=1)].tolist()
+        together = max(1, CHECKED_BYTES // self._rows.row_bytes)
+        lost: list[int] = []
+        for some in (there[start : start + together] for start in range(0, len(there), together)):
+            lost += some[~self._rows.read(some).reshape(len(some), -1).any(axis=1)].tolist()
         if lost:
             logger.warning("%d rows of %s are zeros, as after a power cut: computed again", len(lost), self.path)
             self._mark(lost, b"\0")
@@ -225,23 +225,22 @@ class DescriptorStore:
 
 
 def _require_same(written: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    keys = [key for key in wanted | written if key != "files" and written.get(key) != wanted.get(key)]
-    if keys:
-        differences = "; ".join(_in_words(key, written.get(key), wanted.get(key), path.stem) for key in keys)
+    """Raises ValueError if a store's record differs from what is wanted; digests would tell a reader nothing."""
+    names = {"dtype": "--descriptor_dtype", "shape": "the shape", "upright": "turning photos as EXIF says"}
+    differences = []
+    for key in [key for key in wanted | written if key != "files" and written.get(key) != wanted.get(key)]:
+        values = (written.get(key), wanted.get(key))
+        was, now = (" ".join(map(str, value)) if isinstance(value, list) else value for value in values)
+        if key == "images":
+            change = "have changed" if was else "were changed, moved or copied"
+            differences.append(f"the photos of {path.stem} {change}")
+        elif key == "weights":
+            differences.append("the weights are those of another model")
+        else:
+            differences.append(f"{names.get(key, f'--{key}')} was {was} and is now {now}")
+    if differences:
         remedy = "use the same weights and options, or another --descriptors_folder"
-        raise ValueError(f"{path} does not match: {differences}; {remedy}")
-
-
-def _in_words(key: str, was: Any, now: Any, name: str) -> str:
-    """How a store differs from what is wanted; the digest of a thousand photos would tell a reader nothing."""
-    if key == "images":
-        photos = {"queries": "query", "pca": "PCA"}.get(name, name) + " photos"
-        return f"the {photos} have changed" if was else f"the {photos} were changed, moved or copied"
-    if key == "weights":
-        return "the weights are those of another model"
-    options = {"dtype": "--descriptor_dtype", "shape": "the shape", "upright": "turning photos as EXIF says"}
-    shown = [" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in (was, now)]
-    return f"{options.get(key, f'--{key}')} was {shown[0]} and is now {shown[1]}"
+        raise ValueError(f"{path} does not match: {'; '.join(differences)}; {remedy}")
 
 
 def _files_digest(paths: Sequence[str]) -> str:
@@ -271,19 +270,16 @@ def warn_of_leftovers(runs: Iterable[Path]) -> None:
     Runs of live processes, which lock their folders, are skipped.
     """
     for run in sorted(runs):
-        folders = {path.parent for path in [*run.glob("descriptors/*.done"), *run.glob(f"{EXTRACTED}/**/*.done")]}
-        if not folders or is_held(run):
+        if not [*run.glob("descriptors/*.done"), *run.glob(f"{EXTRACTED}/**/*.done")] or is_held(run):
             continue
-        # Counted like `du`: rows that were never written take no space.
-        size = sum(path.stat().st_blocks * 512 for folder in folders for path in folder.iterdir())
         top = run / EXTRACTED if (run / EXTRACTED).is_dir() else run / "descriptors"  # of eval.py, of train.py
-        go_on = f"eval.py goes on from them with its command and --descriptors_folder={shlex.quote(str(top))}; "
-        logger.warning(
-            "an interrupted run left %s of descriptors; %sto remove them: rm -r %s",
-            f"{size / 1e6:.1f} MB",
-            go_on * (top.name == EXTRACTED),
-            shlex.quote(str(top)),
-        )
+        # Counted like `du`: rows that were never written take no space.
+        megabytes = sum(path.stat().st_blocks * 512 for path in top.rglob("*") if path.is_file()) / 1e6
+        shown = shlex.quote(str(top))
+        go_on = f"eval.py goes on from them with its command and --descriptors_folder={shown}; "
+        go_on *= top.name == EXTRACTED
+        words = "an interrupted run left %.1f MB of descriptors; %sto remove them: rm -r %s"
+        logger.warning(words, megabytes, go_on, shown)
 
 
 def kept_in(descriptors_folder: Path, dataset: str) -> Path:

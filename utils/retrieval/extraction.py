@@ -11,7 +11,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..system import distributed
@@ -48,12 +47,6 @@ class EncoderContext:
     seed: tuple[int, ...] | None = None  # of a random order of the images; None for the order of their file names
     shift: int = 0  # images in a short first batch; 0 for a full one
 
-    def order(self, count: int) -> NDArray[np.int64]:
-        """The indices 0 to count - 1 in the order of encoding."""
-        if self.seed is None:
-            return np.arange(count)
-        return np.random.default_rng(self.seed).permutation(count)
-
 
 @torch.inference_mode()
 def extract(
@@ -76,20 +69,14 @@ def extract(
     def vectors() -> Iterator[Tensor]:
         for images in read_images([paths[index] for index in missing]):
             with autocast(images.device, precision):
-                of_crops = model.cluster_vectors(images.flatten(0, -4))  # (B*crops, K, D)
-            yield of_crops.float().view(len(images), *store.shape[1:])
+                crop_vectors = model.cluster_vectors(images.flatten(0, -4))  # (B*crops, K, D)
+            yield crop_vectors.float().view(len(images), *store.shape[1:])
 
     start = 0
     for rows in to_cpu(vectors()):
         store.write(missing[start : start + len(rows)], rows.numpy())
         start += len(rows)
     distributed.barrier()
-
-
-def images_at_a_time(shape: tuple[int, ...], batch: int) -> tuple[int, int]:
-    """How many images of a store are encoded together, and how many form a chunk; both are whole batches."""
-    together = max(batch, ENCODED_TOGETHER // batch * batch)
-    return together, max(together, CHUNK_BYTES // (int(np.prod(shape[1:])) * 4) // together * together)
 
 
 @torch.inference_mode()
@@ -105,8 +92,12 @@ def descriptors(
     """
     _, crops, K, D = store.shape
     batch = context.batch_size
-    order = context.order(len(store))
-    together, in_chunk = images_at_a_time(store.shape, batch)
+    order = np.arange(len(store))
+    if context.seed is not None:
+        order = np.random.default_rng(context.seed).permutation(order)
+    # Images that are encoded together, and that form a chunk: whole batches.
+    together = max(batch, ENCODED_TOGETHER // batch * batch)
+    in_chunk = max(together, CHUNK_BYTES // (crops * K * D * 4) // together * together)
     for start, end in pairwise([0, *range(context.shift or in_chunk, len(order), in_chunk), len(order)]):
         if start == end:
             continue

@@ -148,12 +148,9 @@ def first_matches(
 
 def pooled(orders: Sequence[FirstMatches]) -> FirstMatches:
     """The first matches of several orders of a context together: one threshold must serve any order."""
-    return FirstMatches(
-        distances=np.concatenate([order.distances for order in orders]),
-        correct=np.concatenate([order.correct for order in orders]),
-        has_positive=np.concatenate([order.has_positive for order in orders]),
-        left_out=sum(order.left_out for order in orders),
-    )
+    columns = ("distances", "correct", "has_positive")
+    joined = {name: np.concatenate([getattr(order, name) for order in orders]) for name in columns}
+    return FirstMatches(**joined, left_out=sum(order.left_out for order in orders))
 
 
 def in_words(summary: dict[str, Any]) -> str:

@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 
 from ..system.files import atomic_write, common_root, relative_to
 from . import first_matches
-from .search import Chunk, cores, require_finite, to_unit_norm
+from .projection import Projection
+from .search import Chunk, cores, require_finite
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-QUOTED = 100  # characters of an error, since it may quote the damaged file itself
 READ_TOGETHER = 2**26  # bytes of descriptors that are read at a time, roughly
 
 REMEDY = "give the checkpoint that the map was made with, or make a map for this one with save_map"
@@ -46,26 +46,6 @@ class Place(NamedTuple):
     position: tuple[float, float] | None  # UTM metres or, in a `geographic` map, degrees; None if unknown
     distance: float  # of the descriptors, squared L2
     accepted: bool | None  # whether that is at most the map's `accept`; None if there is none
-
-
-class Projection(NamedTuple):
-    """A fitted PCA from D' to D dimensions."""
-
-    mean: NDArray[np.float32]  # D'
-    components: NDArray[np.float32]  # D x D'
-    deviations: NDArray[np.float32] | None = None  # D, if it is whitened; descriptors then get unit norm again
-
-    @property
-    def whiten(self) -> bool:
-        return self.deviations is not None
-
-    def transform(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """From n x D' to n x D, computed as in scikit-learn: the numbers are the evaluation's to the last bit."""
-        projected = rows @ self.components.T
-        projected -= self.mean[None] @ self.components.T
-        if self.deviations is not None:
-            projected /= self.deviations
-        return projected.astype(np.float32, copy=False)
 
 
 def require_place_for(path: Path, context: str | None = None) -> None:
@@ -90,7 +70,7 @@ def write_map(
     paths: Sequence[str],
     positions: NDArray[np.float64] | None,
     dtype: str = "float32",
-    pca: Any = None,
+    pca: Projection | None = None,
     **settings: Any,
 ) -> None:
     """Writes a map, completely or not at all, with one chunk of descriptors in memory at a time.
@@ -101,7 +81,7 @@ def write_map(
         paths: N paths.
         positions: N x 2; None if all are unknown.
         dtype: data type of the descriptors, float32 or float16.
-        pca: the scikit-learn PCA that reduced them, if any.
+        pca: what reduced them, if anything did.
         settings: `model`, arguments of `build_model`; `checkpoint`, its name; `weights`, the digest of its state dict;
             `resize`, `antialias`, `upright`, `precision`; `geographic`; `accept`, a distance or None.
     """
@@ -111,15 +91,13 @@ def write_map(
     if positions is not None:
         arrays["positions"] = np.ascontiguousarray(positions, dtype="<f8")
     if pca is not None:
-        arrays["pca_mean"] = np.ascontiguousarray(pca.mean_, dtype="<f4")
-        arrays["pca_components"] = np.ascontiguousarray(pca.components_, dtype="<f4")
-        if pca.whiten:
-            arrays["pca_deviations"] = np.ascontiguousarray(np.sqrt(pca.explained_variance_), dtype="<f4")
+        stored = {"mean": pca.mean, "components": pca.components, "deviations": pca.deviations}
+        arrays |= {f"pca_{name}": np.ascontiguousarray(a, dtype="<f4") for name, a in stored.items() if a is not None}
     written = {
         **settings,
         "place_map": VERSION,
         "arrays": ["descriptors", *arrays],  # so that a missing one is noticed
-        "pca_in_columns": pca is not None and bool(pca.components_.flags.f_contiguous),  # affects the last bit
+        "pca_in_columns": pca is not None and bool(pca.components.flags.f_contiguous),  # affects the last bit
         "root": root,
         "root_from_map": os.path.relpath(os.path.realpath(root), os.path.realpath(path.absolute().parent)),
     }
@@ -146,7 +124,7 @@ def write_map(
 class PlaceMap:
     """A map that `write_map` wrote, to query where a photo was taken.
 
-    Descriptors stay in the file until the first query by `locate` or `nearest`, which reads them into memory.
+    Descriptors stay in the file until the first query by `locate`, which reads them into memory.
 
     Args:
         path: path of the file.
@@ -243,7 +221,7 @@ class PlaceMap:
         ]
         if differences:
             problem = f"{self.path} does not match {source}: it was made with {', '.join(differences)}"
-            raise ValueError(f"{problem}; query it with what it was made with, or make another with save_map")
+            raise ValueError(f"{problem}; query it with that, or make another with save_map")
 
     @contextmanager
     def fitting(self, source: str) -> Iterator[None]:
@@ -282,51 +260,49 @@ class PlaceMap:
         except Exception as error:  # zip files and NumPy headers can be damaged in many ways
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # as a damaged offset gives
                 raise OSError(f"{self.path} cannot be read ({error.strerror}); check the disk") from error
-            message = ascii(" ".join(f"{type(error).__name__}: {error}".split()))[1:-1]
-            problem = f"{self.path} is damaged or not a map of this version ({message[:QUOTED]})"
+            message = ascii(f"{type(error).__name__}: {error}")[1:-1][:100]  # it may quote the damaged file itself
+            problem = f"{self.path} is damaged or not a map of this version ({message})"
             raise ValueError(f"{problem}; copy it again, or make it again with eval.py's --save_map") from error
 
-    def load(self) -> None:
-        """Reads the descriptors into memory, so that the first query takes no longer than others."""
+    def load(self) -> NDArray[np.float32]:
+        """Reads the descriptors, N x D, into memory once, so that the first query takes no longer than others."""
         if self._descriptors is None:
             descriptors = np.empty(self._shape, dtype=np.float32)
             for indices, rows in self.chunks():
                 require_finite(rows)
                 descriptors[indices] = rows
             self._descriptors = descriptors
-
-    def nearest(self, descriptor: NDArray[np.float32]) -> tuple[int, float]:
-        """The index of the nearest photo to an output of the model, and the squared distance, as by exact search.
-
-        Raises:
-            OSError, ValueError: see the class; or the descriptor has another length, or is not finite.
-        """
-        self.load()
-        assert self._descriptors is not None
-        query = np.asarray(descriptor, dtype=np.float32).reshape(1, -1)
-        expected = self.descriptor_dim if self.pca is None else len(self.pca.mean)
-        if query.shape[1] != expected or not np.isfinite(query).all():
-            raise ValueError(f"the descriptor must have {expected} finite numbers; this one has {query.shape[1]}")
-        if self.pca is not None:
-            query = self.pca.transform(query)
-            if self.pca.whiten:
-                to_unit_norm(query)
-        with cores(1):  # waiting for a second busy core takes longer than the search
-            distances, rows = faiss.knn(query, self._descriptors, 1)
-        return int(rows[0, 0]), float(distances[0, 0])
+        return self._descriptors
 
     def locate(self, photo: NDArray[np.uint8]) -> Place:
-        """Finds where an upright photo was taken: H x W x 3 bytes in RGB order (of OpenCV's BGR photo[..., ::-1])."""
+        """Finds where an upright photo was taken, by exact search.
+
+        Args:
+            photo: H x W x 3 bytes in RGB order (of OpenCV's BGR photo[..., ::-1]).
+
+        Raises:
+            OSError, ValueError: see the class; or there is no `describe`, or `photo` is none, or its descriptor has
+                another length or is not finite.
+        """
         if self.describe is None:
             raise ValueError("this map has no model to describe a photo with; load it with place_map of hubconf.py")
         given = f"{photo.dtype} of shape {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
         if not given.startswith("uint8") or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
             raise ValueError(f"a photo must be a NumPy array H x W x 3 of uint8 in RGB order, not {given}")
-        index, distance = self.nearest(self.describe(np.ascontiguousarray(photo)))
+        descriptors = self.load()
+        query = np.asarray(self.describe(np.ascontiguousarray(photo)), dtype=np.float32).reshape(1, -1)
+        expected = self.descriptor_dim if self.pca is None else len(self.pca.mean)
+        if query.shape[1] != expected or not np.isfinite(query).all():
+            raise ValueError(f"the descriptor must have {expected} finite numbers; this one has {query.shape[1]}")
+        if self.pca is not None:
+            query = self.pca.transform(query)
+        with cores(1):  # waiting for a second busy core takes longer than the search
+            distances, rows = faiss.knn(query, descriptors, 1)
+        index, distance = int(rows[0, 0]), float(distances[0, 0])
         position = None
         if self.positions is not None and np.isfinite(self.positions[index]).all():
             position = (float(self.positions[index, 0]), float(self.positions[index, 1]))
-        accepted = None if self.accept is None else bool(first_matches.accepted(np.array([distance]), self.accept)[0])
+        accepted = None if self.accept is None else bool(first_matches.accepted(distances, self.accept))
         return Place(self.paths[index], position, distance, accepted)
 
 
@@ -357,9 +333,11 @@ def _find_photos(
     root = max(roots, key=lambda root: fits[root].sum())
     if not fits[root].any():
         return None, names, np.empty(0, dtype=np.int64)
-    other = (there[root] >= 0) & ~fits[root]
-    paths = [name if wrong else os.path.join(root, name) for name, wrong in zip(names, other, strict=True)]
-    return root, paths, np.flatnonzero(other)
+    others = np.flatnonzero((there[root] >= 0) & ~fits[root])
+    paths = [os.path.join(root, name) for name in names]
+    for index in others:
+        paths[index] = names[index]
+    return root, paths, others
 
 
 def _shown(value: Any) -> str:

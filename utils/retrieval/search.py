@@ -47,10 +47,24 @@ def nearest(
     require_finite(queries)
     distances = np.empty((len(queries), 0), dtype=np.float32)
     predictions = np.empty((len(queries), 0), dtype=np.int64)
-    search_chunk = _ChunkSearch([queries[part] for part in parts_of(sets or [len(queries)])], device)
+    query_sets = [queries[part] for part in parts_of(sets or [len(queries)])]
+    on_gpu: list[Tensor] = []  # the same, which stay there
+    gpu = device.type == "cuda"  # until it fails once
     for indices, descriptors in chunks:
         require_finite(descriptors)
-        near, rows = search_chunk(descriptors, min(k, len(descriptors)))
+        count, answers = min(k, len(descriptors)), []
+        if gpu:
+            try:
+                on_gpu = on_gpu or [_on(device, rows) for rows in query_sets]
+                database = _on(device, descriptors)
+                tensors = [knn_by_torch(rows, database, count) for rows in on_gpu]
+                answers = [(near.cpu().numpy(), rows.cpu().numpy()) for near, rows in tensors]
+            except RuntimeError as error:  # mostly for lack of memory
+                gpu, on_gpu = False, []
+                logger.debug("the search left the GPU here", exc_info=error)
+                logger.warning("the search continues on the CPU, since it failed on the GPU: %s", reason(error))
+        answers = answers or [faiss.knn(rows, descriptors, count) for rows in query_sets]
+        near, rows = (np.concatenate(side) for side in zip(*answers, strict=True))
         distances = np.concatenate((distances, near), axis=1)
         predictions = np.concatenate((predictions, indices[rows]), axis=1)
         distances, predictions = first(distances, predictions, k)
@@ -69,36 +83,6 @@ def first(
     """The k nearest of n database images per query, each Q x n, nearest first; equal distances keep their order."""
     best = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distances, best, 1), np.take_along_axis(predictions, best, 1)
-
-
-class _ChunkSearch:
-    """Searches one chunk of the database after another for sets of Q' x D queries, on a GPU until that fails once."""
-
-    def __init__(self, sets: Sequence[NDArray[np.float32]], device: torch.device):
-        self._sets = sets
-        self._device = device if device.type == "cuda" else None
-        self._on_device: list[Tensor] = []  # the queries, which stay there
-
-    def __call__(self, descriptors: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Squared distances and rows of the n x D descriptors for all queries, each Q x k, k at most n."""
-        if self._device is not None:
-            try:
-                if not self._on_device:
-                    self._on_device = [_on(self._device, queries) for queries in self._sets]
-                database = _on(self._device, descriptors)
-                answers = [knn_by_torch(queries, database, k) for queries in self._on_device]
-                distances, rows = (torch.cat(side).cpu().numpy() for side in zip(*answers, strict=True))
-                return distances, rows
-            except RuntimeError as error:  # mostly for lack of memory
-                self._device, self._on_device = None, []
-                logger.debug("the search left the GPU here", exc_info=error)
-                logger.warning("the search continues on the CPU, since it failed on the GPU: %s", reason(error))
-        try:
-            neighbours = [faiss.knn(queries, descriptors, k) for queries in self._sets]
-        except (RuntimeError, AssertionError, MemoryError) as error:
-            raise ValueError(f"FAISS cannot search exactly: {reason(error)}") from error
-        distances, rows = (np.concatenate(side) for side in zip(*neighbours, strict=True))
-        return distances, rows
 
 
 def _on(device: torch.device, rows: NDArray[np.float32]) -> Tensor:
@@ -160,15 +144,11 @@ def correct_among(predictions: NDArray[np.int64], positives: Sequence[NDArray[np
     return np.array([np.isin(row, images) for row, images in zip(predictions, positives, strict=True)])
 
 
-def recall_at(
-    predictions: NDArray[np.int64], positives: Sequence[NDArray[np.int64]], recall_values: Sequence[int]
-) -> dict[int, float]:
-    """Recall@N: percentage of ALL queries with a correct image among the first N; one without positives is a miss."""
-    return recall_of(correct_among(predictions, positives), recall_values)
-
-
 def recall_of(correct: NDArray[np.bool_], recall_values: Sequence[int]) -> dict[int, float]:
-    """Recall@N like `recall_at`, from the result of `correct_among`, Q x k."""
+    """Recall@N: percentage of ALL queries with a correct image among the first N; one without positives is a miss.
+
+    `correct`, Q x k, is from `correct_among`.
+    """
     return {n: 100.0 * float(correct[:, :n].any(axis=1).mean()) for n in recall_values}
 
 
