@@ -56,7 +56,6 @@ from utils.system.device import (
     pick_device,
     reading_workers,
     require_determinism,
-    reset_peak_memory,
     to_device,
 )
 from utils.system.files import Outputs
@@ -152,11 +151,13 @@ def run(options: TrainOptions) -> dict[int, float]:
             foundation = foundation or distributed.on_main(lambda: fetch_foundation(options.model.backbone))
             load_foundation(model.backbone, foundation)
         resumed = "optimization" in content  # a last_model.pth; any other file only gives a new run its weights
-        if resumed and content["decisive"].get("--lr_end_factor"):
-            raise ValueError(
-                f"{path} was trained with --lr_end_factor {content['decisive']['--lr_end_factor']}, removed in 2.0.0; "
-                "finish that run with version 1.0.0, or start a new one from its best_model.pth"
-            )
+        if resumed:
+            content["decisive"].setdefault("the digest of --query_keys", None)  # an option that 1.0.0 did not have
+            if factor := content["decisive"].get("--lr_end_factor"):
+                raise ValueError(
+                    f"{path} was trained with --lr_end_factor {factor}, removed in 2.0.0; finish that run with version "
+                    "1.0.0, or start a new one from its best_model.pth"
+                )
         model.backbone.freeze(recipe.freeze_te)
         model.backbone.activation_checkpointing = machine.activation_checkpointing
         model.grad_cache_chunk = machine.grad_cache_chunk
@@ -167,18 +168,10 @@ def run(options: TrainOptions) -> dict[int, float]:
         # Optimisation, and the run's folder.
         optimization = Optimization(
             model,
-            optim=recipe.optim,
-            weight_decay=recipe.weight_decay,
-            lr=recipe.lr,
-            lr_encoder=recipe.lr_encoder,
-            encoder_training=recipe.encoder_training,
-            encoder_retired=content.get("encoder_retired", False),
+            recipe,
             steps_per_epoch=len(batches),
-            epochs=recipe.epochs_num,
-            lr_schedule=recipe.lr_schedule,
-            warmup_steps=recipe.warmup_steps,
             scale_gradients=step_precision(options) == "fp16",
-            clip_grad_norm=recipe.clip_grad_norm,
+            encoder_retired=content.get("encoder_retired", False),
         )
         named = "save_dir" in options.given
         folder = log.open(options.outputs.save_dir, path.parent if path and resumed else None, named=named)
@@ -210,23 +203,20 @@ def run(options: TrainOptions) -> dict[int, float]:
             must_match={f"--{name}": value for name, value in values.items() if name not in free}
             | {"the number of places": len(places), "the digest of GSV-Cities' tables": places.digest}
             | {"the digest of --query_keys": data.query_keys and digest([data.query_keys.read_bytes().hex()])},
-            unless_said={f"--{name}": value for name, value in TrainOptions().flat.items()}
-            | {"the digest of --query_keys": None},
-            read_every=1 if device.type == "cpu" else 20,
         )
         if distributed.rank():
             seed_everything(machine.seed + distributed.rank())  # so that each process has its own dropout
 
         # Resume, or start with the layer's clusters found by k-means.
         if resumed:
-            progress.restore(content)
+            progress.restore(content, read_file)
             if progress.finished(recipe.epochs_num, recipe.patience):
                 logger.info("the run of %s is finished: only the test split is evaluated again", path)
             else:
-                logger.info("resuming from %s: epoch %d, step %d", path, progress.epoch + 1, progress.steps + 1)
+                logger.info("resuming from %s: epoch %d, step %d", path, progress.epoch + 1, len(progress.losses) + 1)
         else:
             if path is None:
-                initialize(model, initialization_images(data, places), read_images, machine.seed)
+                initialize(model, data, places, read_images, machine.seed)
             distributed.broadcast_weights(model)
             progress.save_best()
             progress.save_last()
@@ -257,10 +247,8 @@ def run(options: TrainOptions) -> dict[int, float]:
             recalls = recall(val, recall_values=depths, precision=machine.val_precision)
             better = progress.record_epoch(recalls, score=recalls[1] + recalls[5])
             if distributed.is_main():
-                try:
+                with Outputs().writing(str(folder / figures.TRAINING)):
                     figures.draw_training(folder)
-                except Exception as error:  # a full disk, or an edited table
-                    logger.warning("cannot draw %s (%s)", folder / figures.TRAINING, error)
             shown = " ".join(f"R@{n}={recall:.1f}" for n, recall in recalls.items())
             shown += f" {speed}" + " best" * better
             logger.info("epoch=%02d loss=%.4f lr=%.3g %s", progress.epoch, loss, progress.lr, shown)
@@ -287,18 +275,18 @@ def step_precision(options: TrainOptions) -> str:
     return "fp16" if options.machine.mixed_precision else options.machine.precision
 
 
-def initialization_images(data: TrainData, places: GSVCities) -> list[str]:
-    """The images whose local features k-means clusters: the evaluation dataset's train split, else GSV-Cities."""
+def initialize(model: SuperVLADNet, data: TrainData, places: GSVCities, read_images: ReadImages, seed: int) -> None:
+    """Initialises the main process's layer by k-means on local features of at most 5,000 images, read by all.
+
+    They are of the evaluation dataset's train split, if there is one, else of GSV-Cities.
+    """
     folder = split_folder(data.eval_datasets_folder, data.eval_dataset_name, "train")
     if folder.is_dir():
         train = DatabaseQueries.from_folder(data.eval_datasets_folder, data.eval_dataset_name, "train")
-        return train.covered_images(10.0)
-    logger.info("no train split in %s: the layer is initialised from GSV-Cities images", folder.parent)
-    return places.all_image_paths()
-
-
-def initialize(model: SuperVLADNet, paths: Sequence[str], read_images: ReadImages, seed: int) -> None:
-    """Initialises the main process's layer by k-means on local features of at most 5,000 images, read by all."""
+        paths = train.covered_images(10.0)
+    else:
+        logger.info("no train split in %s: the layer is initialised from GSV-Cities images", folder.parent)
+        paths = places.all_image_paths()
     rng = np.random.default_rng(seed)
     drawn = [paths[index] for index in rng.choice(len(paths), size=min(5000, len(paths)), replace=False)]
 
@@ -350,21 +338,19 @@ def train_one_epoch(
     criterion = MinedMultiSimilarity()
     model.train()
     replica = distributed.replicate(model)
-    reset_peak_memory(device)
     started = waiting = time.perf_counter()
     waited, seen, mined = 0.0, 0, 0
-    skipped = optimization.skipped
     bar = tqdm(
         loader,
         desc=f"epoch {progress.epoch + 1}",
         unit="step",
         total=len(batches),
         initial=len(progress.losses),
-        disable=not distributed.is_main() or len(progress.losses) == len(batches),
+        disable=not distributed.is_main(),
     )
     for images, labels in progress.saving(to_device(bar, device)):
         waited += time.perf_counter() - waiting
-        counts = [places * images.shape[1] for places in batches.shares(progress.steps)]  # images of each process
+        counts = [places * images.shape[1] for places in batches.shares(len(progress.losses))]  # images of each process
         labels = labels.repeat_interleave(images.shape[1])  # (P,) -> (P*K,)
         images = normalize(to_unit(images.flatten(0, 1)), inplace=True)  # (P, K, 3, H, W) -> (P*K, 3, H, W)
         with autocast(device, step_precision(options)):
@@ -377,12 +363,11 @@ def train_one_epoch(
         if optimization.step():
             replica = distributed.replicate(model)
         every = options.machine.checkpoint_every
-        due = every and progress.steps % every == 0
+        due = every and len(progress.losses) % every == 0
         if preemption.agreed() or due:
             progress.save_last()
             preemption.stop()
-        if progress.losses:
-            bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", mined=f"{criterion.mined_share:.0%}", refresh=False)
+        bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", mined=f"{criterion.mined_share:.0%}", refresh=False)
         seen += len(descriptors)
         waiting = time.perf_counter()
     if seen and not mined:
@@ -392,9 +377,7 @@ def train_one_epoch(
             progress.epoch + 1,
         )
     seconds = max(time.perf_counter() - started, 1e-9)
-    speed = f"images/s={seen / seconds:.1f} data_wait={waited / seconds:.1%} peak_mem={peak_memory(device):.2f}GB"
-    skipped = optimization.skipped - skipped
-    return f"{speed} skipped_steps={skipped}" if skipped else speed
+    return f"images/s={seen / seconds:.1f} data_wait={waited / seconds:.1%} peak_mem={peak_memory(device):.2f}GB"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from datasets.toy_city import write_toy_city
 from model import SuperVLADNet
 from model.loss import MinedMultiSimilarity
 from model.sizes import BACKBONES
+from parser import Recipe
 from utils.run.log import environment
 from utils.run.optimization import Optimization
 from utils.system.device import autocast, pick_device, reading_workers, to_cpu
@@ -202,9 +203,7 @@ class Training:
         self.model, self.precision, self.criterion = model, precision, MinedMultiSimilarity()
         self.images = torch.randn(settings.places * 4, 3, *settings.train_size, device=settings.device)
         self.labels = torch.arange(settings.places, device=settings.device).repeat_interleave(4)
-        self.optimization = Optimization(
-            model, lr=5e-5, lr_encoder=1e-4, steps_per_epoch=1000, scale_gradients=precision == "fp16"
-        )
+        self.optimization = Optimization(model, Recipe(), steps_per_epoch=1000, scale_gradients=precision == "fp16")
 
     def forward(self, images: int | None = None) -> Tensor:
         with autocast(self.images.device, self.precision):

@@ -3,11 +3,13 @@
 The dropout of the cross-image encoder is off, since processes draw different numbers for it.
 """
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record as report_errors
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -57,9 +59,4 @@ def record(flags, *, halves=None):
 if __name__ == "__main__":
     output, *flags = sys.argv[1:]
     torch.set_num_threads(1)
-    from torch.distributed.elastic.multiprocessing.errors import record as report_errors
-
-    steps = report_errors(partial(record, flags))()
-    import os
-
-    torch.save(steps, f"{output}.{os.environ['RANK']}")
+    torch.save(report_errors(partial(record, flags))(), f"{output}.{os.environ['RANK']}")

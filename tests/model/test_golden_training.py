@@ -7,6 +7,7 @@ from formula import formula_model, golden, normal
 from torch.nn import functional as F
 
 from model.loss import MinedMultiSimilarity
+from parser import Recipe
 from utils.run.optimization import Optimization
 from utils.system.device import allow_tf32
 
@@ -50,7 +51,7 @@ def take_three_steps(model, name):
             module.dropout = 0.0
     model.backbone.freeze(8)
     start = {key: value.clone() for key, value in model.state_dict().items()}
-    optimization = Optimization(model, lr=5e-5, lr_encoder=1e-4, encoder_training="released", steps_per_epoch=1000)
+    optimization = Optimization(model, Recipe(), steps_per_epoch=1000)
     loss_of = MinedMultiSimilarity()
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     losses, encoder_moved = [], []

@@ -63,30 +63,20 @@ def test_out_of_memory_is_one_line(tmp_path, capsys, error, words):
     assert words in shown and "Traceback" in (folder / "debug.log").read_text()
 
 
-def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+def test_runs_of_the_same_second_have_folders_of_their_own_and_latest_leads_to_the_newest(tmp_path, monkeypatch):
+    """A folder named `latest` is left alone."""
     monkeypatch.chdir(tmp_path)
-    folders = set()
-    for _ in range(3):
+    latest = Path("logs/mine/latest")  # where a relative --save_dir lies
+    for number in range(1, 4):
         with run_log.RunLog() as log:
-            folders.add(log.open(Path("mine")))
-    assert len(folders) == 3 == len(run_log.runs_of(Path("mine")))
-    assert {folder.parent.parts for folder in folders} == {("logs", "mine")}, "where a relative --save_dir lies"
-
-
-def test_latest_is_a_link_to_the_newest_run(tmp_path):
-    """A folder of that name is left alone."""
-    for name in ("a", "b"):
-        with run_log.RunLog() as log:
-            folder = log.open(tmp_path)
-        (folder / "last_model.pth").write_text(name)
-        assert (tmp_path / "latest/last_model.pth").read_text() == name
-    assert (tmp_path / "latest").readlink() == Path(folder.name) and len(run_log.runs_of(tmp_path)) == 2
-    assert len(list(tmp_path.iterdir())) == 3
-    (tmp_path / "latest").unlink()
-    (tmp_path / "latest").mkdir()
+            folder = log.open(Path("mine"))
+        assert latest.readlink() == Path(folder.name)
+        assert len(run_log.runs_of(Path("mine"))) == number == len(list(latest.parent.iterdir())) - 1
+    latest.unlink()
+    latest.mkdir()
     with run_log.RunLog() as log:
-        log.open(tmp_path)
-    assert not list((tmp_path / "latest").iterdir()) and len(list(tmp_path.iterdir())) == 4
+        log.open(Path("mine"))
+    assert not list(latest.iterdir()) and len(list(latest.parent.iterdir())) == 5
 
 
 def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys):

@@ -5,24 +5,15 @@ import shutil
 import pytest
 import torch
 from helpers import SMALL, only_run, results_of, rows_of
-from PIL import Image
+from torch._inductor import config as inductor
 
 import train as train_script
-from datasets.photos.batches import image_batches
-from datasets.photos.transforms import evaluation_transform
 from model import build_model
 from utils.system import device as device_module
 from utils.system.device import reading_workers, to_cpu, to_device
 
 CPU = torch.device("cpu")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
-
-
-def test_batches_arrive_in_order():
-    batches = [[torch.full((3, 2), n), torch.tensor(n)] for n in range(4)]
-    moved = list(to_device(batches, CPU))
-    assert [[t.tolist() for t in batch] for batch in moved] == [[t.tolist() for t in batch] for batch in batches]
-    assert [tensor.item() for tensor in to_cpu(torch.tensor(n) for n in range(4))] == [0, 1, 2, 3]
 
 
 def test_reading_workers_leave_the_cores_to_a_model_on_the_cpu(monkeypatch):
@@ -89,10 +80,11 @@ def test_a_gpu_that_cannot_be_used_is_told(monkeypatch, caplog):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("backbone", ["dino_tiny", "dinov3_tiny"])
 def test_compiled_blocks_compute_the_same(backbone):
-    model = build_model(backbone=backbone, backbone_blocks=2).eval()
+    model = build_model(backbone=backbone, backbone_blocks=1).eval()
     names = list(model.state_dict())
     batches = [torch.randn(count, 3, 112, 112) for count in (3, 2)]
-    with torch.inference_mode():
+    # More threads are processes, which import PyTorch first.
+    with torch.inference_mode(), inductor.patch(compile_threads=1):
         plain = [model(images) for images in batches]
         model.backbone.compile_blocks()
         for images, expected in zip(batches, plain, strict=True):
@@ -121,14 +113,6 @@ def test_nothing_is_overtaken_on_a_gpu():
 
     for number, result in enumerate(to_cpu(results())):
         assert result.tolist() == [number] * 64
-
-
-@on_gpu
-def test_grey_photos_reach_a_gpu(tmp_path):
-    Image.new("L", (64, 48), 90).save(tmp_path / "grey.jpg")
-    settings = {"batch_size": 1, "num_workers": 0, "device": torch.device("cuda"), "progress": ""}
-    (images,) = image_batches([str(tmp_path / "grey.jpg")], transform=evaluation_transform((56, 56)), **settings)
-    assert images.shape == (1, 3, 56, 56)
 
 
 @on_gpu

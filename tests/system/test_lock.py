@@ -2,65 +2,53 @@
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import pytest
 
 from utils.system import lock
 from utils.system.lock import FolderLock, is_held
 
-HOLDER = """
-import sys, time
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from utils.system.lock import FolderLock
-held = FolderLock(Path({folder!r}), "--save_dir")
-print("held", flush=True)
-time.sleep(60)
-"""
+
+def hold(folder):
+    """Starts a process that locks a folder and keeps it for a minute; its number."""
+    begins, held = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            FolderLock(folder, "--save_dir")
+            os.write(held, b"held")
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(held)
+    assert os.read(begins, 4) == b"held"
+    return child
 
 
-@pytest.fixture
-def hold():
-    """Starts a process that locks a folder and keeps it."""
-    processes = []
-
-    def start(folder):
-        code = HOLDER.format(root=str(Path(__file__).parents[2]), folder=str(folder))
-        processes.append(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True))
-        assert processes[-1].stdout.readline() == "held\n"
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
+def end(child):
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
-@pytest.mark.slow
-def test_a_second_process_is_told_who_has_the_folder(hold, tmp_path):
+def test_a_second_process_is_told_who_has_the_folder(tmp_path):
     holder = hold(tmp_path / "run")
     assert is_held(tmp_path / "run")
-    pattern = rf"run .* process {holder.pid} on {os.uname().nodename} since 20..-..-.. .* --save_dir"
+    pattern = rf"run .* process {holder} on {os.uname().nodename} since 20..-..-.. .* --save_dir"
     with pytest.raises(ValueError, match=pattern):
         FolderLock(tmp_path / "run", "--save_dir")
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    end(holder)
     assert not is_held(tmp_path / "run")
     with FolderLock(tmp_path / "run", "--save_dir"):
         assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on")
 
 
-@pytest.mark.slow
-def test_a_forked_process_does_not_keep_the_folder(hold, tmp_path):
+def test_a_forked_process_does_not_keep_the_folder(tmp_path):
     with FolderLock(tmp_path, "--save_dir"):
         ends, begins = os.pipe()
         if (child := os.fork()) == 0:
             os.read(ends, 1)
             os._exit(0)
-    hold(tmp_path)
+    end(hold(tmp_path))
     os.write(begins, b"x")
     os.waitpid(child, 0)
 

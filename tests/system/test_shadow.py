@@ -24,7 +24,7 @@ def on_shadow(script, *arguments):
 @pytest.mark.parametrize(
     ("epochs", "recipe"),
     [
-        ((1, 2), "--backbone=dino_tiny --freeze_te=none --resize 56 56 --train_resize 56 56"),
+        ((1, 2), "--backbone=dino_tiny --backbone_blocks=2 --freeze_te=none --resize 56 56 --train_resize 56 56"),
         (
             (2,),
             "--backbone=dinov3_tiny --backbone_blocks=2 --freeze_te=0 --resize 64 64 --train_resize 64 64 "

@@ -14,6 +14,7 @@ import pytest
 import torch
 import warm
 from helpers import SMALL, only_run, refusal
+from test_resume import assert_same, outcome
 
 import train as train_script
 from datasets import check
@@ -23,7 +24,8 @@ from utils.system.signals import SIGNALS
 pytestmark = pytest.mark.slow
 
 TOY = [*SMALL, "--eval_dataset_name=toy_city"]
-TRAINING = [*TOY, *"--crossimage_encoder --train_resize 56 56 --train_batch_size=4 --lr=0.001 --epochs_num=3".split()]
+TRAINING = [*TOY, *"--backbone_blocks=2 --freeze_te=1 --crossimage_encoder --train_resize 56 56".split()]
+TRAINING += "--train_batch_size=4 --lr=0.001 --epochs_num=3".split()
 ROOT = Path(train_script.__file__).parent
 
 
@@ -43,19 +45,10 @@ def marked(mark):
     return running(lambda folder: mark.encode() in (folder / "environ").read_bytes())
 
 
-def run_signalled(*arguments, torchrun=False, cold=True):
-    """The finished job, and the processes that it left behind; torchrun's starts from cold."""
-    if not cold:
-        job = warm.run("signalled.py", *arguments)
-        return job, running(lambda folder: os.getsid(int(folder.name)) == job.pid)
-    mark = uuid.uuid4().hex
-    command = [sys.executable]
-    command += "-m torch.distributed.run --standalone --nproc_per_node=2".split() if torchrun else []
-    command += [str(Path(__file__).parents[1].joinpath("signalled.py")), *map(str, arguments)]
-    job = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, start_new_session=True, env={**os.environ, "MARK": mark}
-    )
-    return job, marked(mark)
+def run_stopped(*arguments):
+    """The finished job, and the processes that it left behind."""
+    job = warm.run("stopped.py", *arguments)
+    return job, running(lambda folder: os.getsid(int(folder.name)) == job.pid)
 
 
 def steps_in(save_dir):
@@ -83,7 +76,7 @@ def read_until(word, pipe):
 )
 def test_a_training_job_finishes_its_step(city, tmp_path, whom, name, point, count, workers, done):
     flags = [*TRAINING, f"--eval_datasets_folder={city}", f"--num_workers={workers}", f"--save_dir={tmp_path}"]
-    job, left = run_signalled(whom, name, point, count, "train", *flags, "--resume=auto", cold=name == "SIGTERM")
+    job, left = run_stopped(f"{whom} {name} {point} {count}", "train", *flags, "--resume=auto")
     assert job.returncode == 128 + signal.Signals[name], job.stderr
     assert steps_in(tmp_path) == done and not left
     assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
@@ -93,18 +86,40 @@ def test_a_training_job_finishes_its_step(city, tmp_path, whom, name, point, cou
     assert last in job.stderr and last in (folder / "info.log").read_text()
 
 
-def test_torchrun_alone_is_signalled(city, tmp_path):
-    flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=2", f"--save_dir={tmp_path}"]
-    job, left = run_signalled("parent", "SIGTERM", "step", 3, "train", *flags, torchrun=True)
-    assert job.returncode != 0 and not left
-    assert steps_in(tmp_path) == (0, 3)
-    assert "killed by signal" not in job.stderr and job.stderr.count("stopped by SIGTERM: training is saved") == 1
+def test_a_preempted_a_killed_and_a_restarted_run_end_with_the_same_bits(city, tmp_path):
+    """Of two processes the second alone is told to stop, and later killed; torchrun starts both again, and is then told
+    to stop itself."""
+    flags = [*TRAINING, f"--eval_datasets_folder={city}", "--checkpoint_every=2", "--epochs_num=2", "--resume=auto"]
+    flags += ["--encoder_training=every_step"]  # whose dropout differs between the processes
+    never, whole = "self SIGKILL step 1000", tmp_path / "whole"
+    run = warm.torchrun("stopped.py", never, "train", *flags, f"--save_dir={whole}")
+    assert run.returncode == 0, run.stderr
+    save_dir = tmp_path / "stopped"
+    flags += [f"--save_dir={save_dir}", "--num_workers=1"]
+    run = warm.torchrun("stopped.py", "other SIGTERM step 3", "train", *flags)
+    assert run.returncode == 143 and steps_in(save_dir) == (0, 3), run.stderr
+    mark, plans = uuid.uuid4().hex, "other SIGKILL stepped 4,parent SIGTERM step 1"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    run = subprocess.run(
+        [*command, str(Path(__file__).parents[1] / "stopped.py"), plans, "train", *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        start_new_session=True,
+        env={**os.environ, "MARK": mark},
+    )
+    assert run.returncode != 0 and "exitcode: -9" in run.stderr and not marked(mark), run.stderr
+    assert "killed by signal" not in run.stderr and run.stderr.count("stopped by SIGTERM: training is saved") == 1
+    assert steps_in(save_dir) == (1, 3), "killed in the step after the checkpoint of the second, which is taken again"
+    run = warm.torchrun("stopped.py", never, "train", *flags)
+    assert run.returncode == 0, run.stderr
+    assert_same(outcome(save_dir), outcome(whole))
 
 
 @pytest.mark.parametrize(("name", "workers"), [("SIGTERM", 2), ("SIGINT", 1)])
 def test_an_extraction_stops_in_one_line(city, weights, tmp_path, name, workers):
     flags = [*TOY, f"--eval_datasets_folder={city}", f"--resume={weights}/plain.pth", f"--save_dir={tmp_path}"]
-    job, left = run_signalled("group", name, "batch", 3, "eval", *flags, f"--num_workers={workers}", cold=False)
+    job, left = run_stopped(f"group {name} batch 3", "eval", *flags, f"--num_workers={workers}")
     assert job.returncode == 128 + signal.Signals[name] and not left, job.stderr
     assert "Traceback" not in job.stderr and "killed by signal" not in job.stderr
     folder = only_run(tmp_path)
@@ -149,27 +164,27 @@ def test_ctrl_c_while_the_script_starts_shows_no_traceback(tmp_path, words):
     assert b"Traceback" not in job.stderr.read() and job.wait() == -signal.SIGINT
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    code = """
-import os, signal, time
-from utils.run.preemption import Preemption
-signal.signal(signal.SIGINT, signal.default_int_handler)
-with Preemption():
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)
-    print("still here", flush=True)
-    time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGINT)
-    print("not here")
-"""
-    job = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert job.returncode == -signal.SIGINT and job.stdout == "still here\n"
-    assert "Ctrl-C again ends at once" in job.stderr and "Traceback" not in job.stderr
+def test_a_second_ctrl_c_ends_at_once(capfd):
+    if (child := os.fork()) == 0:
+        try:
+            with Preemption():
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                os.write(1, b"still here")
+                time.sleep(0.5)
+                os.kill(os.getpid(), signal.SIGINT)
+                os.write(1, b"not here")
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    shown = capfd.readouterr()
+    assert os.WTERMSIG(status) == signal.SIGINT and shown.out == "still here"
+    assert "Ctrl-C again ends at once" in shown.err
 
 
 def test_one_process_that_stops_in_validation_ends_the_others_without_a_traceback(city, tmp_path):
     flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=0", f"--save_dir={tmp_path}"]
-    job = warm.torchrun("signalled.py", "self", "SIGTERM", "batch", 2, "train", *flags, "--extraction_batch_size=1")
+    job = warm.torchrun("stopped.py", "self SIGTERM batch 2", "train", *flags, "--extraction_batch_size=1")
     assert job.returncode != 0 and steps_in(tmp_path) == (0, 4)
     assert "stopped by SIGTERM: training is saved" in job.stderr and "Traceback" not in job.stderr
 
@@ -179,7 +194,7 @@ def test_one_process_that_stops_in_validation_ends_the_others_without_a_tracebac
 )
 def test_a_pool_of_processes_ends_with_the_program(tmp_path, signum, whole_group):
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-m", "datasets.toy_city", f"--output={tmp_path}", "--workers=2", "--places=20"]
+    command = [sys.executable, "-m", "datasets.toy_city", f"--output={tmp_path}", "--workers=2", "--size", "64", "48"]
     job = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "MARK": mark}, stderr=subprocess.PIPE, start_new_session=True
     )
@@ -218,7 +233,7 @@ if __name__ == "__main__":
 def test_a_lost_terminal_costs_nothing(city, tmp_path, lost):
     """As ssh hangs up: SIGHUP comes, and the terminal takes nothing more; as `| tee` ends by Ctrl-C."""
     flags = [*TRAINING, f"--eval_datasets_folder={city}", "--num_workers=1", f"--save_dir={tmp_path}", "--resume=auto"]
-    command = ["signalled.py", "self", "SIGHUP", "step", "6", "train", *flags]
+    command = ["stopped.py", "self SIGHUP step 6", "train", *flags]
     reading, writing = os.openpty() if lost == "terminal" else os.pipe()
     job = warm.start(*command, stderr=None if lost == "closed" else f"/proc/{os.getpid()}/fd/{writing}")
     if lost != "closed":

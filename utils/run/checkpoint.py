@@ -1,12 +1,9 @@
 """Checkpoints: written completely or not at all, and found again."""
 
-import errno
 import logging
-import os
 import re
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..system.files import write_durably
 from .metrics import FILE
 
 logger = logging.getLogger(__name__)
@@ -22,20 +20,9 @@ LAST, PREVIOUS, BEST = "last_model.pth", "previous_model.pth", "best_model.pth"
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes tensors and plain values to a temporary file, then moves it into place: a failure leaves the old one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch reports some failed writes as RuntimeError
-        temporary.unlink(missing_ok=True)
-        before = "earlier checkpoints are intact; " if path.exists() else ""
-        raise OSError(f"cannot write {path} ({error}); {before}free space and use --resume auto") from error
-    if path.name == LAST and path.exists():
-        os.replace(path, path.with_name(PREVIOUS))
-    os.replace(temporary, path)
+    """Writes tensors and plain values, completely or not at all; the `LAST` one before becomes `PREVIOUS`."""
+    before = path.with_name(PREVIOUS) if path.name == LAST else None
+    write_durably(path, lambda file: torch.save(content, file), before=before)
 
 
 def newest(folders: Iterable[Path], *, read: Callable[[Path], object]) -> Path | None:
@@ -62,41 +49,26 @@ def newest(folders: Iterable[Path], *, read: Callable[[Path], object]) -> Path |
 def _started_and_position(path: Path) -> tuple[Any, ...]:
     """When the run of a checkpoint was started, how far it has come, and whether it is in its first folder."""
     try:
-        content = _load(path)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # some network mounts cannot map files into memory
+            content = torch.load(path, map_location="cpu", weights_only=True)
         position, start = (content["epoch_num"], len(content["losses"])), content.get("started", "")
     except Exception:  # damaged files fail in many ways; they come first in their folder, so that `read` reports them
         position, start = (sys.maxsize, 0), ""
     stamp = re.match(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:_(\d+))?", start or path.parent.name)
     if stamp is None:
-        files = [path.with_name(name) for name in (LAST, PREVIOUS)]
-        return "", max(file.stat().st_mtime_ns for file in files if file.exists()), position
+        return "", max(file.stat().st_mtime_ns for file in path.parent.glob("*_model.pth")), position
     return stamp[1], int(stamp[2] or 1), position, path.parent.name == stamp[0]
 
 
-def _load(path: Path) -> dict[str, Any]:
+def is_whole(path: Path, like: Mapping[str, Tensor], *, read: Callable[[Path], dict[str, Any]]) -> bool:
+    """Whether a file from `save` is intact, with these weights' shapes; `read` as in `newest`."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # some network mounts cannot map files into memory
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    return dict(content)
-
-
-def is_whole(path: Path, like: Mapping[str, Tensor]) -> bool:
-    """Whether a file from `save` is intact, with these weights' shapes; OSError if it cannot be read now."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                return False
-        state = _load(path)["model_state_dict"]
-        return {name: value.shape for name, value in state.items()} == {name: v.shape for name, v in like.items()}
-    except FileNotFoundError:
+        state = read(path)["model_state_dict"]
+    except (FileNotFoundError, KeyError, ValueError):
         return False
-    except OSError as error:  # a damaged file with offsets before its start gives EINVAL, or no errno at all
-        if error.errno in (None, errno.EINVAL):
-            return False
-        raise OSError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
-    except Exception:  # damaged files fail in many ways
-        return False
+    return {name: value.shape for name, value in state.items()} == {name: value.shape for name, value in like.items()}
 
 
 def copy_run(resumed: Path, folder: Path) -> None:
@@ -104,23 +76,3 @@ def copy_run(resumed: Path, folder: Path) -> None:
     for source, name in ((resumed, LAST), (resumed.with_name(BEST), BEST), (resumed.with_name(FILE), FILE)):
         if source.exists():
             shutil.copyfile(source, folder / name)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what processes left when they died while writing; the caller must have locked the folder."""
-    for path in folder.glob("*.tmp"):
-        if path.is_file():
-            path.unlink()
-
-
-def require_same(now: dict[str, Any], written: dict[str, Any]) -> None:
-    """Raises ValueError, which names options with both values, if those of a run and its checkpoint differ."""
-    differing = [
-        f"{name} was {written[name]} and is now {value}"
-        for name, value in now.items()
-        if name in written and written[name] != value
-    ]
-    if differing:
-        raise ValueError(
-            f"the checkpoint has other options: {'; '.join(differing)}; give the same ones, or leave out --resume"
-        )

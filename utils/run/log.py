@@ -26,7 +26,7 @@ from ..system.files import atomic_write
 from ..system.lock import FolderLock
 from ..system.reading import end_of_a_worker
 from ..system.version import git_revision, version
-from . import checkpoint, options_file
+from . import options_file
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +164,6 @@ class RunLog:
     def open(self, save_dir: Path, folder: Path | None = None, *, named: bool = False) -> Path:
         """Makes `logs/<save_dir>/<time>` (an absolute `save_dir` replaces `logs/<save_dir>`), or continues in a folder.
 
-        The link `latest` beside a new folder leads to it.
-
         If `save_dir` was `named`, a run whose folder cannot be written to continues in a new one.
 
         Raises:
@@ -180,7 +178,9 @@ class RunLog:
                 logger.warning("--save_dir %s is not used: the run goes on in its folder, %s", save_dir, folder)
             folder = folder or _make_folder(parent)
             self.lock(folder)
-            checkpoint.remove_leftovers(folder)
+            for path in folder.glob("*.tmp*"):  # what processes left that died while writing
+                if path.is_file():
+                    path.unlink()
             for name, level in (("info.log", logging.INFO), ("debug.log", logging.DEBUG)):
                 file = LogFile(folder / name)
                 self._add(file, level)
@@ -226,7 +226,8 @@ def _in_one_line(error: BaseException | None, flags: Collection[str]) -> tuple[s
         return with_dashes(message, flags), 2
     if isinstance(error, RuntimeError) and (reason := end_of_a_worker(error)):
         return reason, 1
-    if isinstance(error, RuntimeError) and distributed.is_of_a_lost_process(error):
+    lost = distributed.world_size() > 1 and ("by peer" in str(error) or "remote process exited" in str(error))
+    if isinstance(error, RuntimeError) and lost:  # Gloo and NCCL say so
         return "another process of the run has ended, so this one ends too", 1
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
         remedy = "--precision bf16, --activation_checkpointing and --grad_cache_chunk 48 need less in training"

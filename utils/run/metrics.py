@@ -3,9 +3,10 @@
 import csv
 import io
 import logging
-import os
 from pathlib import Path
 from typing import Any
+
+from ..system.files import write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def append_row(folder: Path, row: dict[str, Any]) -> None:
     if not before:
         writer.writeheader()
     writer.writerow(row)
-    _write(path, before + text.getvalue().encode())
+    write_durably(path, lambda file: file.write(before + text.getvalue().encode()))
 
 
 def cut_rows(folder: Path, epochs: int) -> None:
@@ -29,26 +30,13 @@ def cut_rows(folder: Path, epochs: int) -> None:
     path = folder / FILE
     if not path.exists():
         return
-    content = path.read_bytes()
+    content = path.read_bytes()  # empty, or with half a row, in a run of 1.0.0 that was killed
     header, *lines = content.splitlines(keepends=True) or [b""]
     columns = header.count(b",")
     rows = {line.split(b",")[0]: line for line in lines if line.count(b",") == columns and line.endswith(b"\n")}
-    kept = [rows[number] for number in (str(epoch).encode() for epoch in range(1, 1 + epochs)) if number in rows]
+    kept = [rows[number] for number in (b"%d" % epoch for epoch in range(1, 1 + epochs)) if number in rows]
     if len(kept) < epochs:
         logger.warning("%s lacks rows for %d of the %d epochs so far", path, epochs - len(kept), epochs)
-    wanted = b"".join([header, *kept] if kept else [])
+    wanted = b"".join([header, *kept])
     if wanted != content:
-        _write(path, wanted)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{FILE}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error}); free space and resume with --resume auto") from error
+        write_durably(path, lambda file: file.write(wanted))

@@ -18,10 +18,10 @@ OPTIMIZERS = {
 }
 
 
-def _schedule(
-    optimizer: torch.optim.Optimizer, name: str, *, steps_per_epoch: int, total_steps: int, warmup_steps: int
-) -> LRScheduler:
+def _schedule(optimizer: torch.optim.Optimizer, recipe: Any, steps_per_epoch: int) -> LRScheduler:
     """The schedule of the learning rates of all parameter groups, to step after each optimiser step."""
+    name, warmup_steps = recipe.lr_schedule, recipe.warmup_steps
+    total_steps = recipe.epochs_num * steps_per_epoch
     steps = total_steps - warmup_steps
     if name != "halving" and total_steps and steps < 1:
         raise ValueError(
@@ -45,75 +45,57 @@ def _schedule(
 
 
 class Optimization:
-    """The optimiser of a model with the schedule of its learning rates.
+    """The optimiser of a model with the schedule of its learning rates, as the recipe says.
 
-    The cross-image encoder (`model.encoder`, may be None) follows `encoder_training`:
+    The cross-image encoder (`model.encoder`, may be None) follows its `encoder_training`:
 
     - "every_step": it is trained at `lr_encoder`, on the same schedule, as the paper describes.
     - "released": what the released training script does in fp32. There the main optimiser and the encoder's own Adam at
       `lr_encoder` both step it once, and then it is frozen. The first step of Adam is proportional to the learning
       rate, so one step at the sum of the two rates is the same, and no parameter needs two optimisers.
 
+    The `lr_schedule` "halving" halves all learning rates every third epoch, as released; "linear" and "cosine" lower
+    them to 0 by the last step of `epochs_num` epochs, and then keep them. In `warmup_steps` before it begins, rates
+    rise in equal steps from 1 / (warmup_steps + 1) on.
+
     Args:
-        encoder_retired: whether the run being resumed already took the one step of "released".
+        recipe: the options of that group.
         steps_per_epoch: optimiser steps in an epoch, including the last short batch.
-        epochs: epochs of the whole run; has no effect with "halving".
-        lr_schedule: "halving" halves all learning rates every third epoch, as released; "linear" and "cosine" lower
-            them to 0 by the end of the last step, and then keep them.
-        warmup_steps: steps before the schedule begins; rates rise in equal steps from 1 / (warmup_steps + 1) on.
         scale_gradients: scale the loss so that fp16 gradients do not underflow.
-        others: as the options; None as `weight_decay` keeps the optimiser's default.
+        encoder_retired: whether the run being resumed already took the one step of "released".
     """
 
     def __init__(
         self,
         model: nn.Module,
+        recipe: Any,
         *,
-        optim: str = "adam",
-        weight_decay: float | None = None,
-        lr: float,
-        lr_encoder: float,
-        encoder_training: str = "released",
-        encoder_retired: bool = False,
         steps_per_epoch: int,
-        epochs: int = 0,
-        lr_schedule: str = "halving",
-        warmup_steps: int = 0,
         scale_gradients: bool = False,
-        clip_grad_norm: float = 0.0,
+        encoder_retired: bool = False,
     ):
         self.encoder: nn.Module | None = model.encoder  # type: ignore[assignment]
         self.encoder_retired = False
-        self.clip_grad_norm = clip_grad_norm
+        self.clip_grad_norm = recipe.clip_grad_norm
         self.skipped = 0  # steps whose gradients overflowed, which gradient scaling skips and the schedule ignores
-        self._one_step = self.encoder is not None and encoder_training == "released"
-        if self._one_step and optim != "adam":
+        self._one_step = self.encoder is not None and recipe.encoder_training == "released"
+        if self._one_step and recipe.optim != "adam":
             raise ValueError(
-                f"encoder_training released is of Adam only, not of {optim}; use encoder_training every_step"
-            )
-        if self._one_step and warmup_steps:
-            logger.warning(
-                "--warmup_steps %d lowers the encoder's rate too in its only step (--encoder_training released)",
-                warmup_steps,
+                f"encoder_training released is of Adam only, not of {recipe.optim}; use encoder_training every_step"
             )
         encoder = {} if self.encoder is None else dict.fromkeys(self.encoder.parameters())
         others = [p for p in model.parameters() if p.requires_grad and p not in encoder]
-        groups: list[dict[str, Any]] = [{"params": others, "lr": lr}]
+        groups: list[dict[str, Any]] = [{"params": others, "lr": recipe.lr}]
         if encoder:
-            groups.append({"params": list(encoder), "lr": lr + lr_encoder if self._one_step else lr_encoder})
-        optimizer, settings = OPTIMIZERS[optim]
-        if weight_decay is not None:
-            settings = {**settings, "weight_decay": weight_decay}
+            lr = recipe.lr + recipe.lr_encoder if self._one_step else recipe.lr_encoder
+            groups.append({"params": list(encoder), "lr": lr})
+        optimizer, settings = OPTIMIZERS[recipe.optim]
+        if recipe.weight_decay is not None:
+            settings = {**settings, "weight_decay": recipe.weight_decay}
         device = next(model.parameters()).device.type
         # On a GPU, one kernel for all parameters; on a CPU, the loop that tests compare with the released code.
         self.optimizer = optimizer(groups, fused=device == "cuda" or None, **settings)
-        self.scheduler = _schedule(
-            self.optimizer,
-            lr_schedule,
-            steps_per_epoch=steps_per_epoch,
-            total_steps=epochs * steps_per_epoch,
-            warmup_steps=warmup_steps,
-        )
+        self.scheduler = _schedule(self.optimizer, recipe, steps_per_epoch)
         self.scaler = torch.amp.GradScaler(device, enabled=scale_gradients)
         if encoder_retired and self._one_step:
             self._retire_encoder()
@@ -148,10 +130,10 @@ class Optimization:
         return retires
 
     def _retire_encoder(self) -> None:
+        assert self.encoder is not None
         self.encoder_retired = True
-        if self.encoder is not None:
-            self.encoder.requires_grad_(False)
-            logger.info("cross-image encoder frozen after its one step (--encoder_training released)")
+        self.encoder.requires_grad_(False)
+        logger.info("cross-image encoder frozen after its one step (--encoder_training released)")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume, as tensors and plain values."""
@@ -164,7 +146,10 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes from a `state_dict`; this machine, not the file, decides which optimiser kernels run."""
+        """Resumes from a `state_dict`; the constructor says whether the encoder is retired.
+
+        This machine, not the file, decides which optimiser kernels run.
+        """
         groups = [
             {**of_file, **{name: own.get(name) for name in ("fused", "foreach", "capturable")}}
             for of_file, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
@@ -172,6 +157,4 @@ class Optimization:
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        self.skipped = state.get("skipped", 0)
-        if state["encoder_retired"] and not self.encoder_retired:
-            self._retire_encoder()
+        self.skipped = state["skipped"]

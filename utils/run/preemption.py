@@ -41,9 +41,7 @@ class Preemption:
         self._previous = set_handlers(signums, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.signum is not None and isinstance(error, SystemExit):
             logger.warning("stopped by %s: %s", signal.Signals(self.signum).name, self.advice)
         for signum, handler in self._previous.items():

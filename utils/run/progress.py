@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,6 @@ class Progress:
     Args:
         facts: plain values to store in every checkpoint.
         must_match: values that decide the result, by the name to show; a run resumes only under the same values.
-        unless_said: values of `must_match` for older checkpoints, written before an option existed.
-        read_every: steps between two readings of the losses, since reading one waits for the GPU; they are also read
-            before anything is written.
     """
 
     def __init__(
@@ -38,48 +35,31 @@ class Progress:
         *,
         facts: dict[str, Any],
         must_match: dict[str, Any],
-        unless_said: dict[str, Any],
-        read_every: int,
     ):
         self.folder = folder
         self.model = model
         self.optimization = optimization
         self.facts = facts
         self.must_match = must_match
-        self.unless_said = unless_said
-        self.read_every = read_every
         self.epoch = 0  # finished ones, including validation
-        self.losses: list[float] = []  # of the steps in the current epoch that have been read
-        self._unread: list[Tensor] = []
+        self.losses: list[float] = []  # of the steps taken in the current epoch
         self.lr = 0.0  # of the newest step
         self.recalls: dict[int, float] = {}
         self.best_score = -1.0
         self.not_improved = 0  # epochs since the best score
         self.order: NDArray[np.int64] | None = None  # of the current epoch's places, if the model decided it
 
-    @property
-    def steps(self) -> int:
-        """Steps taken in the current epoch."""
-        return len(self.losses) + len(self._unread)
-
     def finished(self, epochs: int, patience: int) -> bool:
         """Whether all `epochs` are done, or the best epoch was `patience` epochs ago."""
         return self.epoch >= epochs or self.not_improved >= patience
 
     def record_step(self, loss: Tensor) -> None:
-        """Records a step by its scalar loss; see `read_losses`."""
-        self._unread.append(loss.detach())
+        """Records a step by its scalar loss; ValueError if that is infinite."""
         self.lr = self.optimization.lr
-        if len(self._unread) == self.read_every:
-            self.read_losses()
-
-    def read_losses(self) -> None:
-        """Reads the losses that are still on the device; ValueError if one is infinite, before anything is written."""
-        unread, self._unread = self._unread, []
-        for loss in torch.stack(unread).tolist() if unread else []:
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss became {loss} in {self._place()}")
-            self.losses.append(loss)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(f"the loss became {value} in {self._place()}")
+        self.losses.append(value)
 
     def saving(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yields batches; if a process cannot read one, all save the finished steps before they end."""
@@ -92,7 +72,7 @@ class Progress:
                 problem = error
             if distributed.maximum(problem is not None):
                 self.save_last()
-                logger.warning("%d steps of epoch %d are saved, to resume from", self.steps, self.epoch + 1)
+                logger.warning("%d steps of epoch %d are saved, to resume from", len(self.losses), self.epoch + 1)
                 raise problem or SystemExit(1)
             if batch is None:
                 return
@@ -100,7 +80,6 @@ class Progress:
 
     def record_epoch(self, recalls: dict[int, float], score: float) -> bool:
         """Ends the epoch: writes its files, and best_model.pth if the score is strictly better, which is returned."""
-        self.read_losses()
         self.epoch, self.recalls = self.epoch + 1, recalls
         row = {"epoch": self.epoch, "steps": len(self.losses), "loss": self.mean_loss, "lr": self.lr}
         if distributed.is_main():
@@ -111,14 +90,11 @@ class Progress:
         if better:
             self.save_best()
         self.save_last()
-        if not distributed.on_main((self.folder / checkpoint.BEST).is_file):
-            raise self._best_is_gone()
         return better
 
     @property
     def mean_loss(self) -> float:
         """Mean loss of the steps in the current epoch."""
-        self.read_losses()
         return math.fsum(self.losses) / len(self.losses)
 
     def _place(self) -> str:
@@ -128,7 +104,6 @@ class Progress:
         )
 
     def _content(self) -> dict[str, Any]:
-        self.read_losses()
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise ValueError(f"a weight became infinite before {self._place()}")
         return {
@@ -163,43 +138,46 @@ class Progress:
             checkpoint.save(self.folder / name, content)
         distributed.barrier()  # no process reads it before it is written
 
-    def _keep_best(self) -> None:
-        """Checks now, rather than after the last epoch, that there is a best model to evaluate."""
-        path = self.folder / checkpoint.BEST
-        if distributed.on_main(lambda: checkpoint.is_whole(path, like=self.model.state_dict())):
-            return
-        if self.not_improved or self.losses:
-            raise self._best_is_gone()
-        logger.warning("%s was missing or damaged: rewritten from the checkpoint, which is the best so far", path)
-        self.save_best()
+    def restore(self, content: dict[str, Any], read: Callable[[Path], dict[str, Any]]) -> None:
+        """Resumes from a `last_model.pth`, whose weights the model already has.
 
-    def _best_is_gone(self) -> ValueError:
-        best, last = self.folder / checkpoint.BEST, self.folder / checkpoint.LAST
-        return ValueError(
-            f"{best} is missing or damaged, and {last} is from later steps; restore it, or start a new run with its "
-            f"weights: python3 -m model.export --resume={last} --output=w.safetensors, then --resume=w.safetensors"
-        )
+        Checks now, rather than after the last epoch, that there is a best model to evaluate; `read` reads it, and
+        raises ValueError for a damaged file.
 
-    def restore(self, content: dict[str, Any]) -> None:
-        """Resumes from a `last_model.pth`, whose weights the model already has, if options are the same."""
-        checkpoint.require_same(self.must_match, {**self.unless_said, **content["decisive"]})
+        Raises:
+            ValueError: options differ, each named with both values, or the best model is missing or damaged.
+        """
+        differing = [
+            f"{name} was {written} and is now {self.must_match[name]}"
+            for name, written in content["decisive"].items()
+            if name in self.must_match and written != self.must_match[name]
+        ]
+        if differing:
+            raise ValueError(
+                f"the checkpoint has other options: {'; '.join(differing)}; give the same ones, or leave out --resume"
+            )
         self.epoch, self.losses, self.lr = content["epoch_num"], content["losses"], content["lr"]
         self.recalls, self.best_score = content["recalls"], content["best_score"]
         self.not_improved = content["not_improved_num"]
         self.order = content["order"].numpy() if "order" in content else None
-        self._keep_best()
+        best, last = self.folder / checkpoint.BEST, self.folder / checkpoint.LAST
+        if not distributed.on_main(lambda: checkpoint.is_whole(best, self.model.state_dict(), read=read)):
+            if self.not_improved or self.losses:
+                raise ValueError(
+                    f"{best} is missing or damaged, and {last} is from later steps; restore it, or start a new run "
+                    f"with its weights: python3 -m model.export --resume={last} --output=w.safetensors, then "
+                    "--resume=w.safetensors"
+                )
+            logger.warning("%s was missing or damaged: rewritten from the checkpoint, which is the best so far", best)
+            self.save_best()
         self.optimization.load_state_dict(content["optimization"])
         if distributed.is_main():
             metrics.cut_rows(self.folder, self.epoch)
         states, processes = content["generators"], distributed.world_size()
         if len(states) != processes:
-            consequence = ": dropout differs, and the cross-image encoder attends across other images"
+            consequence = ": the encoder's dropout differs, and it attends across other images"
             consequence *= self.optimization.encoder is not None
-            logger.warning(
-                "the checkpoint was written by %d processes, but there are now %d%s",
-                len(states),
-                processes,
-                consequence,
-            )
+            words = "the checkpoint was written by %d processes, but there are now %d%s"
+            logger.warning(words, len(states), processes, consequence)
         elif not restore_generators(states[distributed.rank()]):
             logger.warning("the checkpoint was written on another kind of device: the encoder's dropout differs")

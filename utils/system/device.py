@@ -159,14 +159,8 @@ def require_determinism(required: bool) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in GB: of the CUDA device since `reset_peak_memory`, else of this process."""
+    """Peak memory of this process in GB, on the CUDA device or in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Resets the peak memory of a CUDA device."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)

@@ -57,11 +57,6 @@ def warn_of_separate_runs() -> None:
             return
 
 
-def is_of_a_lost_process(error: RuntimeError) -> bool:
-    """Whether an error of Gloo or NCCL only says that another process has ended."""
-    return world_size() > 1 and ("by peer" in str(error) or "remote process exited" in str(error))
-
-
 def rank() -> int:
     """This process's number; process 0 writes files."""
     return dist.get_rank() if dist.is_initialized() else 0

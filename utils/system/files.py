@@ -3,9 +3,10 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,26 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # it is missing, or was a folder
             temporary.unlink()
         raise
+
+
+def write_durably(path: Path, write: Callable[[BinaryIO], object], *, before: Path | None = None) -> None:
+    """Writes a file of a training run through to the disk and then moves it into place; a failure leaves the old one.
+
+    Args:
+        write: writes the content into an open file.
+        before: where the old file goes; by default it is replaced.
+    """
+    try:
+        with atomic_write(path) as temporary:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if before is not None and path.exists():
+                path.replace(before)
+    except (OSError, RuntimeError) as error:  # torch.save reports some failed writes as RuntimeError
+        remedy = "free space and use --resume auto, since earlier files are intact"
+        raise OSError(f"cannot write {path} ({error}); {remedy}") from error
 
 
 class Outputs:

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import distributed
-
 
 def seed_everything(seed: int) -> None:
     """Seeds Python, NumPy and torch on every device."""
@@ -33,8 +31,6 @@ def restore_generators(states: dict[str, Any]) -> bool:
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     cuda = states["cuda"]
-    if isinstance(cuda, list):  # files of earlier versions have the states of all GPUs of the machine
-        cuda = dict(enumerate(cuda)).get(distributed.local_rank())
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
     return (cuda is not None) == torch.cuda.is_available()

@@ -88,11 +88,9 @@ def process_pool(workers: int | None) -> ProcessPoolExecutor:
 
 def _end_with_parent() -> None:
     # Before the first task: a process that never had one may be left too, and keeps the others alive.
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
     def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
         parent.join()
         os._exit(1)
 
