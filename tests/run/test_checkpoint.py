@@ -88,6 +88,7 @@ def test_rows_past_a_checkpoint_go_and_lost_ones_are_told(tmp_path, caplog):
     ("left", "kept"),  # by a run of 1.0.0, which did not write rows whole
     [
         (b"", b""),
+        (b"epoch,l", b""),
         (b"epoch,loss\r\n1,0.1\r\n2,", b"epoch,loss\r\n1,0.1\r\n"),
         (b"epoch,loss\r\n4,0.4\r\n", b"epoch,loss\r\n"),
     ],

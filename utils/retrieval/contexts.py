@@ -131,10 +131,10 @@ class Search:
             For each query set, squared distances and database indices, each Q x k, best first.
         """
         count = len(self.stores["database"])
-        rows_of_sets = [self.rows(name) for name in self.sets]
-        queries, sets, k = np.concatenate(rows_of_sets), [len(rows) for rows in rows_of_sets], min(k, count)
         several = distributed.world_size() > 1  # the others wait, or have ended
         with search.cores(usable_cores(alone=True)) if several else nullcontext():
+            rows_of_sets = [self.rows(name) for name in self.sets]
+            queries, sets, k = np.concatenate(rows_of_sets), [len(rows) for rows in rows_of_sets], min(k, count)
             if settings is None or settings.index is None:
                 distances, predictions = search.nearest(queries, self.chunks("database"), k, self._device, sets)
             else:

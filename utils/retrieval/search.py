@@ -117,7 +117,7 @@ def knn_by_torch(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Ten
 
 @contextmanager
 def cores(count: int) -> Iterator[None]:
-    """Within the block, FAISS and PyTorch use `count` CPU cores; each has an OpenMP library of its own."""
+    """Within the block, FAISS and PyTorch use `count` CPU cores; each may have an OpenMP library of its own."""
     before = faiss.omp_get_max_threads(), torch.get_num_threads()
     try:
         faiss.omp_set_num_threads(count)

@@ -30,13 +30,13 @@ def cut_rows(folder: Path, epochs: int) -> None:
     path = folder / FILE
     if not path.exists():
         return
-    content = path.read_bytes()  # empty, or with half a row, in a run of 1.0.0 that was killed
+    content = path.read_bytes()  # empty, or with half a line, in a run of 1.0.0 that was killed
     header, *lines = content.splitlines(keepends=True) or [b""]
     columns = header.count(b",")
     rows = {line.split(b",")[0]: line for line in lines if line.count(b",") == columns and line.endswith(b"\n")}
     kept = [rows[number] for number in (b"%d" % epoch for epoch in range(1, 1 + epochs)) if number in rows]
     if len(kept) < epochs:
         logger.warning("%s lacks rows for %d of the %d epochs so far", path, epochs - len(kept), epochs)
-    wanted = b"".join([header, *kept])
+    wanted = b"".join([header, *kept]) if header.endswith(b"\n") else b""
     if wanted != content:
         write_durably(path, lambda file: file.write(wanted))
