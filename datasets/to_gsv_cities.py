@@ -14,6 +14,7 @@ Photos are links to the originals, except those that EXIF data turn: they are wr
 turn photos.
 """
 
+import math
 import re
 import shlex
 import sys
@@ -44,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--name {settings.name!r} becomes part of file names; use letters, digits and -")
         if (held_out := settings.val_share + settings.test_share) >= 1:
             raise ValueError(f"--val_share and --test_share, {held_out:g}, leave no photo to train on; use less than 1")
+        if settings.queries and not (held_out or settings.val_area or settings.test_area):
+            raise ValueError(f"--queries {settings.queries} needs held-out photos; give --val_area or --val_share")
+        if math.isinf(settings.cell + settings.gap):
+            raise ValueError(f"--cell {settings.cell:g} and --gap {settings.gap:g} are metres; give finite numbers")
         if output.exists() or output.is_symlink():
             raise ValueError(f"--output {output} already exists; remove it, or name another folder")
         for source in sources:

@@ -504,6 +504,8 @@ BAD_TABLES = [  # header, rows, flags, what is said
     (EN, TWO, "--val_share=0.5 --test_share=0.3 --gap=9000", "9000 m .*0 of 8 photos; lower --gap"),
     (EN, TWO, "--val_share=.5 --val_area 1 1 2 2", "--val_area and --val_share .*give one of them"),
     (EN, TWO, "--gap=nan", "--gap: nan is out of range"),
+    (EN, TWO, "--cell=inf", "--cell inf .*finite"),
+    (EN, TWO, "--queries=random", "--queries random needs held-out photos; .*--val_share"),
     (EN, TWO, "--val_share=0.5 --test_share=0.6", "--val_share and --test_share, 1.1, .*less than 1"),
     (EN, TWO, "--name=a/b", "--name 'a/b' .*letters, digits and -"),
 ]
