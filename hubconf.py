@@ -62,8 +62,7 @@ def prepare(
     Args:
         resize: height and width in pixels, multiples of the patch size; by default as the checkpoint says, else
             (322, 322), the size at which the released models were validated, or (320, 320) for DINOv3.
-        antialias: whether the resize is antialiased; by default as the checkpoint says, else yes.
-        upright: whether the photo is turned as its EXIF data says; by default likewise.
+        antialias, upright: antialias the resize, turn photos as EXIF says; by default like the checkpoint, else yes.
         backbone: a name from `model.BACKBONES`, if there is no checkpoint, or it does not say.
         resume: the model's checkpoint, or the name of a released one.
     """
