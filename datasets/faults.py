@@ -108,6 +108,11 @@ def is_tree(folder: Path) -> bool:
     return any(map(os.path.lexists, (part for split in SPLITS for part in parts_of(folder / "images" / split))))
 
 
+def is_gsv_cities(folder: Path) -> bool:
+    """Whether the folder has `Dataframes`."""
+    return (folder / "Dataframes").is_dir()
+
+
 def parts_of(split: Path) -> list[Path]:
     """The folders of a split, existing or not: the database and one or more query sets."""
     sets = sorted(path for path in split.glob("queries*") if path.is_dir() or path.is_symlink())
@@ -211,7 +216,7 @@ def is_photos(folder: Path) -> bool:
     """Whether the folder has files, and is neither the `images` of a dataset nor above datasets."""
     if not folder.is_dir() or (folder.name == "images" and is_tree(folder.parent)):
         return False
-    if any(is_tree(below) or (below / "Dataframes").is_dir() for below in folder.iterdir() if below.is_dir()):
+    if any(is_tree(below) or is_gsv_cities(below) for below in folder.iterdir() if below.is_dir()):
         return False
     listing = scan(folder, PHOTO_SUFFIXES)
     return bool(listing.paths or listing.others)
@@ -260,7 +265,7 @@ def check(folders: Sequence[Path], *, threshold: float, workers: int | None) -> 
     distinct: dict[str, Path] = {}
     again = [folder for folder in folders if distinct.setdefault(os.path.realpath(folder), folder) is not folder]
     folders = list(distinct.values())
-    photos = [folder for folder in folders if not (is_tree(folder) or (folder / "Dataframes").is_dir())]
+    photos = [folder for folder in folders if not (is_tree(folder) or is_gsv_cities(folder))]
     if strange := [folder for folder in photos if not is_photos(folder)]:
         raise ValueError(
             f"{strange[0]} is neither an evaluation dataset (no images/<split>/database or queries in it) nor "
@@ -279,7 +284,7 @@ def check(folders: Sequence[Path], *, threshold: float, workers: int | None) -> 
     for folder in folders:
         if is_tree(folder):
             report(*check_tree(folder, threshold=threshold, workers=workers))
-        if (folder / "Dataframes").is_dir():
+        if is_gsv_cities(folder):
             report(*check_gsv_cities(folder, workers=workers))
     if photos:
         report(*check_photos(photos, workers=workers))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from utils.system import distributed
 from utils.system.files import read_text
 
-from ..photos.listing import identity
+from ..photos.listing import also_among
 from ..photos.positions import image_key
 from ..photos.transforms import read_pixels
 
@@ -28,8 +28,7 @@ def other_than_queries(
 ) -> NDArray[np.bool_]:
     """Which database images stay: all but those that are also queries, under any path, or all with `keep`. The log
     counts them either way."""
-    files = set(map(identity, queries))
-    shared = np.array([identity(path) in files for path in database])
+    shared = also_among(database, queries)
     if shared.any():
         what = "they find themselves, and stay, as is usual" if keep else "they are left out of the database"
         logger.warning("%d of the %d photos in %s are also queries: %s", shared.sum(), len(shared), folder, what)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from utils.system import distributed
 
-from ..photos.listing import identity, list_images, scan
+from ..photos.listing import also_among, list_images, scan
 from .alignment import alignment, log_alignment, pair_up
 from .layout import split_folder
 from .left_out import readable
@@ -178,8 +178,7 @@ def only_set(dataset: DatabaseQueries, *, test_method: str | None, distance: flo
 def _shared_with_test(dataset: DatabaseQueries, datasets_folder: Path, name: str, queries: str) -> bool:
     """Whether a query is also one of the test split, under any path."""
     folder = split_folder(datasets_folder, name, "test") / queries
-    tested = set(map(identity, scan(folder).paths if folder.is_dir() else ()))
-    return any(identity(path) in tested for path in dataset.queries_paths)
+    return folder.is_dir() and bool(also_among(dataset.queries_paths, scan(folder).paths).any())
 
 
 def pca_images(
@@ -227,8 +226,7 @@ def validation_and_test(
             log_alignment(split, alignment(split, near, batch_size))
         splits.append(split)
     val, test = splits
-    tested = set(map(identity, test.queries_paths))
-    shared = sum(identity(path) in tested for path in val.queries_paths)
+    shared = int(also_among(val.queries_paths, test.queries_paths).sum())
     if shared:
         logger.warning(
             "%d of the %d queries of %s are the same files as queries of %s, so that recall is optimistic",

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..photos.exif import gps_positions
-from ..photos.listing import IMAGE_SUFFIXES, PHOTO_SUFFIXES, identity, list_images
+from ..photos.listing import IMAGE_SUFFIXES, PHOTO_SUFFIXES, also_among, list_images
 from ..photos.positions import (
     haversine_metres,
     known,
@@ -277,8 +277,7 @@ def map_queries(
     queries = list_images(folder, PHOTO_SUFFIXES)
     if skip_unreadable:
         queries = list(compress(queries, readable(queries, folder, upright=upright)))
-    own = {identity(path) for path in paths if os.path.isabs(path)}
-    repeated = sum(identity(path) in own for path in queries)
+    repeated = also_among(queries, list(filter(os.path.isabs, paths))).sum()
     if repeated:
         logger.warning("%d of the %d queries are photos of the map, so they find themselves", repeated, len(queries))
     dataset = located = DatabaseQueries(name=name, database_paths=list(paths), queries_paths=queries)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 logger = logging.getLogger(__name__)
 
 # For datasets: more formats would change the figures of a dataset that happens to contain such a file.
@@ -141,3 +144,9 @@ def identity(path: str) -> tuple[int, int] | str:
     except OSError:
         return os.path.realpath(path)
     return status.st_dev, status.st_ino
+
+
+def also_among(paths: Sequence[str], others: Sequence[str]) -> NDArray[np.bool_]:
+    """Which of the paths are the same file as one of the others, whatever their names."""
+    files = set(map(identity, others))
+    return np.array([identity(path) in files for path in paths], dtype=bool)
